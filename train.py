@@ -144,7 +144,7 @@ def console_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hydra_environment(arguments: list[str]) -> Iterator[None]:
-    """Hand ``arguments`` to Hydra, and have it raise its errors, which it would otherwise print and exit with code 1."""
+    """Hand ``arguments`` to Hydra and have it raise its errors; it would print them and exit with code 1."""
     before, sys.argv = sys.argv, [__file__, *arguments]
     wanted = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
