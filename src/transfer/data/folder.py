@@ -29,10 +29,7 @@ def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder: it takes {LAYOUT}")
     parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    splits = _from_parts(root, parts, data) if "train" in parts else _from_one_tree(root, data)
-    for part in (splits.train, splits.val, splits.test):
-        check_files(_paths(part))
-    return splits
+    return _from_parts(root, parts, data) if "train" in parts else _from_one_tree(root, data)
 
 
 def _from_parts(root: Path, parts: Mapping[str, Path], data: Mapping[str, Any]) -> Splits:
@@ -89,6 +86,7 @@ def _labelled(folder: Path, names: tuple[str, ...]) -> LabelledImages:
         labels += [label] * len(inside)
     if not files:
         raise UserError(f"data.root: {folder} has no images: it takes {LAYOUT}")
+    check_files(files)
     return LabelledImages(ImageFiles(tuple(files)), tuple(labels))
 
 
@@ -98,11 +96,3 @@ def _images(folder: Path) -> list[Path]:
     return sorted(
         (path for path in inside if not path.name.startswith(".")), key=lambda path: path.relative_to(folder).as_posix()
     )
-
-
-def _paths(part: LabelledImages) -> list[Path]:
-    """The files behind ``part``."""
-    source = part.images
-    if isinstance(source, ImageFiles):
-        return list(source.paths)
-    return [source.source.paths[i] for i in source.indices]

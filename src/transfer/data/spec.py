@@ -41,7 +41,10 @@ class LabelledImages:
 
     def select(self, indices: Sequence[int]) -> LabelledImages:
         """Return the images at ``indices``, in that order."""
-        return LabelledImages(_Selected(self.images, tuple(indices)), tuple(self.labels[i] for i in indices))
+        source, chosen = self.images, tuple(indices)
+        if isinstance(source, _Selected):
+            source, chosen = source.source, tuple(source.indices[i] for i in indices)
+        return LabelledImages(_Selected(source, chosen), tuple(self.labels[i] for i in indices))
 
     def __add__(self, other: LabelledImages) -> LabelledImages:
         return LabelledImages(_Joined(self.images, other.images), self.labels + other.labels)

@@ -52,14 +52,14 @@ def caption(runs: pd.DataFrame) -> str:
     where = " and ".join(f"batch {batch}, {size} px" for batch, size in shapes.itertuples(index=False))
     subject = f"{', '.join(sorted(set(runs['model'])))} on {', '.join(sorted(set(runs['data'])))}"
     return (
-        f"{subject}; saved: bytes that autograd holds after a forward; peak: highest allocation of a step above weights, "
-        f"gradients and optimizer state; both and the step's time for {where or 'no measured step'}; in brackets the "
-        "ratio to the dense row; MB = 1e6 bytes."
+        f"{subject}; saved: bytes that autograd holds after a forward; peak: highest allocation of a step above "
+        f"weights, gradients and optimizer state; both and the step's time for {where or 'no measured step'}; in "
+        "brackets the ratio to the dense row; MB = 1e6 bytes."
     )
 
 
 def write_tables(summary: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write ``table.csv`` (plain numbers and a status), ``table.md`` and ``table.tex`` (booktabs); return their paths."""
+    """Write ``table.csv`` (plain numbers and a status), ``table.md`` and ``table.tex`` (booktabs); return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = summary.assign(status=["run" if seeds else NOT_RUN for seeds in summary["seeds"]])
     paths = [folder / f"table.{ending}" for ending in ("csv", "md", "tex")]
