@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
+
+import train
 
 # A real network of 0.3 M parameters over real digits, small enough that a run takes a second.
 TINY = (

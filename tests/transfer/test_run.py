@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 from conftest import TINY, compose_plain, files_below
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from transfer.records import run_directory
 from transfer.training import loop
 from transfer.training.run import execute

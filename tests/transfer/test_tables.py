@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from scripts import make_tables
 
+from scripts import make_tables
 from transfer.records import write_record
 from transfer.tables import load_runs, summarise, to_terminal, write_tables
 
