@@ -53,8 +53,8 @@ class OfficialRow:
 class OfficialMemory:
     """The released formula's answer, in bytes for the whole batch.
 
-    `total_bytes` = `peak_activation_bytes` + `parameter_bytes`. `rows` lists everything kept, in forward order; the peak
-    is what had been kept when the layer `peak_module` ran, plus its temporaries and the residual held there.
+    `total_bytes` = `peak_activation_bytes` + `parameter_bytes`. `rows` lists everything kept, in forward order;
+    the peak is what had been kept when the layer `peak_module` ran, plus its temporaries and the residual held there.
     """
 
     total_bytes: float
