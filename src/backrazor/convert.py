@@ -14,6 +14,7 @@ from .config import RazorConfig
 from .kernels.topk.reference import NON_FINITE, OVERFLOW
 from .nn import DROP_INS, drop_in_for
 from .nn.base import FLAG, DropIn, LayerRules, attach, detach
+from .nn.fusion import link_chains
 
 _HARMLESS = ("Identity", "Flatten", "Unflatten")  # leaf modules that keep nothing
 
@@ -45,6 +46,7 @@ class Report:
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     lowered: list[str] = field(default_factory=list)
+    fused: int = 0
 
     def table(self) -> str:
         """Lines for a person: what was replaced (by class), what was left and why, which precisions were lowered."""
@@ -54,6 +56,8 @@ class Report:
             groups[key] = groups.get(key, 0) + 1
         lines = [f"razored with {self.config.describe()}"]
         lines += [f"  {count:4d} x {original}: keeps {keeps}" for (original, keeps), count in groups.items()]
+        if self.fused:
+            lines.append(f"  {self.fused:4d} x convolution + norm + activation run as one operator while the norm is frozen")
         lines += [f"  left {row.name} ({row.type}): {row.reason}" for row in self.left]
         lines += [f"  precision: {line}" for line in self.lowered]
         return "\n".join(lines)
@@ -104,6 +108,7 @@ def razor_(
     if not report.replaced:
         known = ", ".join(sorted(key.rsplit(".", 1)[1] for key in DROP_INS))
         raise ValueError(f"nothing in {type(model).__name__} was converted: no module is one of {known} and passes filter_fn")
+    report.fused = link_chains(model)
     report.lowered = _lowered(config)
     return report
 

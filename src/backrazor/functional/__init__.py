@@ -6,6 +6,7 @@ Everything kept goes through ``save_for_backward``. Nothing is packed without gr
 from .activation import ACTIVATIONS, piecewise_linear, smooth
 from .batch_norm import batch_norm
 from .conv import conv2d
+from .conv_norm_act import conv_norm_act
 from .dropout import dropout
 from .linear import linear
 from .pooling import adaptive_avg_pool2d, max_pool2d
@@ -17,6 +18,7 @@ __all__ = [
     "batch_norm",
     "channel_scale",
     "conv2d",
+    "conv_norm_act",
     "dropout",
     "linear",
     "max_pool2d",

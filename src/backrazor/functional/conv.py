@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -49,10 +50,20 @@ def _pad(x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    return F.conv2d(_pad(x, spec), weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    """The dense operator, some samples at a time: the convolution library copies input and output into a layout of its own, which for a whole
+    batch would be the highest peak of the forward pass."""
+    chunks = list(sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)))
+    if len(chunks) < 2 or not x.is_contiguous():
+        return forward_of_chunk(x, weight, bias, spec)
+    out = None
+    for start, stop in chunks:
+        part = forward_of_chunk(x[start:stop], weight, bias, spec)
+        out = part.new_empty(x.shape[0], *part.shape[1:]) if out is None else out
+        out[start:stop] = part
+    return out
 
 
-def _explicit(spec: ConvSpec, kernel: torch.Size) -> ConvSpec:
+def explicit(spec: ConvSpec, kernel: torch.Size) -> ConvSpec:
     """The same convolution with numeric symmetric padding: what is uneven in "same" becomes a zero pad of its own."""
     if spec.padding != "same":
         return spec
@@ -75,12 +86,51 @@ def _padded_backward(grad: Tensor, shape: torch.Size, spec: ConvSpec) -> Tensor:
         return torch.autograd.grad(_pad(point, spec), point, grad)[0]
 
 
+def forward_of_chunk(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    """The dense operator on some samples."""
+    return F.conv2d(_pad(x, spec), weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+
+
+def backward_of_chunk(
+    grad: Tensor, x_hat: Tensor | None, shape: tuple[int, ...], weight: Tensor, spec: ConvSpec, need_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of x or None, gradient of the weight or None) for some samples of an ``explicit`` convolution.
+
+    ``shape`` is that of the samples' input; x_hat is None where no weight gradient is asked for. The input's gradient needs only the shape of x,
+    which an expanded scalar gives.
+    """
+    batch, channels, height, width = shape
+    if spec.pad is not None:
+        height, width = height + spec.pad[2] + spec.pad[3], width + spec.pad[0] + spec.pad[1]
+    point = grad.new_empty(()).expand(batch, channels, height, width) if x_hat is None else _pad(x_hat, spec)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        point,
+        weight,
+        None,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        False,
+        (0, 0),
+        spec.groups,
+        (need_x, x_hat is not None, False),
+    )
+    return _padded_backward(grad_x, shape, spec) if need_x else None, grad_weight
+
+
+def largest_sample_bytes(x: Tensor, out_channels: int, spec: ConvSpec) -> int:
+    """Bytes of one sample of the input or of the output, whichever is larger (the output taken at x's size over the stride)."""
+    positions = x[0, 0].numel() // (spec.stride[0] * spec.stride[1]) if x.shape[0] else 0
+    return max(x[:1].numel(), out_channels * positions) * x.element_size()
+
+
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, layout: PackedLayout | None, *packed: Tensor
     ) -> Tensor:
-        ctx.spec, ctx.layout, ctx.shape = _explicit(spec, weight.shape[2:]), layout, x.shape
+        ctx.spec, ctx.layout, ctx.shape = explicit(spec, weight.shape[2:]), layout, tuple(x.shape)
         ctx.save_for_backward(weight, *packed)
         return _forward(x, weight, bias, spec)
 
@@ -89,39 +139,17 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *packed = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
-        if need_x:
-            grad_x = _input_gradient(grad, weight, ctx.shape, ctx.spec)
-        if need_weight:
-            grad_weight = _weight_gradient(grad, weight, tuple(packed), ctx.layout, ctx.spec)
-        if need_bias:
-            grad_bias = grad.sum((0, 2, 3))
+        grad_x = grad.new_empty(ctx.shape) if need_x else None
+        grad_weight = accumulator(tuple(weight.shape), grad) if need_weight else None
+        sample_bytes = max(math.prod(ctx.shape[1:]), grad[:1].numel()) * grad.element_size()
+        for start, stop in sample_chunks(grad.shape[0], sample_bytes):
+            x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype) if need_weight else None
+            shape = (stop - start, *ctx.shape[1:])
+            part_x, part_weight = backward_of_chunk(grad[start:stop], x_hat, shape, weight, ctx.spec, need_x)
+            if need_x:
+                grad_x[start:stop] = part_x
+            if need_weight:
+                grad_weight.add_(part_weight)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = grad.sum((0, 2, 3)) if need_bias else None
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)
-
-
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec, mask: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups, (*mask, False)
-    )[:2]
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, spec: ConvSpec) -> Tensor:
-    """Exact; the convolution's own rule needs only the shape of x, which an expanded scalar gives."""
-    batch, channels, height, width = shape
-    if spec.pad is not None:
-        height, width = height + spec.pad[2] + spec.pad[3], width + spec.pad[0] + spec.pad[1]
-    stand_in = grad.new_empty(()).expand(batch, channels, height, width)
-    return _padded_backward(_backward(grad, stand_in, weight, spec, (True, False))[0], shape, spec)
-
-
-def _weight_gradient(grad: Tensor, weight: Tensor, packed: tuple[Tensor, ...], layout: PackedLayout, spec: ConvSpec) -> Tensor:
-    """The sum of the chunks' weight gradients at x_hat."""
-    chunks = list(sample_chunks(layout.shape[0], layout.sample_numel * grad.element_size()))
-    total = None if len(chunks) == 1 else accumulator(tuple(weight.shape), grad)
-    for start, stop in chunks:
-        x_hat = _pad(unpack(packed, layout, start, stop, grad.dtype), spec)
-        part = _backward(grad[start:stop], x_hat, weight, spec, (False, True))[1]
-        if total is None:
-            return part
-        total.add_(part)
-    return torch.zeros_like(weight) if total is None else total.to(grad.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .ledger import LedgerRow, ledger
-from .official import official_formula
+from .official import OfficialMemory, official_formula
+
+ORIGINAL = "_backrazor_original"  # where a drop-in keeps the class it replaced
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def predict(
         ValueError: the rule is unknown, or the official formula does not cover this kind of model.
     """
     if rule == "official":
-        result = official_formula(model, input_size=input_size, batch_size=batch_size)
+        result = _official(model, input_size, batch_size)
         return Prediction(None, result.total_bytes, ())
     if rule != "exact":
         raise ValueError(f"rule={rule!r} is not known: use 'exact' or 'official'")
@@ -68,6 +71,19 @@ def predict(
             if loss.requires_grad:
                 loss.backward()
     return Prediction(sum(row.bytes for row in rows), allocations.peak, rows)
+
+
+def _official(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> OfficialMemory:
+    """The formula on a plain copy of the model: weights are shared, and a razored model lends its sparsity."""
+    razored = [module for module in model.modules() if ORIGINAL in module.__dict__ and isinstance(module, (nn.Linear, nn.Conv2d))]
+    if not razored:
+        return official_formula(model, input_size=input_size, batch_size=batch_size)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    plain = copy.deepcopy(model, memo=shared)
+    for module in plain.modules():
+        module.__class__ = module.__dict__.pop(ORIGINAL, type(module))
+    body, head = razored[0].razor.pruned.sparsity, razored[-1].razor.pruned.sparsity
+    return official_formula(plain, input_size=input_size, batch_size=batch_size, sparsity=body, head_sparsity=head)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

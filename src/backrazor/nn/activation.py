@@ -3,57 +3,73 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
+from ..functional.conv_norm_act import Act
 from .base import DropIn, LayerRules
 
-_BIT = "one bit an element"
+
+class _RazorActivation(DropIn):
+    """``activate`` computes; ``forward`` skips it where the chain before has (see fusion.py)."""
+
+    link = "activation"
+
+    @abstractmethod
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation, with what its backward needs."""
+
+    @abstractmethod
+    def epilogue(self) -> Act | None:
+        """The activation as the end of a fused chain, None where it cannot be one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self._passes_through else self.activate(input)
 
 
-class RazorReLU(DropIn, nn.ReLU):
+class _PiecewiseLinear(_RazorActivation):
+    packs = False
+
+    @classmethod
+    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
+        return "one bit an element"
+
+
+class RazorReLU(_PiecewiseLinear, nn.ReLU):
     """ReLU that keeps one bit an element."""
 
-    packs = False
+    def activate(self, x: Tensor) -> Tensor:
+        return functional.piecewise_linear(x, lambda x: F.relu(x, self.inplace), 0.0, math.nan, self.inplace)
 
-    @classmethod
-    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
-        return _BIT
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.piecewise_linear(input, lambda x: F.relu(x, self.inplace), 0.0, math.nan, self.inplace)
+    def epilogue(self) -> Act:
+        return Act("clamp", 0.0, math.nan)
 
 
-class RazorHardtanh(DropIn, nn.Hardtanh):
+class RazorHardtanh(_PiecewiseLinear, nn.Hardtanh):
     """Hardtanh that keeps one bit an element."""
 
-    packs = False
-
-    @classmethod
-    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
-        return _BIT
-
-    def forward(self, input: Tensor) -> Tensor:
+    def activate(self, x: Tensor) -> Tensor:
         low, high = self.min_val, self.max_val
-        return functional.piecewise_linear(input, lambda x: F.hardtanh(x, low, high, self.inplace), low, high, self.inplace)
+        return functional.piecewise_linear(x, lambda x: F.hardtanh(x, low, high, self.inplace), low, high, self.inplace)
+
+    def epilogue(self) -> Act:
+        return Act("clamp", self.min_val, self.max_val)
 
 
-class RazorReLU6(DropIn, nn.ReLU6):
+class RazorReLU6(_PiecewiseLinear, nn.ReLU6):
     """ReLU6 that keeps one bit an element."""
 
-    packs = False
+    def activate(self, x: Tensor) -> Tensor:
+        return functional.piecewise_linear(x, lambda x: F.relu6(x, self.inplace), 0.0, 6.0, self.inplace)
 
-    @classmethod
-    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
-        return _BIT
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.piecewise_linear(input, lambda x: F.relu6(x, self.inplace), 0.0, 6.0, self.inplace)
+    def epilogue(self) -> Act:
+        return Act("clamp", 0.0, 6.0)
 
 
-class _RazorSmooth(DropIn):
+class _RazorSmooth(_RazorActivation):
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
         return "activation=dense" if rules.activation == "dense" else None
@@ -62,24 +78,34 @@ class _RazorSmooth(DropIn):
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return "input in float16" if rules.activation == "float16" else f"derivative in {rules.activation}"
 
+    @property
+    @abstractmethod
+    def _function(self) -> str:
+        """Its name in ``functional.ACTIVATIONS``."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        return functional.smooth(x, self._function, self.razor.activation, self._flag, getattr(self, "inplace", False))
+
+    def epilogue(self) -> Act | None:
+        kept = self.razor.activation
+        return None if kept == "float16" else Act(self._function, bits=int(kept.removeprefix("int")))
+
 
 class RazorGELU(_RazorSmooth, nn.GELU):
     """GELU, exact or by tanh, by the activation rule."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        name = "gelu" if self.approximate == "none" else "gelu_tanh"
-        return functional.smooth(input, name, self.razor.activation, self._flag)
+    @property
+    def _function(self) -> str:
+        return "gelu" if self.approximate == "none" else "gelu_tanh"
 
 
 class RazorSiLU(_RazorSmooth, nn.SiLU):
     """SiLU by the activation rule."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.smooth(input, "silu", self.razor.activation, self._flag, self.inplace)
+    _function = "silu"
 
 
 class RazorHardswish(_RazorSmooth, nn.Hardswish):
     """Hardswish by the activation rule."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.smooth(input, "hardswish", self.razor.activation, self._flag, self.inplace)
+    _function = "hardswish"

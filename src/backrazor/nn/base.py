@@ -16,6 +16,7 @@ from ..codecs import Pruned
 from ..codecs.normalised import NormCodec
 
 FLAG = "_backrazor_flag"
+UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class DropIn(nn.Module):
 
     razor: LayerRules
     packs: ClassVar[bool] = True  # whether it has a flag for non-finite values and overflow
+    link: ClassVar[str | None] = None  # its part in a chain that runs as one operator: "conv", "norm" or "activation" (see fusion.py)
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
@@ -47,8 +49,21 @@ class DropIn(nn.Module):
         return f"input at sparsity {pruned.sparsity:g}, {pruned.values}, index {pruned.index}"
 
     @property
+    def _passes_through(self) -> bool:
+        """Whether the convolution before this module has done its work already."""
+        norm = self.__dict__.get("_backrazor_norm")
+        return norm is not None and is_frozen(norm[0])
+
+    @property
     def _flag(self) -> Tensor:
         return self._buffers[FLAG]
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether a BatchNorm is a fixed scale and shift now: running statistics, no trained affine."""
+    affine = (norm.weight, norm.bias)
+    has_statistics = norm.running_mean is not None and norm.running_var is not None
+    return not norm.training and has_statistics and not any(p is not None and p.requires_grad for p in affine)
 
 
 def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules) -> None:
@@ -64,6 +79,7 @@ def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules) -> None:
 def detach(module: nn.Module) -> None:
     """Turn a drop-in back into what it was."""
     module.__class__ = module._backrazor_original
-    del module._backrazor_original, module.razor
+    for name in ("_backrazor_original", "razor", "_backrazor_followers", "_backrazor_norm"):
+        module.__dict__.pop(name, None)
     if FLAG in module._buffers:
         delattr(module, FLAG)

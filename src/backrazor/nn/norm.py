@@ -39,11 +39,18 @@ def batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
 
 
 class _RazorBatchNorm(DropIn):
+    link = "norm"
+
+    def inner_activation(self) -> None:
+        """These norms carry no activation."""
+
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return f"on running statistics nothing, else {norm_words(rules)}"
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._passes_through:
+            return input
         self._check_input_dim(input)
         if self.training and input.dim() > 1 and input.numel() == input.shape[1]:
             return torch.nn.functional.batch_norm(input, None, None, training=True)  # raises PyTorch's own error: one value a channel

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional.conv import ConvSpec
-from .base import DropIn, LayerRules
+from .base import UNKNOWN, DropIn, LayerRules
+from .conv import RazorConvolution
 from .norm import batch_norm, norm_words
 
 
@@ -17,27 +18,35 @@ def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
     return max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
 
 
-class RazorConv2dSame(DropIn, Conv2dSame):
+class RazorConv2dSame(RazorConvolution, Conv2dSame):
     """Conv2dSame that keeps its input pruned, before padding."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _spec(self, x: Tensor) -> ConvSpec:
         height, width = (
             _same_padding(*item) for item in zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
         )
         pad = (width // 2, width - width // 2, height // 2, height - height // 2)
-        spec = ConvSpec(self.stride, (0, 0), self.dilation, self.groups, pad=pad)
-        return functional.conv2d(x, self.weight, self.bias, spec, self.razor.pruned, self._flag)
+        return ConvSpec(self.stride, (0, 0), self.dilation, self.groups, pad=pad)
 
 
 class RazorBatchNormAct2d(DropIn, BatchNormAct2d):
     """BatchNorm and activation: the norm by its rule, the activation by the drop-in of its own."""
 
+    link = "norm"
+
     @classmethod
     def keeps(cls, module: BatchNormAct2d, rules: LayerRules) -> str:
         return f"on running statistics nothing, else {norm_words(rules)}"
 
+    def inner_activation(self) -> nn.Module | object | None:
+        """The activation that this layer ends with; ``UNKNOWN`` where the layer cannot be part of a chain."""
+        if type(self.act) is nn.Identity and type(self.drop) is nn.Identity:
+            return None
+        usable = isinstance(self.act, DropIn) and self.act.link == "activation" and type(self.drop) is nn.Identity
+        return self.act if usable else UNKNOWN
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(batch_norm(self, x)))
+        return x if self._passes_through else self.act(self.drop(batch_norm(self, x)))
 
 
 class _RazorGate(DropIn):

@@ -1,0 +1,153 @@
+"""Convolution, frozen BatchNorm and activation as one operator, a few samples at a time.
+
+Separately, each of the three makes a full tensor in forward and another in backward, and the convolution library makes a hidden copy in its own layout of
+input and output. Here one output is allocated in forward and one input gradient in backward; all else has the size of a chunk and stays in the cache. The
+forward of a chunk is the three dense operators themselves.
+
+Shape legend: B samples, C/D input/output channels, H/W height/width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..codecs import PackedLayout, Pruned, mark, pack_shared, unpack
+from ..codecs.roles import MASK, QUANTISED
+from ..kernels import level_apply, level_encode, mask_apply, mask_encode
+from .activation import ACTIVATIONS, quantiser
+from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
+from .conv import ConvSpec, backward_of_chunk, explicit, forward_of_chunk, largest_sample_bytes
+
+
+class Norm(NamedTuple):
+    """A BatchNorm on running statistics; none of its tensors requires a gradient."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Act(NamedTuple):
+    """An activation: piecewise linear with derivative 1 in (low, high) where ``name`` is "clamp" (``high`` NaN: unbounded), else one of ``ACTIVATIONS``
+    whose derivative is kept in ``bits``."""
+
+    name: str
+    low: float = 0.0
+    high: float = 0.0
+    bits: int = 0
+
+
+def conv_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, norm: Norm, act: Act | None, codec: Pruned, flag: Tensor
+) -> Tensor:
+    """act(batch_norm(conv2d(x))) of contiguous x (B, C, H, W), equal to the three operators bit for bit.
+
+    Keeps x pruned and the activation's bits. Gradients: of x exact, of the weight at x_hat = unpack(pack(x)).
+    """
+    cast = autocast_dtype(x)
+    layout, packed = None, ()
+    if torch.is_grad_enabled() and weight.requires_grad:
+        packed, layout = pack_shared(x, codec, flag)
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    keeps = needs_grad(x, weight, bias)
+    return _ConvNormAct.apply(x, weight, bias, spec, norm, act, keeps, layout, *packed)
+
+
+def _normalise(y: Tensor, norm: Norm) -> Tensor:
+    return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def _activate(y: Tensor, act: Act | None, out: Tensor) -> None:
+    if act is None:
+        out.copy_(y)
+    elif act.name != "clamp":
+        out.copy_(ACTIVATIONS[act.name].forward(y))
+    elif act.high != act.high:
+        torch.ops.aten.relu.out(y, out=out)
+    else:
+        torch.ops.aten.hardtanh.out(y, act.low, act.high, out=out)
+
+
+def _encode(y: Tensor, act: Act) -> Tensor:
+    rows = y.reshape(y.shape[0], -1)
+    if act.name == "clamp":
+        return mask_encode(rows, act.low, act.high)
+    thresholds, _ = quantiser(act.name, act.bits)
+    return level_encode(rows, thresholds.to(y.device), act.bits)
+
+
+def _through_activation(grad: Tensor, codes: Tensor, act: Act) -> Tensor:
+    """A new tensor: the gradient before the activation."""
+    rows = grad.reshape(grad.shape[0], -1)
+    if act.name == "clamp":
+        return mask_apply(rows, codes).view(grad.shape)
+    _, levels = quantiser(act.name, act.bits)
+    return level_apply(rows, codes, levels.to(grad.device), act.bits).view(grad.shape)
+
+
+class _ConvNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: ConvSpec,
+        norm: Norm,
+        act: Act | None,
+        keeps: bool,
+        layout: PackedLayout | None,
+        *packed: Tensor,
+    ) -> Tensor:
+        ctx.spec, ctx.act, ctx.eps, ctx.layout, ctx.shape = explicit(spec, weight.shape[2:]), act, norm.eps, layout, x.shape
+        out, codes = None, []
+        for start, stop in sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)):
+            y = _normalise(forward_of_chunk(x[start:stop], weight, bias, spec), norm)
+            if out is None:
+                out = y.new_empty(x.shape[0], *y.shape[1:])
+            if keeps and act is not None:
+                codes.append(_encode(y, act))
+            _activate(y, act, out[start:stop])
+        if out is None:  # an empty batch
+            return _normalise(forward_of_chunk(x, weight, bias, spec), norm)
+        kept = [mark(torch.cat(codes), MASK if act.name == "clamp" else QUANTISED)] if codes else []
+        ctx.save_for_backward(weight, norm.weight, norm.running_var, *kept, *packed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, norm_weight, running_var, *kept = ctx.saved_tensors
+        need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+        codes, packed = (kept[0], tuple(kept[1:])) if ctx.act is not None else (None, tuple(kept))
+        scale = torch.rsqrt(running_var + ctx.eps)
+        scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(1, -1, 1, 1)
+        grad_x = grad.new_empty(ctx.shape) if need_x else None
+        grad_weight = accumulator(tuple(weight.shape), grad) if need_weight else None
+        grad_bias = accumulator((weight.shape[0],), grad) if need_bias else None
+        sample_bytes = max(ctx.shape[1:].numel(), grad[:1].numel()) * grad.element_size()
+        for start, stop in sample_chunks(grad.shape[0], sample_bytes):
+            if codes is None:
+                part = grad[start:stop] * scale
+            else:
+                part = _through_activation(grad[start:stop], codes[start:stop], ctx.act).mul_(scale)
+            x_hat = unpack(packed, ctx.layout, start, stop, grad.dtype) if need_weight else None
+            part_x, part_weight = backward_of_chunk(part, x_hat, (stop - start, *ctx.shape[1:]), weight, ctx.spec, need_x)
+            if need_x:
+                grad_x[start:stop] = part_x
+            if need_weight:
+                grad_weight.add_(part_weight)
+            if need_bias:
+                grad_bias.add_(part.sum((0, 2, 3)))
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, *(None for _ in rest)
