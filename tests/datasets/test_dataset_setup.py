@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from dataset_helpers import REPOSITORY, snapshot
+from omegaconf import OmegaConf
 from PIL import Image
 from tiny_archives import MAKERS, cifar_batch, mat, tar_gz, with_checksums
 from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, Food101, OxfordIIITPet
 from torchvision.transforms import v2
 
-from transfer.data.published import PUBLISHED, build, load
+from transfer.data import build_data
+from transfer.data.published import PUBLISHED, SPLIT_SEED, VAL_FRACTION, build, load
 from transfer.data.published.listing import read_listing
 from transfer.errors import UserError
 
@@ -230,7 +232,6 @@ def test_splits_are_disjoint_and_official_selects_on_test(name, tiny, setup_main
 
 def test_the_split_rule_is_the_committed_one():
     """The same images everywhere: a change of the library's draw would show here, not in a table."""
-    from transfer.data.published import SPLIT_SEED, VAL_FRACTION
     from transfer.data.splits import stratified_holdout
 
     labels = [i % 100 for i in range(5_000)]
@@ -380,3 +381,31 @@ def test_labels_beyond_the_classes(tiny, setup_main, tmp_path, capsys):
     shutil.copytree(files, tmp_path / "data/cars")
     assert run(setup_main, spec, Path(tmp_path / "data")) == 2
     assert "labels run from 0 to 2, there are 2 classes" in one_error(capsys)
+
+
+def test_an_interrupt_says_how_to_go_on(tiny, setup_main, tmp_path, capsys):
+    def interrupt(root):
+        raise KeyboardInterrupt
+
+    tiny["pets"].place(tmp_path)
+    assert run(setup_main, replace(tiny["pets"].spec, read=interrupt), tmp_path) == 130
+    assert f"dataset_setup_scripts/pets.py --root {tmp_path}` to go on" in one_error(capsys)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configuration_that_ships_loads_the_data_set(name, tiny, setup_main, tmp_path, monkeypatch):
+    """configs/data/<name>.yaml through the laboratory's own loader, at both protocols."""
+    spec = tiny[name].spec
+    tiny[name].place(tmp_path)
+    assert run(setup_main, spec, tmp_path) == 0
+    monkeypatch.setitem(PUBLISHED, name, spec)
+    settings = dict(OmegaConf.load(REPOSITORY / f"configs/data/{name}.yaml"))
+    assert (settings["val_fraction"], settings["split_seed"]) == (VAL_FRACTION, SPLIT_SEED)
+    settings |= {"image_size": 32, "val_fraction": 0.5}
+    bundle = build_data(settings, {"data": str(tmp_path)})
+    assert len(bundle.train) + len(bundle.val) == spec.train and len(bundle.test) == spec.test
+    assert len(bundle.class_names) == spec.classes
+    image, label = bundle.train[0]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label == bundle.train.labels[0]
+    official = build_data(settings | {"protocol": "official"}, {"data": str(tmp_path)})
+    assert len(official.train) == spec.train and len(official.val) == spec.test

@@ -15,6 +15,8 @@ import timm
 import torch
 from dataset_helpers import REPOSITORY, load_script
 
+from transfer.models.zoo import BACKBONES
+
 fetch = load_script("pretrain/fetch.py")
 
 
@@ -172,6 +174,12 @@ def test_wrong_words(home, capsys):
     (home / "checksums.json").write_text("{")
     assert fetch.main(["--list"], home) == 2
     assert "restore it from the repository" in one_error(capsys)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2", "resnet18", "resnet50", "vit_b16"])
+def test_what_is_fetched_is_what_the_backbone_looks_for(name):
+    row = fetch.read_catalogue(REPOSITORY / "pretrain")[name]
+    assert (BACKBONES[name]().weights_file, BACKBONES[name]().url) == (row.file, row.url)
 
 
 def test_the_committed_rows_are_timms():
