@@ -103,3 +103,15 @@ class Tiny:
 def snapshot(root: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of everything below ``root``."""
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in sorted(root.rglob("*"))}
+
+
+def run(setup_main, spec, root, *options):
+    return setup_main([spec.name], ["--root", str(root), *options], {spec.name: spec})
+
+
+def one_error(capsys):
+    """The single line on stderr."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert "Traceback" not in lines[0]
+    return lines[0]

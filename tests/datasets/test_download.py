@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,8 +120,6 @@ def test_no_server(target, monkeypatch):
 
 
 def test_no_room(server, target, monkeypatch):
-    import shutil
-
     usage = shutil.disk_usage("/")._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="make room"):

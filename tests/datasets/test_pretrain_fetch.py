@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from dataset_helpers import REPOSITORY, load_script
+from dataset_helpers import REPOSITORY, load_script, one_error
 
 from transfer.models.zoo import BACKBONES
 
@@ -55,23 +55,13 @@ def known(home, name):
     return json.loads((home / "checksums.json").read_text())[name]
 
 
-def one_error(capsys):
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
 def test_list_names_every_file_and_its_state(home, capsys):
     (home / "resnet18-f37072fd.pth").write_bytes(b"")
     (home / "ViT-B_16.npz.part").write_bytes(bytes(2_000_000))
     assert fetch.main(["--list"], home) == fetch.main([], home) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert " here " in rows["resnet18"] and "2.0 MB of it" in rows["vit_b16"] and " missing " in rows["proxylessnas"]
-    assert server_urls_untouched(home)
-
-
-def server_urls_untouched(home):
-    return known(home, "vit_b16")["sha256"] is None
+    assert known(home, "vit_b16")["sha256"] is None
 
 
 def test_download_with_a_published_checksum(home, server, capsys):
