@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, files_below, write_image, write_tree
 
-FOLDER = (*TINY, "data=folder", "data.image_size=32", "data.root=tree")
+FOLDER = (*TINY, "data=folder", "data.root=tree", "data.val_fraction=0.2", "data.test_fraction=0.2")
 
 
 def class_in_test_only(root: Path) -> None:
@@ -72,7 +72,7 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (("razor.sparsity=1.0",), ("razor.sparsity=1.0", "[0, 1)"), None),
     (("razor.sparsity=-0.1",), ("razor.sparsity=-0.1", "[0, 1)"), None),
     (("razor.sparsity=much",), ("razor.sparsity=much", "[0, 1)"), None),
-    (("razor.sparsity=.nan",), ("razor.sparsity=nan", "[0, 1)"), None),
+    (("razor.sparsity=nan",), ("razor.sparsity=nan", "[0, 1)"), None),
     (("razor.sparsity=null",), ("razor.sparsity=null", "[0, 1)"), None),
     (("razor.sparsity=true",), ("razor.sparsity=True", "[0, 1)"), None),
     (("razor=none", "razor.sparsity=0.9"), ("razor=none", "razor.sparsity=0.9", "razor=compact"), None),

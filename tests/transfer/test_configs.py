@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import train
 from conftest import compose_plain
 
+import train
 from transfer.records import config_hash, run_directory
 from transfer.settings import BY_PATH, flatten, help_text, validate
 

@@ -148,5 +148,5 @@ def test_holdout_needs_every_class_on_both_sides() -> None:
     kept, out = stratified_holdout([0] * 6 + [1] * 6, 0.5, 0, "share")
     assert sorted(kept + out) == list(range(12)) and len(out) == 6
     for labels in ([0] * 9 + [1], [0, 0, 1, 1, 2, 2]):
-        with pytest.raises(UserError, match="share=0.3"):
+        with pytest.raises(UserError, match=r"share=0\.3"):
             stratified_holdout(labels, 0.3, 0, "share")

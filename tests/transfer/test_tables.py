@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from scripts import make_tables
 
+from scripts import make_tables
 from transfer.records import write_record
 from transfer.tables import load_runs, summarise, to_terminal, write_tables
 
@@ -61,7 +61,7 @@ def test_a_row_that_was_not_run_is_there_and_says_so(tmp_path: Path) -> None:
     runs = load_runs(tmp_path)
     summary = summarise(runs, ["t/dense", "t/compact97"])
     paths = write_tables(summary, runs, tmp_path / "out")
-    rows = list(csv.DictReader(paths[0].open()))
+    rows = list(csv.DictReader(paths[0].read_text().splitlines()))
     assert rows[-1]["method"] == "compact97" and rows[-1]["status"] == "not run" and rows[-1]["accuracy"] == ""
     assert [row["status"] for row in rows[:-1]] == ["run"] * 3
     assert "not run" in to_terminal(summary).splitlines()[-1]

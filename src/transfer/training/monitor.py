@@ -29,6 +29,7 @@ class Monitor:
         self.folder = folder
         self.handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        LOGGER.setLevel(logging.INFO)
         LOGGER.addHandler(self.handler)
         self.metrics = folder / "metrics.csv"
         self._keep_rows_until(first_step)
