@@ -1,0 +1,13 @@
+"""Fine-tune any network with the activations kept for backward pruned: the forward pass stays dense and exact, only what is saved is small.
+
+    import backrazor as br
+    report = br.razor_(model, br.RazorConfig(sparsity=0.9))   # in place; parameters and state_dict stay as they are
+    br.unrazor_(model)                                        # the way back
+"""
+
+from . import memory
+from .config import RazorConfig
+from .convert import Report, check_finite, razor_, unrazor_
+from .nn import DROP_INS
+
+__all__ = ["DROP_INS", "RazorConfig", "Report", "check_finite", "memory", "razor_", "unrazor_"]

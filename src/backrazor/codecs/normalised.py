@@ -1,0 +1,87 @@
+"""What a normalisation layer keeps of its input, by the ``norm`` rule of the configuration.
+
+Every rule is read back as the normalised input (x - mean) * rstd, since that is what the gradient's formula needs. Rows: a token for LayerNorm, a group
+of channels of one sample for GroupNorm, a channel of one sample for BatchNorm.
+
+Shape legend: B samples, R rows, m elements a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import row_decode, row_encode
+from .pruned import PackedLayout, Pruned, pack, unpack
+from .roles import DENSE, QUANTISED, SCALES, mark
+
+
+@dataclass(frozen=True, slots=True)
+class NormCodec:
+    """kind: "dense", "pruned", "bfloat16", "int8" or "int4"; ``pruned``: the codec behind "pruned"."""
+
+    kind: str
+    pruned: Pruned | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NormLayout:
+    """How the kept tensors are read: the input's shape, its row length, the codec, and the layout of a pruned input."""
+
+    shape: tuple[int, ...]
+    row: int
+    kind: str
+    packed: PackedLayout | None = None
+
+
+def _row_length(x: Tensor, rows: int) -> int:
+    return x.numel() // rows if rows else 0
+
+
+def _rows_of(statistics: Tensor, x: Tensor) -> Tensor:
+    """One-dimensional statistics are a channel's, spread to one a row (B * C,); others are one a row already, the batch first."""
+    if statistics.dim() == 1:
+        return statistics.expand(x.shape[0], -1).reshape(-1)
+    return statistics.reshape(-1)
+
+
+def keep_normalised(x: Tensor, mean: Tensor, rstd: Tensor, codec: NormCodec, flag: Tensor) -> tuple[tuple[Tensor, ...], NormLayout]:
+    """Keep x (B, ...) for the backward of a normalisation with statistics ``mean`` and ``rstd``: a channel (C,) or one a row, float32."""
+    mean_rows, rstd_rows = _rows_of(mean, x), _rows_of(rstd, x)
+    row = _row_length(x, mean_rows.numel())
+    if codec.kind in ("int8", "int4"):
+        bits = int(codec.kind.removeprefix("int"))
+        codes, scales = row_encode(x.reshape(-1, row), mean_rows.contiguous(), rstd_rows.contiguous(), bits)
+        batch = x.shape[0]
+        stored = (mark(codes.view(batch, -1), QUANTISED), mark(scales.view(batch, -1), SCALES))
+        return stored, NormLayout(tuple(x.shape), row, codec.kind)
+    statistics = mark(mean.contiguous(), DENSE, "mean"), mark(rstd.contiguous(), DENSE, "reciprocal deviation")
+    if codec.kind == "pruned":
+        packed, layout = pack(x, codec.pruned, flag)
+        return (*statistics, *packed), NormLayout(tuple(x.shape), row, codec.kind, layout)
+    kept = x.to(torch.bfloat16) if x.element_size() > 2 else x.clone()
+    return (*statistics, mark(kept, QUANTISED)), NormLayout(tuple(x.shape), row, codec.kind)
+
+
+def read_normalised(stored: tuple[Tensor, ...], layout: NormLayout, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """The normalised input of samples start to stop, (stop - start, ...) of ``dtype``."""
+    shape = (stop - start, *layout.shape[1:])
+    if layout.kind in ("int8", "int4"):
+        codes, scales = (part[start:stop] for part in stored)
+        rows = scales.numel()
+        bits = int(layout.kind.removeprefix("int"))
+        return row_decode(codes.reshape(rows, -1), scales.reshape(-1), layout.row, bits, dtype).view(shape)
+    mean, rstd, *kept = stored
+    if layout.kind == "pruned":
+        x = unpack(tuple(kept), layout.packed, start, stop, torch.promote_types(dtype, torch.float32))
+    else:
+        x = kept[0][start:stop].to(torch.promote_types(dtype, torch.float32))
+    batch = layout.shape[0]
+    if mean.dim() > 1:  # one a row
+        mean, rstd = (statistic.reshape(batch, -1)[start:stop] for statistic in (mean, rstd))
+    else:
+        mean, rstd = (statistic.expand(stop - start, -1) for statistic in (mean, rstd))
+    rows = x.reshape(stop - start, -1, layout.row) - mean.unsqueeze(2)
+    return rows.mul_(rstd.unsqueeze(2)).to(dtype).view(shape)

@@ -1,0 +1,18 @@
+"""What a saved tensor is: a label that the ledger reads, carried by the tensor itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PRUNED, SCALES, INDEX, MASK, QUANTISED, DENSE = "pruned values", "scales", "index", "mask bits", "quantised", "dense"
+
+
+def mark(tensor: Tensor, role: str, reason: str = "") -> Tensor:
+    """Label ``tensor``; returns it."""
+    tensor._backrazor_role = (role, reason)
+    return tensor
+
+
+def role_of(tensor: Tensor) -> tuple[str, str]:
+    """(role, reason); a tensor that nobody labelled is dense."""
+    return getattr(tensor, "_backrazor_role", (DENSE, ""))

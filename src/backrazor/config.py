@@ -1,0 +1,83 @@
+"""The whole configuration of the library: one frozen dataclass and its presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+_CHOICES = {
+    "values": ("float32", "float16", "bfloat16", "int8", "paper"),
+    "index": ("auto", "bitmap", "tile"),
+    "norm": ("dense", "pruned", "bfloat16", "int8", "int4"),
+    "activation": ("dense", "float16", "int8", "int4", "int2"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RazorConfig:
+    """What is kept for backward. The forward pass is never changed.
+
+    Attributes:
+        sparsity: share of each sample's activation that is dropped, in [0, 1); 0 keeps all of it and stores no index.
+        head_sparsity: the same for the classifier's input; None means ``sparsity``.
+        values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" (a float16 scale for each 256
+            values), or "paper" (convolutions float32, Linear and attention float16, the Linear head of a network with convolutions int8).
+            A 16-bit input keeps its own type under every 16- or 32-bit choice.
+        index: how positions are stored: "bitmap" (1 bit an element), "tile" (8-bit offsets in tiles of 256 elements and a count a tile) or
+            "auto", the smaller of the two for each layer.
+        norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned", "bfloat16", or the normalised
+            input in "int8" or "int4" with a float16 scale a row.
+        activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the derivative quantised to
+            256, 16 or 4 levels ("int8", "int4", "int2"). ReLU, ReLU6 and Hardtanh always keep one bit an element.
+        attention: prune q, k, the softmax output and v, as the paper does, or leave attention dense.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, the value and what is allowed.
+    """
+
+    sparsity: float = 0.9
+    head_sparsity: float | None = None
+    values: str = "bfloat16"
+    index: str = "auto"
+    norm: str = "int8"
+    activation: str = "int4"
+    attention: bool = True
+
+    def __post_init__(self) -> None:
+        _check_share("sparsity", self.sparsity)
+        if self.head_sparsity is not None:
+            _check_share("head_sparsity", self.head_sparsity)
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(allowed)}")
+        if not isinstance(self.attention, bool):
+            raise ValueError(f"attention={self.attention!r} is not a truth value: use True or False")
+
+    @classmethod
+    def compact(cls, sparsity: float = 0.9, **changes: object) -> RazorConfig:
+        """The default: what this library recommends, chosen by the gradient table in docs/method.md."""
+        return replace(cls(sparsity=sparsity), **changes)
+
+    @classmethod
+    def paper(cls, sparsity: float = 0.9, **changes: object) -> RazorConfig:
+        """What the released code of the paper stores (Jiang et al., NeurIPS 2022, https://openreview.net/forum?id=mTXQIpXPDbh)."""
+        preset = cls(sparsity=sparsity, values="paper", index="bitmap", norm="pruned", activation="float16")
+        return replace(preset, **changes)
+
+    @classmethod
+    def int8(cls, sparsity: float = 0.0, **changes: object) -> RazorConfig:
+        """Nothing pruned, everything at 8 bits: the idea of Mesa (Pan et al., https://arxiv.org/abs/2111.11124)."""
+        preset = cls(sparsity=sparsity, values="int8", index="auto", norm="int8", activation="int8")
+        return replace(preset, **changes)
+
+    def describe(self) -> str:
+        """One line with every field."""
+        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} is not a number: use a share of at least 0 and below 1, such as 0.9")
+    if not math.isfinite(value) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} is out of range: use a share of at least 0 and below 1, such as 0.9")

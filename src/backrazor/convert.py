@@ -1,0 +1,184 @@
+"""Converting a model in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from .codecs import Pruned
+from .codecs.normalised import NormCodec
+from .config import RazorConfig
+from .kernels.topk.reference import NON_FINITE, OVERFLOW
+from .nn import DROP_INS, drop_in_for
+from .nn.base import FLAG, DropIn, LayerRules, attach, detach
+
+_HARMLESS = ("Identity", "Flatten", "Unflatten")  # leaf modules that keep nothing
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module that became a drop-in: its name, both classes, and what it keeps for backward."""
+
+    name: str
+    original: str
+    replacement: str
+    keeps: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that stayed as it was, and why."""
+
+    name: str
+    type: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What ``razor_`` did."""
+
+    config: RazorConfig
+    replaced: list[Replaced] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    lowered: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """Lines for a person: what was replaced (by class), what was left and why, which precisions were lowered."""
+        groups: dict[tuple[str, str], int] = {}
+        for row in self.replaced:
+            key = row.original, row.keeps
+            groups[key] = groups.get(key, 0) + 1
+        lines = [f"razored with {self.config.describe()}"]
+        lines += [f"  {count:4d} x {original}: keeps {keeps}" for (original, keeps), count in groups.items()]
+        lines += [f"  left {row.name} ({row.type}): {row.reason}" for row in self.left]
+        lines += [f"  precision: {line}" for line in self.lowered]
+        return "\n".join(lines)
+
+    __str__ = table
+
+
+def razor_(
+    model: nn.Module, config: RazorConfig | None = None, filter_fn: Callable[[str, nn.Module], bool] | None = None
+) -> Report:
+    """Convert ``model`` in place so that backward works from pruned activations; returns a report.
+
+    Parameters, buffers, state_dict keys, hooks and modes are untouched; the forward pass computes what it computed before, bit for bit.
+
+    Args:
+        model: any module; a model that is razored already is converted anew.
+        config: defaults to ``RazorConfig()``, the compact preset at sparsity 0.9.
+        filter_fn: called with (qualified name, module); only modules for which it returns True are converted.
+
+    Raises:
+        TypeError: ``model`` or ``config`` is of another type.
+        ValueError: nothing in the model could be converted.
+    """
+    config = RazorConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"razor_ takes a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(config, RazorConfig):
+        raise TypeError(f"config takes a RazorConfig, not {type(config).__name__}: use RazorConfig(sparsity=...)")
+    unrazor_(model)
+    report = Report(config)
+    head = _head_name(model)
+    has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    for name, module in list(model.named_modules()):
+        cls = drop_in_for(module)
+        reason = None
+        if cls is None:
+            reason = None if _needs_no_mention(module) else "no drop-in for this class"
+        elif filter_fn is not None and not filter_fn(name, module):
+            reason = "left out by filter_fn"
+        else:
+            rules = _rules(config, module, is_head=name == head, cnn=has_convolution)
+            reason = cls.refusal(module, rules)
+            if reason is None:
+                report.replaced.append(Replaced(name, type(module).__name__, cls.__name__, cls.keeps(module, rules)))
+                attach(module, cls, rules)
+        if reason is not None:
+            report.left.append(Left(name, type(module).__name__, reason))
+    if not report.replaced:
+        known = ", ".join(sorted(key.rsplit(".", 1)[1] for key in DROP_INS))
+        raise ValueError(f"nothing in {type(model).__name__} was converted: no module is one of {known} and passes filter_fn")
+    report.lowered = _lowered(config)
+    return report
+
+
+def unrazor_(model: nn.Module) -> int:
+    """The exact way back, in place; returns how many modules were turned back."""
+    drop_ins = [module for module in model.modules() if isinstance(module, DropIn)]
+    for module in drop_ins:
+        detach(module)
+    return len(drop_ins)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Stop on bad numbers: call it after ``backward`` and before the optimizer steps. One device read for the whole model.
+
+    Raises:
+        FloatingPointError: a packed activation held NaN or Inf, or a value too large for its stored type. Names the layers; the flags are
+            cleared, so that the caller may skip the step and go on.
+    """
+    flags = [(name, module._buffers[FLAG]) for name, module in model.named_modules() if FLAG in module._buffers]
+    if not flags:
+        return
+    status = torch.cat([flag.to(flags[0][1].device) for _, flag in flags]).tolist()
+    if not any(status):
+        return
+    for _, flag in flags:
+        flag.zero_()
+    problems = []
+    for bit, words in ((NON_FINITE, "NaN or Inf in the input of"), (OVERFLOW, "values too large for their stored type in")):
+        names = [name or type(model).__name__ for (name, _), bits in zip(flags, status, strict=True) if bits & bit]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{words} {', '.join(names[:3])}{more}")
+    hint = "" if not any(bits & OVERFLOW for bits in status) else "; use values='bfloat16' or 'float32' for a wider range"
+    raise FloatingPointError("; ".join(problems) + hint)
+
+
+def _head_name(model: nn.Module) -> str | None:
+    """Name of the classifier: the last Linear in module order."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def _needs_no_mention(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) or type(module).__name__ in _HARMLESS
+
+
+def _rules(config: RazorConfig, module: nn.Module, is_head: bool, cnn: bool) -> LayerRules:
+    """The configuration resolved for one layer."""
+    sparsity = config.sparsity
+    if is_head and config.head_sparsity is not None:
+        sparsity = config.head_sparsity
+    values = config.values
+    if values == "paper":
+        values = "float16"
+        if isinstance(module, nn.Conv2d):
+            values = "float32"
+        elif is_head and cnn:
+            values = "int8"
+    pruned = Pruned(sparsity, values, config.index)
+    norm_values = "float32" if config.values == "paper" else values
+    return LayerRules(pruned, NormCodec(config.norm, replace(pruned, values=norm_values)), config.activation)
+
+
+def _lowered(config: RazorConfig) -> list[str]:
+    """Every precision that the configuration lowers, in words."""
+    lines = []
+    if config.values == "paper":
+        lines.append("kept values: float32 in convolutions, float16 in Linear and attention, int8 in a convolutional network's head")
+    elif config.values != "float32":
+        lines.append(f"kept values are stored in {config.values}")
+    if config.norm in ("bfloat16", "int8", "int4"):
+        lines.append(f"the input of normalisation on batch statistics is stored in {config.norm}")
+    if config.activation != "dense":
+        what = "input" if config.activation == "float16" else "derivative"
+        lines.append(f"the {what} of smooth activations is stored in {config.activation}")
+    return lines
+

@@ -1,0 +1,191 @@
+"""Activations: piecewise-linear ones keep one bit an element, smooth ones a quantised derivative or a 16-bit input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..codecs import mark
+from ..codecs.roles import MASK, QUANTISED
+from ..kernels import level_apply, level_encode, mask_apply, mask_encode
+from ..kernels.topk.reference import OVERFLOW
+from .common import as_rows, from_rows, memory_format, needs_grad
+
+
+def piecewise_linear(x: Tensor, forward: Callable[[Tensor], Tensor], low: float, high: float, inplace: bool = False) -> Tensor:
+    """An activation whose derivative is 1 in (low, high) and 0 elsewhere; ``forward`` computes it (in place where ``inplace``).
+
+    NaN passes the gradient, as PyTorch's threshold and hardtanh backward do; a NaN ``high`` means no upper bound.
+    """
+    if not needs_grad(x):
+        return forward(x)
+    return _PiecewiseLinear.apply(x, forward, low, high, inplace)
+
+
+class _PiecewiseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, forward: Callable[[Tensor], Tensor], low: float, high: float, inplace: bool) -> Tensor:
+        ctx.format = memory_format(x)
+        bits = mask_encode(as_rows(x, ctx.format), low, high)
+        ctx.save_for_backward(mark(bits, MASK))
+        out = forward(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        rows = mask_apply(as_rows(grad, ctx.format), bits)
+        return from_rows(rows, grad.shape, ctx.format), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A smooth activation: its forward in PyTorch, its derivative in float64 NumPy, and the gradient PyTorch itself computes."""
+
+    forward: Callable[[Tensor], Tensor]
+    derivative: Callable[[np.ndarray], np.ndarray]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _normal_density(x: np.ndarray) -> np.ndarray:
+    return np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_derivative(x: np.ndarray) -> np.ndarray:
+    error = np.vectorize(math.erf)(x / math.sqrt(2))
+    return 0.5 * (1 + error) + x * _normal_density(x)
+
+
+def _gelu_tanh_derivative(x: np.ndarray) -> np.ndarray:
+    c = math.sqrt(2 / math.pi)
+    t = np.tanh(c * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+
+
+def _silu_derivative(x: np.ndarray, slope: float = 1.0) -> np.ndarray:
+    s = 1 / (1 + np.exp(-slope * x))
+    return s * (1 + slope * x * (1 - s))
+
+
+def _hardswish_derivative(x: np.ndarray) -> np.ndarray:
+    return np.where(x <= -3, 0.0, np.where(x >= 3, 1.0, (2 * x + 3) / 6))
+
+
+def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return grad * (s + 1.702 * x * s * (1 - s))
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation(F.gelu, _gelu_derivative, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Activation(
+        lambda x: F.gelu(x, approximate="tanh"),
+        _gelu_tanh_derivative,
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+    "silu": Activation(F.silu, _silu_derivative, torch.ops.aten.silu_backward),
+    "quick_gelu": Activation(lambda x: x * torch.sigmoid(1.702 * x), lambda x: _silu_derivative(x, 1.702), _quick_gelu_backward),
+    "hardswish": Activation(F.hardswish, _hardswish_derivative, torch.ops.aten.hardswish_backward),
+}
+
+_GRID = np.linspace(-6.0, 6.0, 1537)  # cells of 1/128; beyond, every derivative here is flat to 1e-7 or the gradient exact
+
+
+@cache
+def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
+    """(thresholds (2^bits - 1,), levels (2^bits,)) float32 for the derivative of activation ``name``.
+
+    8 bits: an even grid over [-6, 6]. 4 and 2 bits: the piecewise-constant fit of least squared error for x normal with deviation 1.5, found exactly by
+    dynamic programming over a grid of 1/128; each level is the weighted mean of its interval, so that the error has no bias.
+    """
+    x = (_GRID[1:] + _GRID[:-1]) / 2
+    value = ACTIVATIONS[name].derivative(x)
+    weight = np.exp(-0.5 * (x / 1.5) ** 2) + 1e-6  # the floor keeps far intervals meaningful
+    count = 2**bits
+    if bits == 8:
+        edges = np.linspace(0, len(x), count + 1).round().astype(int)
+    else:
+        edges = _segment(value, weight, count)
+    levels = [np.average(value[a:b], weights=weight[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    thresholds = _GRID[edges[1:-1]]
+    return torch.tensor(thresholds, dtype=torch.float32), torch.tensor(levels, dtype=torch.float32)
+
+
+def _segment(value: np.ndarray, weight: np.ndarray, count: int) -> np.ndarray:
+    """Edges (count + 1,) of the ``count`` runs of cells with the least weighted squared error around their means."""
+    zero = np.zeros(1)
+    w = np.concatenate([zero, np.cumsum(weight)])
+    wv = np.concatenate([zero, np.cumsum(weight * value)])
+    wvv = np.concatenate([zero, np.cumsum(weight * value * value)])
+    start, stop = np.meshgrid(np.arange(len(w)), np.arange(len(w)), indexing="ij")
+    mass = w[stop] - w[start]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = np.where(stop > start, (wvv[stop] - wvv[start]) - (wv[stop] - wv[start]) ** 2 / mass, np.inf)
+    best, choices = cost[0], []
+    for _ in range(count - 1):
+        total = best[:, None] + cost
+        choices.append(total.argmin(axis=0))
+        best = total.min(axis=0)
+    edges = [len(value)]
+    for choice in reversed(choices):
+        edges.append(int(choice[edges[-1]]))
+    return np.array([0, *reversed(edges)])
+
+
+def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False) -> Tensor:
+    """A smooth activation of ``ACTIVATIONS``. ``kept``: "dense", "float16" (the input), or "int8", "int4", "int2" (the quantised derivative).
+
+    The forward is PyTorch's own. Under "float16" the gradient is PyTorch's at the rounded input; otherwise grad times the stored level.
+    """
+    activation = ACTIVATIONS[name]
+    if not needs_grad(x):
+        return _store(activation.forward(x), x, inplace)
+    if kept == "dense":
+        return activation.forward(x)
+    return _Smooth.apply(x, name, kept, inplace, flag)
+
+
+def _store(out: Tensor, x: Tensor, inplace: bool) -> Tensor:
+    return x.copy_(out) if inplace else out
+
+
+class _Smooth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, name: str, kept: str, inplace: bool, flag: Tensor) -> Tensor:
+        ctx.name, ctx.kept, ctx.format = name, kept, memory_format(x)
+        if kept == "float16":
+            half = x.to(torch.float16) if x.element_size() > 2 else x.clone() if inplace else x
+            flag.bitwise_or_(OVERFLOW * torch.isinf(half).any())
+            ctx.save_for_backward(mark(half, QUANTISED))
+        elif x.dtype == torch.float64:
+            raise TypeError(f"activation={kept!r} has no float64 form: use activation='dense' for double precision")
+        else:
+            thresholds, _ = quantiser(name, int(kept.removeprefix("int")))
+            codes = level_encode(as_rows(x, ctx.format), thresholds.to(x.device), int(kept.removeprefix("int")))
+            ctx.save_for_backward(mark(codes, QUANTISED))
+        out = _store(ACTIVATIONS[name].forward(x), x, inplace)
+        if inplace:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (stored,) = ctx.saved_tensors
+        if ctx.kept == "float16":
+            return ACTIVATIONS[ctx.name].backward(grad, stored.to(grad.dtype)), None, None, None, None
+        bits = int(ctx.kept.removeprefix("int"))
+        _, levels = quantiser(ctx.name, bits)
+        rows = level_apply(as_rows(grad, ctx.format), stored, levels.to(grad.device), bits)
+        return from_rows(rows, grad.shape, ctx.format), None, None, None, None

@@ -1,0 +1,63 @@
+"""What the operators share: chunks of samples, autocast, elementwise rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps the matrix products of the
+# weight gradients long enough to run at full speed and is small beside any activation worth pruning.
+CHUNK_BYTES = 8 << 20
+
+
+def sample_chunks(batch: int, sample_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) ranges over the samples, each at most ``CHUNK_BYTES`` of dense copy."""
+    size = max(CHUNK_BYTES // max(sample_bytes, 1), 1)
+    for start in range(0, batch, size):
+        yield start, min(start + size, batch)
+
+
+def accumulator(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros to add the chunks' gradients into: float32 where ``like`` has 16 bits, so that chunking costs no precision."""
+    wide = torch.float32 if like.element_size() == 2 else like.dtype
+    return torch.zeros(shape, dtype=wide, device=like.device)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that matrix products run in under the autocast of x's device, None outside autocast."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward is to come for any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format in which elementwise work on x runs: channels_last where x lies so, else contiguous."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def as_rows(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """x (B, ...) as (B, n) in storage order of ``layout``: a view where x lies so, else a copy. A scalar is one sample of one element."""
+    x = x.contiguous(memory_format=layout)
+    if layout == torch.channels_last:
+        x = x.permute(0, 2, 3, 1)
+    batch = x.shape[0] if x.dim() else 1
+    return x.reshape(batch, math.prod(x.shape[1:]))
+
+
+def from_rows(rows: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
+    """The inverse of ``as_rows``, without a copy."""
+    if layout == torch.channels_last:
+        batch, channels, height, width = shape
+        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return rows.view(shape)

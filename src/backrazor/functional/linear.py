@@ -1,0 +1,65 @@
+"""Linear with a pruned input. Shape legend: B samples, * any leading shape inside a sample, I inputs, O outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..codecs import PackedLayout, Pruned, pack_shared, unpack
+from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: Tensor) -> Tensor:
+    """``F.linear`` of x (B, *, I) with weight (O, I); backward uses x_hat = unpack(pack(x)) for the weight's gradient.
+
+    A one-dimensional x is one sample. The gradient of x is exact.
+    """
+    cast = autocast_dtype(x)
+    if not needs_grad(x, weight, bias):
+        return F.linear(x, weight, bias)
+    layout, packed = None, ()
+    if weight.requires_grad:
+        packed, layout = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, flag)
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    return _Linear.apply(x, weight, bias, layout, *packed)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout | None, *packed: Tensor) -> Tensor:
+        ctx.layout = layout
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *packed)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *packed = ctx.saved_tensors
+        need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            grad_x = torch.matmul(grad, weight)
+        if need_weight:
+            grad_weight = _weight_gradient(grad, tuple(packed), ctx.layout)
+        if need_bias:
+            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        return grad_x, grad_weight, grad_bias, *(None for _ in rest)
+
+
+def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: PackedLayout) -> Tensor:
+    """sum over rows of grad^T x_hat, chunk by chunk into one (O, I) buffer: no (B, O, I) temporary, no dense copy of the batch."""
+    batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
+    grad = grad.reshape(batch, -1, outputs)
+    total = accumulator((outputs, inputs), grad)
+    for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size()):
+        x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
+        rows = grad[start:stop].reshape(-1, outputs)
+        if total.dtype == grad.dtype:
+            total.addmm_(rows.t(), x_hat)
+        else:
+            total.add_(rows.t() @ x_hat)
+    return total.to(grad.dtype)

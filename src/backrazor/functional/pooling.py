@@ -1,0 +1,83 @@
+"""Pooling that keeps shapes, or one byte an output element. Shape legend: B samples, C channels, H/W in, P/Q out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..codecs import mark
+from ..codecs.roles import INDEX
+from .common import needs_grad
+
+Pair = tuple[int, int]
+
+
+def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
+    """``F.max_pool2d`` of x (B, C, H, W); keeps which element of its window each output is, in 8 bits (a window of at most 256 elements)."""
+    if not needs_grad(x) or kernel[0] * kernel[1] > 256:
+        return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    return _MaxPool2d.apply(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def _corners(shape: torch.Size, stride: Pair, padding: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row (P, 1) and column (1, Q) of each window's first element."""
+    rows = torch.arange(shape[-2], device=device) * stride[0] - padding[0]
+    columns = torch.arange(shape[-1], device=device) * stride[1] - padding[1]
+    return rows.unsqueeze(1), columns.unsqueeze(0)
+
+
+class _MaxPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
+        ctx.settings, ctx.shape = (kernel, stride, padding, dilation, ceil_mode), x.shape
+        out, index = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+        width = x.shape[-1]
+        top, left = _corners(out.shape, stride, padding, x.device)
+        # in place: the flat index becomes the place in the window, row * kernel width + column
+        row = index.div(width, rounding_mode="floor")
+        column = index.sub_(row * width).sub_(left).div_(dilation[1], rounding_mode="floor")
+        place = row.sub_(top).div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(column)
+        ctx.save_for_backward(mark(place.to(torch.uint8), INDEX))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        kernel, stride, padding, dilation, ceil_mode = ctx.settings
+        top, left = _corners(grad.shape, stride, padding, grad.device)
+        grad_x = grad.new_empty(ctx.shape)
+        for start in range(ctx.shape[0]):  # a sample at a time: the wide index exists for one only
+            at = place[start].long()
+            row = top + at.div(kernel[1], rounding_mode="floor") * dilation[0]
+            index = row * ctx.shape[-1] + left + at % kernel[1] * dilation[1]
+            point = grad.new_empty(()).expand(ctx.shape[1:])
+            grad_x[start] = torch.ops.aten.max_pool2d_with_indices_backward(
+                grad[start].contiguous(), point, kernel, stride, padding, dilation, ceil_mode, index
+            )
+        return grad_x, *(None,) * 5
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
+    """``F.adaptive_avg_pool2d``: linear, so backward needs the shape of x alone."""
+    if not needs_grad(x):
+        return F.adaptive_avg_pool2d(x, output_size)
+    return _AdaptiveAvgPool2d.apply(x, output_size)
+
+
+class _AdaptiveAvgPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
+        ctx.shape = x.shape
+        return F.adaptive_avg_pool2d(x, output_size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        height, width = ctx.shape[-2:]
+        if grad.shape[-2:] == (1, 1):
+            return (grad / (height * width)).expand(ctx.shape), None
+        stand_in = grad.new_empty(()).expand(ctx.shape)
+        return torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), stand_in), None

@@ -1,0 +1,176 @@
+"""Primitives on tensors, as ``torch.library`` operators with fake implementations, so that shapes and bytes are known without running them.
+
+Each folder holds ``reference.py`` (plain PyTorch, the definition) and the fast versions, equal to it bit for bit. Every primitive sees a sample as a
+row: (B, n), where row b is sample b in logical order.
+
+    topk        keep the K largest magnitudes of each sample
+    bitmask     one bit an element: the derivative of piecewise-linear functions
+    derivative  the quantised derivative of smooth functions
+    rowquant    normalised rows quantised with a scale each
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bitmask import reference as bitmask_reference
+from .derivative import reference as derivative_reference
+from .dispatch import implementation
+from .rowquant import reference as rowquant_reference
+from .topk import reference as topk_reference
+from .topk.layout import TILE, Stored, allocate, index_bytes
+
+__all__ = [
+    "TILE",
+    "Stored",
+    "index_bytes",
+    "level_apply",
+    "level_encode",
+    "mask_apply",
+    "mask_encode",
+    "row_decode",
+    "row_encode",
+    "topk_pack",
+    "topk_unpack",
+]
+
+_library = torch.library.Library("backrazor", "DEF")
+
+
+def _operator(schema: str, fake):
+    """Define an operator: the decorated function runs on real tensors of any device, ``fake`` gives shapes."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def register(function):
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, function, key)
+        torch.library.register_fake(f"backrazor::{name}", fake, lib=_library)
+        return getattr(torch.ops.backrazor, name).default
+
+    return register
+
+
+
+
+def _pack_fake(x, keep, values, index, flag):
+    batch, n = x.shape[0], 1
+    for size in x.shape[1:]:
+        n *= size
+    return tuple(allocate(batch, n, keep, getattr(torch, values), index, x.device))
+
+
+@_operator(
+    "topk_pack(Tensor x, int keep, str values, str index, Tensor(a!) flag) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pack_fake,
+)
+def topk_pack(x: Tensor, keep: int, values: str, index: str, flag: Tensor) -> tuple[Tensor, ...]:
+    """Keep the ``keep`` largest magnitudes of each sample of x (B, ...), any strides; see ``Stored``. Sets status bits in ``flag`` (int32, one element).
+
+    A sample that does not lie contiguous in logical order is copied, one at a time, so that no dense copy of the batch arises.
+    """
+    stored = Stored(*_pack_fake(x, keep, values, index, flag))
+    batch = x.shape[0]
+    if batch == 0 or stored.values.numel() == 0:
+        return tuple(stored)
+    fast = implementation("topk", x)
+    dtype = stored.values.dtype
+    if fast is not None and (x.dtype == torch.float32 or dtype in (x.dtype, torch.int8)):
+        if x.is_contiguous():
+            fast.pack(x.view(batch, -1), keep, index, stored, flag)
+        else:
+            for i in range(batch):
+                fast.pack(x[i].contiguous().view(1, -1), keep, index, Stored(*(t[i : i + 1] for t in stored)), flag)
+        return tuple(stored)
+    *packed, status = topk_reference.pack(x.reshape(batch, -1), keep, values, index)
+    if status:
+        flag.bitwise_or_(status)
+    return tuple(packed)
+
+
+def _unpack_fake(values, scales, index, counts, full, n, index_kind, dtype):
+    return values.new_empty((values.shape[0], n), dtype=dtype)
+
+
+@_operator(
+    "topk_unpack(Tensor values, Tensor scales, Tensor index, Tensor counts, Tensor full, int n, str index_kind, ScalarType dtype) -> Tensor",
+    _unpack_fake,
+)
+def topk_unpack(
+    values: Tensor, scales: Tensor, index: Tensor, counts: Tensor, full: Tensor, n: int, index_kind: str, dtype: torch.dtype
+) -> Tensor:
+    """The dense (B, n) of ``dtype``: kept values at their places, zero elsewhere. Rows of the stored tensors may be sliced beforehand."""
+    stored = Stored(values, scales, index, counts, full)
+    out = values.new_empty((values.shape[0], n), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    fast = implementation("topk", out)
+    if fast is not None and values.dtype != torch.float64:
+        fast.unpack(stored, n, index_kind, out)
+        return out
+    return topk_reference.unpack(*stored, n, index_kind, dtype)
+
+
+def _mask_encode_fake(x, low, high):
+    return x.new_empty((x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+@_operator("mask_encode(Tensor x, float low, float high) -> Tensor", _mask_encode_fake)
+def mask_encode(x: Tensor, low: float, high: float) -> Tensor:
+    """Contiguous (B, n) -> uint8 (B, ceil(n / 8)): 1 where not (x <= low or x >= high); a NaN ``high`` means no upper bound."""
+    fast = implementation("bitmask", x)
+    return (fast or bitmask_reference).encode(x, low, high)
+
+
+@_operator("mask_apply(Tensor grad, Tensor bits) -> Tensor", lambda grad, bits: torch.empty_like(grad))
+def mask_apply(grad: Tensor, bits: Tensor) -> Tensor:
+    """Contiguous (B, n) and its bits -> grad where the bit is 1, zero elsewhere."""
+    fast = implementation("bitmask", grad)
+    return (fast or bitmask_reference).apply(grad, bits)
+
+
+def _level_encode_fake(x, thresholds, bits):
+    return x.new_empty((x.shape[0], (x.shape[1] * bits + 7) // 8), dtype=torch.uint8)
+
+
+@_operator("level_encode(Tensor x, Tensor thresholds, int bits) -> Tensor", _level_encode_fake)
+def level_encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
+    """Contiguous (B, n), thresholds (2^bits - 1,) float32 ascending -> uint8 (B, ceil(n * bits / 8)): how many thresholds x reaches."""
+    fast = implementation("derivative", x)
+    return (fast or derivative_reference).encode(x, thresholds, bits)
+
+
+@_operator(
+    "level_apply(Tensor grad, Tensor codes, Tensor levels, int bits) -> Tensor",
+    lambda grad, codes, levels, bits: torch.empty_like(grad),
+)
+def level_apply(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """Contiguous (B, n), codes, levels (2^bits,) float32 -> grad times each element's level."""
+    fast = implementation("derivative", grad)
+    return (fast or derivative_reference).apply(grad, codes, levels, bits)
+
+
+def _row_encode_fake(x, mean, rstd, bits):
+    return (
+        x.new_empty((x.shape[0], (x.shape[1] * bits + 7) // 8), dtype=torch.uint8),
+        x.new_empty((x.shape[0],), dtype=torch.float16),
+    )
+
+
+@_operator("row_encode(Tensor x, Tensor mean, Tensor rstd, int bits) -> (Tensor, Tensor)", _row_encode_fake)
+def row_encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Contiguous (R, m), mean and rstd (R,) float32 -> codes uint8 (R, ceil(m * bits / 8)) and scales (R,) float16 of (x - mean) * rstd."""
+    fast = implementation("rowquant", x)
+    return (fast or rowquant_reference).encode(x, mean, rstd, bits)
+
+
+def _row_decode_fake(codes, scales, m, bits, dtype):
+    return codes.new_empty((codes.shape[0], m), dtype=dtype)
+
+
+@_operator("row_decode(Tensor codes, Tensor scales, int m, int bits, ScalarType dtype) -> Tensor", _row_decode_fake)
+def row_decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """The normalised rows, (R, m) of ``dtype``."""
+    fast = implementation("rowquant", torch.empty(0, dtype=dtype, device=codes.device))
+    return (fast or rowquant_reference).decode(codes, scales, m, bits, dtype)

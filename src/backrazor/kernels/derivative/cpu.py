@@ -1,0 +1,251 @@
+"""Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons, 8 bits by a guess on the even grid that the thresholds correct."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from numba import njit
+from torch import Tensor
+
+from .._launch import launch, threads_for
+from .._llvm import (
+    BF16,
+    F16,
+    F32,
+    apply_level,
+    cast_load,
+    cast_store,
+    copy_bytes,
+    element_bytes,
+    encode_level,
+    fetch_add,
+    get_f32,
+    get_i64,
+    get_u8,
+    put_f32,
+    put_u8,
+    tail_block,
+)
+
+RUN = 1 << 15  # elements a thread takes at a time: a multiple of 16
+SPARE_BYTES = 192  # scratch of a thread: three blocks of 16 float32
+
+_encode_2_f32, _encode_2_f16, _encode_2_bf16 = (encode_level(kind, 2) for kind in ("f32", "f16", "bf16"))
+_encode_4_f32, _encode_4_f16, _encode_4_bf16 = (encode_level(kind, 4) for kind in ("f32", "f16", "bf16"))
+_apply_2_f32, _apply_2_f16, _apply_2_bf16 = (apply_level(kind, 2) for kind in ("f32", "f16", "bf16"))
+_apply_4_f32, _apply_4_f16, _apply_4_bf16 = (apply_level(kind, 4) for kind in ("f32", "f16", "bf16"))
+
+
+@njit(forceinline=True)
+def _encode_bytes(kind, source, thresholds, destination, spare):
+    """8-bit codes of 16 elements: 255 thresholds. The first guess is the cell of an even grid over their range."""
+    cast_load(kind, source, spare)
+    first, last = get_f32(thresholds), get_f32(thresholds + 254 * 4)
+    per_unit = numpy.float32(254.0) / (last - first)
+    for lane in range(16):
+        value = get_f32(spare + lane * 4)
+        guess = (value - first) * per_unit
+        code = 0
+        if guess >= numpy.float32(254.0):
+            code = 255
+        elif guess > numpy.float32(0.0):
+            code = int(guess) + 1
+        while code < 255 and value >= get_f32(thresholds + code * 4):
+            code += 1
+        while code > 0 and not (value >= get_f32(thresholds + (code - 1) * 4)):
+            code -= 1
+        put_u8(destination + lane, code)
+
+
+@njit(forceinline=True)
+def _encode_block(kind, bits, source, thresholds, destination, spare):
+    if bits == 2:
+        if kind == F32:
+            _encode_2_f32(source, thresholds, destination)
+        elif kind == F16:
+            _encode_2_f16(source, thresholds, destination)
+        else:
+            _encode_2_bf16(source, thresholds, destination)
+    elif bits == 4:
+        if kind == F32:
+            _encode_4_f32(source, thresholds, destination)
+        elif kind == F16:
+            _encode_4_f16(source, thresholds, destination)
+        else:
+            _encode_4_bf16(source, thresholds, destination)
+    else:
+        _encode_bytes(kind, source, thresholds, destination, spare)
+
+
+@njit(forceinline=True)
+def _apply_block(kind, bits, grad, codes, levels, out, spare):
+    if bits == 2:
+        if kind == F32:
+            _apply_2_f32(grad, codes, levels, out)
+        elif kind == F16:
+            _apply_2_f16(grad, codes, levels, out)
+        else:
+            _apply_2_bf16(grad, codes, levels, out)
+    elif bits == 4:
+        if kind == F32:
+            _apply_4_f32(grad, codes, levels, out)
+        elif kind == F16:
+            _apply_4_f16(grad, codes, levels, out)
+        else:
+            _apply_4_bf16(grad, codes, levels, out)
+    else:
+        cast_load(kind, grad, spare)
+        for lane in range(16):
+            put_f32(spare + lane * 4, get_f32(spare + lane * 4) * get_f32(levels + get_u8(codes + lane) * 4))
+        cast_store(kind, spare, out)
+
+
+@njit(forceinline=True)
+def _encode_worker(kind, bits, block):
+    """Argument block: counter, slot, batch, n, x, thresholds, codes, scratch."""
+    batch, n = get_i64(block + 16), get_i64(block + 24)
+    source, thresholds, codes = get_i64(block + 32), get_i64(block + 40), get_i64(block + 48)
+    spare = get_i64(block + 56) + fetch_add(block + 8, 1) * SPARE_BYTES
+    runs = (n + RUN - 1) // RUN
+    task = fetch_add(block, 1)
+    while task < batch * runs:
+        sample, start = task // runs, (task % runs) * RUN
+        at = source + sample * n * element_bytes(kind)
+        row = codes + sample * ((n * bits + 7) // 8)
+        for i in range(start, min(start + RUN, n), 16):
+            if i + 16 <= n:
+                _encode_block(kind, bits, at + i * element_bytes(kind), thresholds, row + i * bits // 8, spare)
+            else:
+                tail = tail_block(kind, at, n, i // 16, spare)
+                _encode_block(kind, bits, tail, thresholds, spare + 64, spare + 128)
+                left = (n - i) * bits
+                copy_bytes(spare + 64, row + i * bits // 8, (left + 7) // 8)
+                if left % 8:  # the padding took part: clear its bits
+                    last = row + (n * bits + 7) // 8 - 1
+                    put_u8(last, get_u8(last) & ((1 << (left % 8)) - 1))
+        task = fetch_add(block, 1)
+
+
+@njit(forceinline=True)
+def _apply_worker(kind, bits, block):
+    """Argument block: counter, slot, batch, n, grad, codes, levels, out, scratch."""
+    batch, n = get_i64(block + 16), get_i64(block + 24)
+    grad, codes, levels, out = get_i64(block + 32), get_i64(block + 40), get_i64(block + 48), get_i64(block + 56)
+    spare = get_i64(block + 64) + fetch_add(block + 8, 1) * SPARE_BYTES
+    size = element_bytes(kind)
+    runs = (n + RUN - 1) // RUN
+    task = fetch_add(block, 1)
+    while task < batch * runs:
+        sample, start = task // runs, (task % runs) * RUN
+        shift = sample * n * size
+        row = codes + sample * ((n * bits + 7) // 8)
+        for i in range(start, min(start + RUN, n), 16):
+            if i + 16 <= n:
+                _apply_block(kind, bits, grad + shift + i * size, row + i * bits // 8, levels, out + shift + i * size, spare)
+            else:
+                tail = tail_block(kind, grad + shift, n, i // 16, spare)
+                copy_bytes(row + i * bits // 8, spare + 64, ((n - i) * bits + 7) // 8)
+                _apply_block(kind, bits, tail, spare + 64, levels, spare + 128, spare)
+                copy_bytes(spare + 128, out + shift + i * size, (n - i) * size)
+        task = fetch_add(block, 1)
+
+
+def _encode_f32_2(block):
+    _encode_worker(F32, 2, block)
+
+
+def _encode_f32_4(block):
+    _encode_worker(F32, 4, block)
+
+
+def _encode_f32_8(block):
+    _encode_worker(F32, 8, block)
+
+
+def _encode_f16_2(block):
+    _encode_worker(F16, 2, block)
+
+
+def _encode_f16_4(block):
+    _encode_worker(F16, 4, block)
+
+
+def _encode_f16_8(block):
+    _encode_worker(F16, 8, block)
+
+
+def _encode_bf16_2(block):
+    _encode_worker(BF16, 2, block)
+
+
+def _encode_bf16_4(block):
+    _encode_worker(BF16, 4, block)
+
+
+def _encode_bf16_8(block):
+    _encode_worker(BF16, 8, block)
+
+
+def _apply_f32_2(block):
+    _apply_worker(F32, 2, block)
+
+
+def _apply_f32_4(block):
+    _apply_worker(F32, 4, block)
+
+
+def _apply_f32_8(block):
+    _apply_worker(F32, 8, block)
+
+
+def _apply_f16_2(block):
+    _apply_worker(F16, 2, block)
+
+
+def _apply_f16_4(block):
+    _apply_worker(F16, 4, block)
+
+
+def _apply_f16_8(block):
+    _apply_worker(F16, 8, block)
+
+
+def _apply_bf16_2(block):
+    _apply_worker(BF16, 2, block)
+
+
+def _apply_bf16_4(block):
+    _apply_worker(BF16, 4, block)
+
+
+def _apply_bf16_8(block):
+    _apply_worker(BF16, 8, block)
+
+
+_NAME = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def _entry(verb: str, dtype: torch.dtype, bits: int):
+    return globals()[f"_{verb}_{_NAME[dtype]}_{bits}"]
+
+
+def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
+    """As ``reference.encode``; x contiguous."""
+    batch, n = x.shape
+    codes = torch.empty(batch, -(-n * bits // 8), dtype=torch.uint8)
+    tasks = batch * -(-n // RUN)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    arguments = [0, batch, n, x.data_ptr(), thresholds.data_ptr(), codes.data_ptr(), scratch.data_ptr()]
+    launch(_entry("encode", x.dtype, bits), arguments, tasks)
+    return codes
+
+
+def apply(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """As ``reference.apply``; grad and codes contiguous."""
+    batch, n = grad.shape
+    out = torch.empty_like(grad)
+    tasks = batch * -(-n // RUN)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    pointers = [tensor.data_ptr() for tensor in (grad, codes, levels, out, scratch)]
+    launch(_entry("apply", grad.dtype, bits), [0, batch, n, *pointers], tasks)
+    return out

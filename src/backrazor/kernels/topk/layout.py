@@ -1,0 +1,50 @@
+"""What packing stores: five tensors whose shapes follow from (B, n, K) alone, so bytes are known before the step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 256
+
+
+class Stored(NamedTuple):
+    """The packed form of a (B, n) tensor; unused parts are empty.
+
+    values (B, K): float32, float16, bfloat16 or int8. scales (B, ceil(K / 256)) float16: int8 only. index uint8: "bitmap"
+    (B, ceil(n / 8)) or "tile" (B, K). counts (B, T) and full (B, ceil(T / 8)) uint8: "tile" only, T = ceil(n / 256).
+    """
+
+    values: Tensor
+    scales: Tensor
+    index: Tensor
+    counts: Tensor
+    full: Tensor
+
+
+def index_bytes(n: int, keep: int, index: str) -> int:
+    """Bytes a sample of n elements spends on the index of its K kept ones."""
+    if index == "none":
+        return 0
+    if index == "bitmap":
+        return -(-n // 8)
+    tiles = -(-n // TILE)
+    return keep + tiles + -(-tiles // 8)
+
+
+def allocate(batch: int, n: int, keep: int, values: torch.dtype, index: str, device: torch.device) -> Stored:
+    """Uninitialised tensors of the right shapes."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    tiles = -(-n // TILE)
+    return Stored(
+        values=new(batch, keep, dtype=values),
+        scales=new(batch, -(-keep // TILE), dtype=torch.float16) if values == torch.int8 else new(0, dtype=torch.float16),
+        index={"none": lambda: new(0), "bitmap": lambda: new(batch, -(-n // 8)), "tile": lambda: new(batch, keep)}[index](),
+        counts=new(batch, tiles) if index == "tile" else new(0),
+        full=new(batch, -(-tiles // 8)) if index == "tile" else new(0),
+    )

@@ -1,0 +1,115 @@
+"""Top-K packing in plain PyTorch: the definition that the fast versions must equal bit for bit.
+
+Of a sample's n elements the K of the largest magnitude are kept, ties by the lowest index. The order of magnitudes is that of the bits
+without the sign, so infinity and NaN come first and are never hidden. Values are stored in the order of their index.
+
+Shape legend: B samples, n elements a sample, K kept, T = ceil(n / 256) tiles, V = ceil(K / 256) value tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE = 256
+NON_FINITE, OVERFLOW = 1, 2  # status bits
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def magnitude_order(x: Tensor) -> Tensor:
+    """int64 keys, same shape: the bit patterns of |x|."""
+    bits = x.view(_BITS[x.dtype])
+    return (bits & torch.iinfo(bits.dtype).max).long()
+
+
+def kept_indices(x: Tensor, keep: int) -> Tensor:
+    """(B, n) -> (B, K) int64: indices of the kept elements, ascending."""
+    order = torch.sort(magnitude_order(x), dim=1, descending=True, stable=True).indices
+    return order[:, :keep].sort(dim=1).values
+
+
+def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
+    """(B, K) -> stored values (B, K), scales (B, V) float16 (empty but for int8), status bits.
+
+    int8: each run of 256 kept values shares a scale, its largest magnitude / 127 in float16; q = round(v / scale) to even.
+    """
+    status = 0 if bool(torch.isfinite(kept).all()) else NON_FINITE
+    if values != "int8":
+        stored = kept.to(getattr(torch, values))
+        if stored.element_size() == 2:
+            stored = stored.masked_fill(stored.isnan(), torch.nan)  # casts differ in the NaN they make: one form for all
+        if bool((torch.isinf(stored) & torch.isfinite(kept)).any()):
+            status |= OVERFLOW
+        return stored, kept.new_empty(0, dtype=torch.float16), status
+    batch, keep = kept.shape
+    tiles = -(-keep // TILE)
+    padded = torch.nn.functional.pad(kept.float(), (0, tiles * TILE - keep)).view(batch, tiles, TILE)
+    largest = padded.abs().amax(dim=2)
+    scales = (largest / 127).to(torch.float16)
+    scale = scales.float().unsqueeze(2)
+    if bool((torch.isfinite(largest) & ~torch.isfinite(scales)).any()):
+        status |= OVERFLOW
+    usable = torch.isfinite(scale) & (scale != 0)
+    inverse = torch.where(usable, 1 / scale, 0)
+    quantised = torch.where(torch.isfinite(scale), torch.round(padded * inverse), 0).clamp(-127, 127)
+    return quantised.to(torch.int8).view(batch, -1)[:, :keep].contiguous(), scales, status
+
+
+def decode_values(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``encode_values`` up to rounding: (B, K) of ``dtype``."""
+    if stored.dtype != torch.int8:
+        return stored.to(dtype)
+    spread = scales.float().repeat_interleave(TILE, dim=1)[:, : stored.shape[1]]
+    return (stored.float() * spread).to(dtype)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool (B, n) -> uint8 (B, ceil(n / 8)); element i is bit i % 8 of byte i // 8."""
+    batch, n = mask.shape
+    padded = torch.nn.functional.pad(mask, (0, -n % 8)).view(batch, -1, 8).to(torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(dim=2, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, n: int) -> Tensor:
+    """The inverse of ``pack_bits``: bool (B, n)."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(2) >> shifts) & 1).bool().flatten(1)[:, :n]
+
+
+def pack(x: Tensor, keep: int, values: str, index: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """(B, n) -> stored values (B, K), scales, index, counts, full, status bits.
+
+    index "none": nothing (K = n); "bitmap": (B, ceil(n / 8)) uint8; "tile": offsets in their 256-element tile (B, K) uint8, counts (B, T) uint8 and,
+    since a count of 256 does not fit, one bit a tile that says "full" (B, ceil(T / 8)) uint8.
+    """
+    batch, n = x.shape
+    empty = x.new_empty(0, dtype=torch.uint8)
+    at = kept_indices(x, keep)
+    stored, scales, status = encode_values(x.gather(1, at), values)
+    if index == "none":
+        return stored, scales, empty, empty, empty, status
+    if index == "bitmap":
+        mask = torch.zeros(batch, n, dtype=torch.bool, device=x.device).scatter_(1, at, True)
+        return stored, scales, pack_bits(mask), empty, empty, status
+    tiles = -(-n // TILE)
+    counts = torch.zeros(batch, tiles, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(1, at // TILE, torch.ones_like(at))
+    return stored, scales, (at % TILE).to(torch.uint8), counts.to(torch.uint8), pack_bits(counts == TILE), status
+
+
+def unpack(
+    stored: Tensor, scales: Tensor, index: Tensor, counts: Tensor, full: Tensor, n: int, index_kind: str, dtype: torch.dtype
+) -> Tensor:
+    """The dense (B, n) of ``dtype``: kept values at their places, zero elsewhere."""
+    values = decode_values(stored, scales, dtype)
+    if index_kind == "none":
+        return values
+    batch, keep = stored.shape
+    if index_kind == "bitmap":
+        return values.new_zeros(batch, n).masked_scatter_(unpack_bits(index, n), values)
+    sizes = counts.long() + TILE * unpack_bits(full, counts.shape[1]).long()
+    ends = sizes.cumsum(1)
+    position = torch.arange(keep, device=stored.device).expand(batch, keep).contiguous()
+    tile = torch.searchsorted(ends, position, right=True)
+    return values.new_zeros(batch, n).scatter_(1, tile * TILE + index.long(), values)

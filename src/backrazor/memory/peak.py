@@ -1,0 +1,236 @@
+"""The measured peak of a training step, and its time, in fresh processes.
+
+On the CPU the peak is the process's high-water mark during one step less its resident set just before, after full warm-up steps, with weights, gradients and
+optimizer state in place. glibc is told to return freed blocks at once (MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=65536, one arena): otherwise the
+high-water mark would include blocks that the allocator kept for later. That setting makes every large tensor pay page faults, so time is taken in processes
+of their own under the default allocator. On CUDA the peak is ``torch.cuda.max_memory_allocated`` less what was allocated before the step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_STABLE_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "0"}
+WARM_UP_STEPS = 2
+
+
+class Step(NamedTuple):
+    """A training step: ``forward`` takes nothing and returns the scalar loss of ``model``; ``optimizer`` may be None."""
+
+    model: nn.Module
+    forward: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Samples of one configuration; the properties are medians. Bytes and seconds.
+
+    peak_samples: above what is resident. process_samples: the whole process (CPU) or device allocator (CUDA). time_samples: (forward, backward,
+    optimizer) seconds of each timed step.
+    """
+
+    peak_samples: tuple[int, ...] = ()
+    process_samples: tuple[int, ...] = ()
+    time_samples: tuple[tuple[float, float, float], ...] = field(default=())
+
+    @property
+    def peak_bytes(self) -> int:
+        return round(statistics.median(self.peak_samples))
+
+    @property
+    def process_peak_bytes(self) -> int:
+        return round(statistics.median(self.process_samples))
+
+    @property
+    def step_samples(self) -> tuple[float, ...]:
+        return tuple(sum(sample) for sample in self.time_samples)
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.step_samples)
+
+    @property
+    def forward_seconds(self) -> float:
+        return statistics.median(sample[0] for sample in self.time_samples)
+
+    @property
+    def backward_seconds(self) -> float:
+        return statistics.median(sample[1] for sample in self.time_samples)
+
+    @property
+    def optimizer_seconds(self) -> float:
+        return statistics.median(sample[2] for sample in self.time_samples)
+
+
+def measure_step(
+    factory: Callable[[], Step], repeats: int = 3, steps: int = 5, what: tuple[str, ...] = ("peak", "time"), threads: int | None = None
+) -> Measurement:
+    """Measure the training step that ``factory`` builds: ``repeats`` fresh processes for the peak and as many, of ``steps`` steps each, for the time.
+
+    ``factory`` must be picklable (a module-level function, or ``functools.partial`` of one) and is called in the fresh process.
+
+    Raises:
+        RuntimeError: the step failed in its process; the message carries its traceback.
+    """
+    return measure_steps({"": factory}, repeats, steps, what, threads)[""]
+
+
+def measure_steps(
+    factories: Mapping[str, Callable[[], Step]],
+    repeats: int = 3,
+    steps: int = 5,
+    what: tuple[str, ...] = ("peak", "time"),
+    threads: int | None = None,
+) -> dict[str, Measurement]:
+    """``measure_step`` for several configurations in turn, A B C A B C ..., so that a drifting machine does not favour one of them."""
+    unknown = set(what) - {"peak", "time"}
+    if unknown or repeats < 1 or steps < 1:
+        raise ValueError(f"what={what!r}, repeats={repeats}, steps={steps}: use 'peak' and 'time', and at least one repeat and step")
+    threads = torch.get_num_threads() if threads is None else threads
+    peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in factories}
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in factories}
+    for _ in range(repeats):
+        for name, factory in factories.items():
+            if "peak" in what:
+                peaks[name].append(in_fresh_process(_peak_of, factory, threads, stable_malloc=True))
+            if "time" in what:
+                times[name].extend(in_fresh_process(_times_of, factory, threads, steps))
+    return {
+        name: Measurement(tuple(p for p, _ in peaks[name]), tuple(w for _, w in peaks[name]), tuple(times[name])) for name in factories
+    }
+
+
+def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False):
+    """``function(*arguments)`` in a new interpreter; with ``stable_malloc`` freed memory returns to the system at once (glibc)."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=False)
+    before = {name: os.environ.get(name) for name in _STABLE_MALLOC}
+    try:
+        if stable_malloc:
+            os.environ.update(_STABLE_MALLOC)  # read by the allocator when the new process starts
+        process.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    sender.close()
+    try:
+        succeeded, answer = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the measuring process died with exit code {process.exitcode}; out of memory if it is -9") from None
+    finally:
+        receiver.close()
+    process.join()
+    if not succeeded:
+        raise RuntimeError(f"the measured step failed in its process:\n{answer}")
+    return answer
+
+
+def _answer(sender: Connection, function: Callable, arguments: tuple) -> None:
+    try:
+        sender.send((True, function(*arguments)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+
+
+def _device_of(step: Step) -> torch.device:
+    return next((parameter.device for parameter in step.model.parameters()), torch.device("cpu"))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _run(step: Step, device: torch.device) -> tuple[float, float, float]:
+    """One step, gradients kept allocated; seconds of forward, backward and optimizer."""
+    _synchronize(device)
+    marks = [time.perf_counter()]
+    loss = step.forward()
+    _synchronize(device)
+    marks.append(time.perf_counter())
+    loss.backward()
+    del loss
+    _synchronize(device)
+    marks.append(time.perf_counter())
+    if step.optimizer is not None:
+        step.optimizer.step()
+    step.model.zero_grad(set_to_none=False)
+    _synchronize(device)
+    marks.append(time.perf_counter())
+    return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
+
+
+def _times_of(factory: Callable[[], Step], threads: int, steps: int) -> list[tuple[float, float, float]]:
+    torch.set_num_threads(threads)
+    step = factory()
+    device = _device_of(step)
+    for _ in range(WARM_UP_STEPS):
+        _run(step, device)
+    return [_run(step, device) for _ in range(steps)]
+
+
+def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, int]:
+    torch.set_num_threads(threads)
+    step = factory()
+    device = _device_of(step)
+    for _ in range(WARM_UP_STEPS):
+        _run(step, device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        resident = torch.cuda.memory_allocated(device)
+        _run(step, device)
+        whole = torch.cuda.max_memory_allocated(device)
+        return whole - resident, whole
+    resident = reset_high_water_mark()
+    _run(step, device)
+    whole = high_water_mark()
+    return whole - resident, whole
+
+
+def resident_bytes() -> int:
+    """The resident set of this process (Linux)."""
+    return _status("VmRSS")
+
+
+def high_water_mark() -> int:
+    """The largest resident set since ``reset_high_water_mark`` (Linux)."""
+    return _status("VmHWM")
+
+
+def reset_high_water_mark() -> int:
+    """Give free memory back, set the high-water mark to the current resident set and return that.
+
+    Raises:
+        OSError: not Linux, or the kernel refuses to reset the mark.
+    """
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"peak memory on the CPU is read from Linux's /proc, which {sys.platform} lacks: measure on Linux or on CUDA")
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes()
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

@@ -1,0 +1,128 @@
+"""Memory predicted from shapes: the step runs on fake tensors, which have shapes and storages but no data, and never touches a kernel."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .ledger import LedgerRow, ledger
+from .official import official_formula
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """saved_bytes: held by autograd at the end of forward. peak_bytes: highest during forward and backward above weights, gradients, optimizer state and
+    the input batch. rows: as the ledger's. The official formula knows a peak only and gives no saved bytes (None)."""
+
+    saved_bytes: int | None
+    peak_bytes: int
+    rows: tuple[LedgerRow, ...]
+
+
+def predict(
+    model: nn.Module,
+    input_size: tuple[int, ...] = (3, 224, 224),
+    batch_size: int = 1,
+    rule: str = "exact",
+    loss_fn: Callable[[Tensor], Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+) -> Prediction:
+    """Predict the memory of a training step of ``model``, razored or not, on an input of (batch_size, *input_size) float32.
+
+    No activation is allocated and the model is not changed. ``loss_fn`` maps the model's output to a scalar; by default cross-entropy for logits (B,
+    classes), the mean otherwise. ``autocast`` gives the type of an autocast region around the forward.
+
+    Args:
+        rule: "exact", our own, equal to the ledger to the byte; or "official", the formula of the paper's released code, which is kept for comparison only.
+
+    Raises:
+        ValueError: the rule is unknown, or the official formula does not cover this kind of model.
+    """
+    if rule == "official":
+        result = official_formula(model, input_size=input_size, batch_size=batch_size)
+        return Prediction(None, result.total_bytes, ())
+    if rule != "exact":
+        raise ValueError(f"rule={rule!r} is not known: use 'exact' or 'official'")
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        state = {name: _fake(fake, tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        for tensor in state.values():
+            if tensor.requires_grad:
+                tensor.grad = torch.zeros_like(tensor)
+        device = next(iter(state.values())).device if state else torch.device("cpu")
+        batch = torch.empty(batch_size, *input_size, device=device)
+        shell = _Shell(model, state)
+        with ledger(shell) as book, _Allocations() as allocations:
+            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                output = torch.func.functional_call(model, state, (batch,))
+            loss = (loss_fn or _default_loss)(output)
+            del output
+            rows = tuple(book.rows)
+            if loss.requires_grad:
+                loss.backward()
+    return Prediction(sum(row.bytes for row in rows), allocations.peak, rows)
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    return mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+class _Shell(nn.Module):
+    """What the ledger needs to see: the model's modules, and the fake state in place of its parameters."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._names = list(model.named_modules())
+        self._state = state
+
+    def named_modules(self, *_args: object, **_kwargs: object):
+        return iter(self._names)
+
+    def parameters(self, recurse: bool = True):
+        return iter(self._state.values())
+
+    def buffers(self, recurse: bool = True):
+        return iter(())
+
+
+def _default_loss(output: Tensor) -> Tensor:
+    if output.dim() == 2:
+        return F.cross_entropy(output, torch.zeros(output.shape[0], dtype=torch.long, device=output.device))
+    return output.float().mean()
+
+
+class _Allocations(TorchDispatchMode):
+    """Live bytes of the storages that operators make while the mode is on, and their highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self._known:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

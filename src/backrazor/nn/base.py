@@ -1,0 +1,69 @@
+"""What every drop-in has: the resolved rules of its layer, a flag for bad numbers, and the class it came from.
+
+A drop-in is a subclass of the layer it replaces, put in place by changing the object's class. Parameters, buffers, hooks, mode, names and every reference
+to the module stay as they are; the way back is the same assignment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..codecs import Pruned
+from ..codecs.normalised import NormCodec
+
+FLAG = "_backrazor_flag"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRules:
+    """The configuration as one layer sees it."""
+
+    pruned: Pruned
+    norm: NormCodec
+    activation: str
+
+
+class DropIn(nn.Module):
+    """Mixin of the drop-ins. ``razor`` holds the layer's rules."""
+
+    razor: LayerRules
+    packs: ClassVar[bool] = True  # whether it has a flag for non-finite values and overflow
+
+    @classmethod
+    def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
+        """Why this module cannot be replaced, or None."""
+        return None
+
+    @classmethod
+    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
+        """What the layer keeps for backward, in words for the report."""
+        pruned = rules.pruned
+        if pruned.sparsity == 0:
+            return f"input, all of it, {pruned.values}"
+        return f"input at sparsity {pruned.sparsity:g}, {pruned.values}, index {pruned.index}"
+
+    @property
+    def _flag(self) -> Tensor:
+        return self._buffers[FLAG]
+
+
+def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules) -> None:
+    """Turn ``module`` into the drop-in ``cls``."""
+    module.razor = rules
+    module._backrazor_original = type(module)
+    if cls.packs:
+        device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        module.register_buffer(FLAG, torch.zeros(1, dtype=torch.int32, device=device), persistent=False)
+    module.__class__ = cls
+
+
+def detach(module: nn.Module) -> None:
+    """Turn a drop-in back into what it was."""
+    module.__class__ = module._backrazor_original
+    del module._backrazor_original, module.razor
+    if FLAG in module._buffers:
+        delattr(module, FLAG)

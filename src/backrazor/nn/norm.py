@@ -1,0 +1,58 @@
+"""Drop-in for BatchNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .base import DropIn, LayerRules
+
+_WORDS = {
+    "dense": "input, dense (norm=dense)",
+    "pruned": "input, pruned",
+    "bfloat16": "input in bfloat16",
+    "int8": "normalised input in int8",
+    "int4": "normalised input in int4",
+}
+
+
+def norm_words(rules: LayerRules) -> str:
+    """What a normalisation layer keeps under these rules, in words."""
+    return _WORDS[rules.norm.kind]
+
+
+def batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """``module``'s own forward on x, with the bookkeeping of ``torch.nn.BatchNorm2d``, through the pruned operator."""
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:
+            momentum = 1.0 / float(module.num_batches_tracked)
+    no_statistics = module.running_mean is None and module.running_var is None
+    use_batch = module.training or no_statistics
+    tracked = not module.training or module.track_running_stats
+    mean, variance = (module.running_mean, module.running_var) if tracked else (None, None)
+    return functional.batch_norm(
+        x, mean, variance, module.weight, module.bias, use_batch, momentum, module.eps, module.razor.norm, module._flag
+    )
+
+
+class _RazorBatchNorm(DropIn):
+    @classmethod
+    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
+        return f"on running statistics nothing, else {norm_words(rules)}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if self.training and input.dim() > 1 and input.numel() == input.shape[1]:
+            return torch.nn.functional.batch_norm(input, None, None, training=True)  # raises PyTorch's own error: one value a channel
+        return batch_norm(self, input)
+
+
+class RazorBatchNorm1d(_RazorBatchNorm, nn.BatchNorm1d):
+    """BatchNorm1d: nothing kept on running statistics, the input by the norm rule otherwise."""
+
+
+class RazorBatchNorm2d(_RazorBatchNorm, nn.BatchNorm2d):
+    """BatchNorm2d: nothing kept on running statistics, the input by the norm rule otherwise."""

@@ -1,0 +1,46 @@
+"""Drop-ins for pooling."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from .. import functional
+from .base import DropIn, LayerRules
+
+
+class RazorMaxPool2d(DropIn, nn.MaxPool2d):
+    """MaxPool2d that keeps the place in the window, 8 bits an output element."""
+
+    packs = False
+
+    @classmethod
+    def refusal(cls, module: nn.MaxPool2d, rules: LayerRules) -> str | None:
+        height, width = _pair(module.kernel_size)
+        if height * width > 256:
+            return "a window of more than 256 elements does not fit an 8-bit index"
+        if module.return_indices:
+            return "return_indices=True hands out the wide index"
+        return None
+
+    @classmethod
+    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
+        return "8-bit window index"
+
+    def forward(self, input: Tensor) -> Tensor:
+        stride = self.kernel_size if self.stride is None else self.stride
+        settings = (_pair(self.kernel_size), _pair(stride), _pair(self.padding), _pair(self.dilation))
+        return functional.max_pool2d(input, *settings, self.ceil_mode)
+
+
+class RazorAdaptiveAvgPool2d(DropIn, nn.AdaptiveAvgPool2d):
+    """AdaptiveAvgPool2d that keeps a shape."""
+
+    packs = False
+
+    @classmethod
+    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
+        return "a shape"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d(input, self.output_size)
