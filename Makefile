@@ -1,0 +1,46 @@
+# `make` alone prints what there is.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := outputs/demo
+DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint tensorboard clean
+
+help: ## Print this list
+	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## Fine-tune a pretrained network on digits four ways and print the table
+	$(RUN) train.py -m experiment=$(DEMO_ROWS) trainer.resume=never
+	$(RUN) scripts/measure_runs.py $(DEMO)
+	$(RUN) scripts/make_tables.py $(DEMO) --expect demo
+
+test: $(VENV)/.installed-dev ## Run the test suite
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed-dev ## Check style
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+tensorboard: $(VENV)/.installed ## Show the runs below outputs/ in the browser
+	$(VENV)/bin/tensorboard --logdir outputs
+
+clean: ## Remove .venv, caches and build folders; runs in outputs/ stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

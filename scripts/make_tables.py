@@ -1,0 +1,55 @@
+"""Make the table and figure of a folder of runs from its records.
+
+python scripts/make_tables.py outputs/demo --expect demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from transfer.errors import UserError
+from transfer.tables import accuracy_against_peak, load_runs, summarise, to_terminal, write_tables
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
+
+
+def expected_rows(table: str | None) -> list[str]:
+    """Return the experiments of one table, ``configs/experiment/<table>/*.yaml``.
+
+    Raises:
+        UserError: there is no such table.
+    """
+    if table is None:
+        return []
+    names = sorted(f"{table}/{file.stem}" for file in (EXPERIMENTS / table).glob("*.yaml"))
+    if not names:
+        known = sorted(folder.name for folder in EXPERIMENTS.iterdir() if folder.is_dir())
+        raise UserError.value("--expect", table, "|".join(known))
+    return names
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of runs; every record.json below it is read")
+    parser.add_argument("--expect", metavar="TABLE", help="show a row for each file in configs/experiment/TABLE")
+    parser.add_argument("--out", type=Path, help="where the files go; default FOLDER/tables")
+    options = parser.parse_args(arguments)
+    try:
+        runs = load_runs(options.folder)
+        summary = summarise(runs, expected_rows(options.expect))
+    except UserError as error:
+        print(f"make_tables.py: {error}", file=sys.stderr)
+        return 2
+    out = options.out or options.folder / "tables"
+    written = write_tables(summary, runs, out)
+    figure = accuracy_against_peak(summary, out / "accuracy_against_peak.png")
+    print(to_terminal(summary))
+    print(f"\nWritten: {', '.join(str(path) for path in [*written, figure] if path)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Measure the step of several finished runs in turn, and write peak and time into their records.
+
+Every figure comes from a fresh process; the runs take turns, so that a slow minute of the machine meets all of them.
+
+    python scripts/measure_runs.py outputs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import backrazor as br
+from transfer.errors import UserError
+from transfer.records import circumstances, find_records, read_record, write_record
+from transfer.tables.collect import row_label
+from transfer.training.costs import StepFactory, measured_columns, step_shape
+
+
+def measure(paths: list[Path], repeats: int | None, steps: int | None) -> None:
+    """Measure the records at ``paths`` (same batch and image size) and write the columns into each."""
+    records = {path: read_record(path) for path in paths}
+    configs = {path: record["config"] for path, record in records.items()}
+    shapes = {step_shape(config) for config in configs.values()}
+    if len(shapes) > 1:
+        raise UserError(
+            f"the runs state different measured steps (batch, pixels): {sorted(shapes)}; set "
+            "trainer.measure.batch_size and trainer.measure.image_size alike, or give fewer runs"
+        )
+    batch, size = shapes.pop()
+    factories = {
+        str(path): StepFactory(config, records[path]["classes"], batch, size) for path, config in configs.items()
+    }
+    first = next(iter(configs.values()))["trainer"]["measure"]
+    results = br.memory.measure_steps(factories, repeats=repeats or first["repeats"], steps=steps or first["steps"])
+    for path, record in records.items():
+        record["memory"] |= measured_columns(results[str(path)], rows=len(paths))
+        before = record["circumstances"]
+        record["memory"]["circumstances"] = circumstances(before["device"], before["threads"])
+        write_record(path, record)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of runs; every record.json below it is measured")
+    parser.add_argument("--repeats", type=int, help="fresh processes a figure; default as configured")
+    parser.add_argument("--steps", type=int, help="timed steps a process; default as configured")
+    options = parser.parse_args(arguments)
+    try:
+        paths = one_seed_each(find_records(options.folder))
+        print(
+            f"measuring {len(paths)} rows in turn: "
+            + "; ".join(row_label(read_record(path)["config"]) for path in paths),
+            file=sys.stderr,
+        )
+        measure(paths, options.repeats, options.steps)
+    except UserError as error:
+        print(f"measure_runs.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def one_seed_each(paths: list[Path]) -> list[Path]:
+    """Return the lowest seed's record of each configuration: memory and time do not depend on the seed."""
+    chosen: dict[Path, Path] = {}
+    for path in sorted(paths, key=lambda path: read_record(path)["seed"]):
+        chosen.setdefault(path.parent.parent, path)
+    return list(chosen.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

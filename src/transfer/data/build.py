@@ -1,0 +1,87 @@
+"""From the ``data`` section of a configuration to three data sets of uint8 tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from transfer.data.registry import DATASETS
+from transfer.data.spec import LabelledImages
+from transfer.data.splits import stratified_holdout
+from transfer.data.transforms import TwoPartTransform, eval_transform, train_transform
+from transfer.errors import UserError
+
+
+class TensorImages(Dataset):
+    """Images as uint8 tensors (3, S, S) with their class.
+
+    Args:
+        source: the images.
+        transform: to the network's size.
+        cache: keep the fixed part's result of each image once it was asked for (3*S*S bytes an image).
+    """
+
+    def __init__(self, source: LabelledImages, transform: TwoPartTransform, cache: bool) -> None:
+        self.source = source
+        self.transform = transform
+        self.cached: dict[int, Tensor] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.cached is not None and index in self.cached:
+            image = self.cached[index]
+        else:
+            image = self.transform.fixed(self.source.images[index])
+            if self.cached is not None:
+                self.cached[index] = image
+        return self.transform.random(image), self.source.labels[index]
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, (N,) int64."""
+        return torch.tensor(self.source.labels)
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """The three splits, ready to be batched, and the names of the classes."""
+
+    train: TensorImages
+    val: TensorImages
+    test: TensorImages
+    class_names: tuple[str, ...]
+    note: str
+
+
+def build_data(data: Mapping[str, Any], paths: Mapping[str, Any]) -> DataBundle:
+    """Load the data set that ``data.name`` names.
+
+    Raises:
+        UserError: the data set is unknown, missing or damaged, or a class or split comes out empty.
+    """
+    name = data["name"]
+    if name not in DATASETS:
+        raise UserError.value("data.name", name, "|".join(sorted(DATASETS)))
+    splits = DATASETS[name].load(data, paths)
+    train, val, note = splits.train, splits.val, splits.note
+    if data["protocol"] == "official":
+        train, val = train + val, splits.test
+        note += "; official protocol: validation images train, the best epoch is selected on test"
+    if data["train_fraction"] < 1:
+        _, used = stratified_holdout(train.labels, data["train_fraction"], data["split_seed"], "data.train_fraction")
+        train = train.select(used)
+    final = eval_transform(data)
+    return DataBundle(
+        train=TensorImages(train, train_transform(data), data["cache"]),
+        val=TensorImages(val, final, data["cache"]),
+        test=TensorImages(splits.test, final, data["cache"]),
+        class_names=splits.class_names,
+        note=note,
+    )

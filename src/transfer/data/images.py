@@ -1,0 +1,81 @@
+"""Reading image files: every mode becomes RGB, a broken file becomes a one-line error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from transfer.errors import UserError
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+MIN_SIDE = 8  # pixels; smaller than the smallest data set here, so most likely a stray icon
+CHECK_LIMIT = 20_000  # files that are decoded once before a run; a larger set is checked as it is read
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return ``image`` as 8-bit RGB: transparency over white, 16-bit grey scaled, EXIF rotation applied."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode one file.
+
+    Raises:
+        UserError: the file is missing, damaged, no image, larger than Pillow's safety limit, or below ``MIN_SIDE``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if min(image.size) < MIN_SIDE:
+                    raise UserError(
+                        f"{path} is too small: {image.size[0]}x{image.size[1]} pixels, at least "
+                        f"{MIN_SIDE}x{MIN_SIDE} is needed; remove or replace it"
+                    )
+                return to_rgb(image)
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it") from error
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files, decoded when asked for."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return read_image(self.paths[index])
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Decode every file once, so that a damaged one stops the run before it begins.
+
+    Raises:
+        UserError: as ``read_image``, for the first damaged file in order.
+    """
+    if len(paths) > CHECK_LIMIT:
+        return
+
+    def size(path: Path) -> tuple[int, int]:
+        return read_image(path).size
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(size, paths):
+            pass

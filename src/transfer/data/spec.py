@@ -1,0 +1,102 @@
+"""What a data set is to the laboratory.
+
+To add one: write a loader ``load(settings) -> Splits`` and give it a row in ``transfer.data.registry.DATASETS`` and a
+file in ``configs/data/``. Everything else (transforms, caching, protocol, fractions, errors) is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+
+class ImageSource(Protocol):
+    """A sequence of RGB images. Reading one may raise ``UserError`` that names the file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images and their classes.
+
+    Args:
+        images: the images, decoded when asked for.
+        labels: class of each, an index into ``Splits.class_names``.
+    """
+
+    images: ImageSource
+    labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.images) == len(self.labels), (len(self.images), len(self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Sequence[int]) -> LabelledImages:
+        """Return the images at ``indices``, in that order."""
+        source, chosen = self.images, tuple(indices)
+        if isinstance(source, _Selected):
+            source, chosen = source.source, tuple(source.indices[i] for i in indices)
+        return LabelledImages(_Selected(source, chosen), tuple(self.labels[i] for i in indices))
+
+    def __add__(self, other: LabelledImages) -> LabelledImages:
+        return LabelledImages(_Joined(self.images, other.images), self.labels + other.labels)
+
+
+@dataclass(frozen=True)
+class _Selected:
+    source: ImageSource
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.source[self.indices[index]]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    first: ImageSource
+    second: ImageSource
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set in three disjoint parts.
+
+    Args:
+        class_names: the classes; a label is an index into them.
+        note: how the splits came about, for the log.
+    """
+
+    train: LabelledImages
+    val: LabelledImages
+    test: LabelledImages
+    class_names: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set.
+
+    Args:
+        load: makes the splits from the ``data`` and ``paths`` sections of the configuration. It downloads nothing;
+            where files are missing it raises ``UserError`` with the command that brings them.
+    """
+
+    load: Callable[[Mapping[str, Any], Mapping[str, Any]], Splits]

@@ -1,0 +1,25 @@
+"""The one exception that a wrong input ends in."""
+
+
+class UserError(ValueError):
+    """A wrong setting, file or data set. Its text is one line: the key, the value, what is allowed, what to do.
+
+    ``train.py`` and the scripts print it without a traceback and exit with code 2.
+    """
+
+    @classmethod
+    def value(cls, key: str, value: object, allowed: str, advice: str = "") -> "UserError":
+        """Build the usual line, ``key=value is not allowed: allowed; advice``."""
+        tail = f"; {advice}" if advice else ""
+        return cls(f"{key}={value} is not allowed: {allowed}{tail}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of ``error`` as a single line.
+
+    A data worker process hands its exception over with the traceback inside the text; the last line is the message.
+    """
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(text.split())

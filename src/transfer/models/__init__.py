@@ -1,0 +1,5 @@
+"""Plain networks with their pretrained weights. Nothing here knows ``backrazor`` or Hydra."""
+
+from transfer.models.build import Backbone, build_backbone
+
+__all__ = ["Backbone", "build_backbone"]

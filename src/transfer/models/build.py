@@ -1,0 +1,99 @@
+"""From the ``model`` section of a configuration to a plain network."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from transfer.errors import UserError
+from transfer.models.weights import find_weights, load_weights
+from transfer.models.zoo import BACKBONES, find_spec
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network and what one has to know to use it.
+
+    Args:
+        model: (N, 3, S, S) float -> (N, classes) logits.
+        head: name of the classifier inside ``model``.
+        mean, std: normalisation of its input, for values in [0, 1].
+        stages: names of the modules that checkpointing may wrap: the stages, and the blocks of each.
+        weights: the file that the weights came from, None where they are random.
+    """
+
+    model: nn.Module
+    head: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    stages: dict[str, tuple[str, ...]]
+    weights: Path | None
+
+
+def build_backbone(config: Mapping[str, Any], num_classes: int, pretrain: str | Path) -> Backbone:
+    """Build the network that ``config["name"]`` names, with its weights and a new head of ``num_classes``.
+
+    Raises:
+        UserError: unknown name, weights missing or unfit, or a network that is no classifier.
+    """
+    name = config["name"]
+    spec = find_spec(name)
+    if spec is None:
+        close = difflib.get_close_matches(name, sorted({*BACKBONES, *timm.list_models()}), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError.value("model.name", name, f"{'|'.join(BACKBONES)} or any name of timm.list_models(){hint}")
+    file = find_weights(name, spec, config["weights"], Path(pretrain)) if config["pretrained"] else None
+    try:
+        model = spec.build(num_classes, config["drop_rate"])
+        head = _head_name(model)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"model.name={name} cannot be built as a classifier with model.drop_rate={config['drop_rate']}: {error}"
+        ) from error
+    if file is not None:
+        load_weights(model, file, head)
+    return Backbone(model, head, spec.mean, spec.std, find_stages(model), file)
+
+
+def _head_name(model: nn.Module) -> str:
+    classifier = model.get_classifier()
+    for name, module in model.named_modules():
+        if module is classifier:
+            return name
+    raise AttributeError("its classifier is not a module of it")
+
+
+def find_stages(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the names of the network's stages and of the blocks in each.
+
+    For the layouts that timm's networks follow: ``layer1`` to ``layer4`` (ResNet), or ``blocks``, ``stages`` or
+    ``layers`` that hold stages of blocks (EfficientNet, ConvNeXt, Swin) or blocks alone (transformers, where every
+    block is a stage of its own, since all run at one resolution). Empty where the layout is another.
+    """
+    if all(hasattr(model, f"layer{i}") for i in range(1, 5)):
+        stages = {f"layer{i}": getattr(model, f"layer{i}") for i in range(1, 5)}
+        return {name: _children(stage, name) for name, stage in stages.items()}
+    for attribute in ("blocks", "stages", "layers"):
+        container = getattr(model, attribute, None)
+        if isinstance(container, nn.Sequential | nn.ModuleList) and len(container):
+            return {f"{attribute}.{n}": _blocks(child, f"{attribute}.{n}") for n, child in container.named_children()}
+    return {}
+
+
+def _children(module: nn.Module, prefix: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{name}" for name, _ in module.named_children())
+
+
+def _blocks(stage: nn.Module, name: str) -> tuple[str, ...]:
+    if isinstance(stage, nn.Sequential):
+        return _children(stage, name)
+    blocks = getattr(stage, "blocks", None)
+    if isinstance(blocks, nn.Sequential):
+        return _children(blocks, f"{name}.blocks")
+    return (name,)

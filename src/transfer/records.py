@@ -1,0 +1,120 @@
+"""One json record a run: configuration, circumstances, accuracies, memory columns, times.
+
+Tables and figures are made from these records alone. No torch here, so that tables need none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transfer.errors import UserError
+
+SCHEMA = 1
+PACKAGES = ("torch", "torchvision", "timm", "numba", "numpy", "hydra-core", "backrazor")
+# What a run's result does not depend on: the seed has a folder of its own.
+NOT_HASHED = ("seed", "paths", "trainer.resume", "trainer.progress", "trainer.workers", "trainer.measure")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return ten hex digits that two configurations share only if they describe the same run but for the seed."""
+    kept: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    for path in NOT_HASHED:
+        section, _, key = path.partition(".")
+        if key:
+            kept[section].pop(key, None)
+        else:
+            kept.pop(section, None)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def run_directory(config: Mapping[str, Any], experiment: str | None) -> Path:
+    """Return ``outputs/<experiment, or model-data>/<method>-<razor>-<sparsity>/<hash>/<seed>``; makes nothing."""
+    top = experiment or f"{config['model']['name']}-{config['data']['name']}"
+    row = f"{config['method']['name']}-{config['razor']['name']}-{config['razor']['sparsity']:g}"
+    return Path(config["paths"]["outputs"]) / top / row / config_hash(config) / str(config["seed"])
+
+
+def circumstances(device: str, threads: int) -> dict[str, Any]:
+    """Return what a figure of this run depends on besides its configuration."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with a plus sign where files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write ``record`` as json: whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one record.
+
+    Raises:
+        UserError: the file is no record of this schema.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a record ({error}): remove it and run its row again") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UserError(f"{path} is no record of schema {SCHEMA}: remove it and run its row again")
+    return record
+
+
+def find_records(folder: Path) -> list[Path]:
+    """Return every record.json below ``folder``, sorted.
+
+    Raises:
+        UserError: the folder does not exist or holds none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give a folder of runs, such as outputs/demo")
+    found = sorted(folder.rglob("record.json"))
+    if not found:
+        raise UserError(f"{folder} holds no record.json: run `python train.py` first")
+    return found

@@ -1,0 +1,286 @@
+"""Every configuration key of the laboratory: its type, unit, allowed values and meaning.
+
+One table serves three ends: ``validate`` checks a composed configuration against it, ``help_text`` prints it, and a
+test compares it with the files in ``configs/``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transfer.errors import UserError
+
+MIN_IMAGE_SIZE = 32  # every backbone here reduces its input by 32
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key.
+
+    Args:
+        path: dotted name, as written on the command line.
+        kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
+        help: meaning and unit.
+        choices: the allowed strings; empty for any.
+        low, high: allowed range of a number; ``open_low``/``open_high`` leave the end itself out.
+        optional: whether ``null`` is allowed.
+    """
+
+    path: str
+    kind: type
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    optional: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """What the key takes, in words."""
+        if self.choices:
+            text = "|".join(self.choices)
+        elif self.kind is bool:
+            text = "true|false"
+        elif self.kind is str:
+            text = "a text"
+        else:
+            text = "a whole number" if self.kind is int else "a number"
+            if self.low is not None and self.high is not None:
+                text += (
+                    f" in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+                )
+            elif self.low is not None:
+                text += f" {'above' if self.open_low else 'from'} {self.low:g}"
+        return text + (" or null" if self.optional else "")
+
+    def check(self, value: Any) -> None:
+        """Raise ``UserError`` where ``value`` is not allowed."""
+        if not self._accepts(value):
+            shown = "null" if value is None else value
+            raise UserError.value(self.path, shown, f"{self.allowed} ({self.help})")
+
+    def _accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.kind:
+            return False
+        if self.choices:
+            return value in self.choices
+        if self.kind not in (int, float):
+            return True
+        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
+        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
+        return math.isfinite(value) and above and below
+
+
+RAZOR_PRESETS = ("none", "paper", "compact", "int8")
+METHODS = ("full", "last", "norm_last", "bias")
+CHECKPOINTING = ("none", "block", "stage")
+
+KEYS: tuple[Key, ...] = (
+    Key("seed", int, "seed of weights, order and augmentation", low=0, high=2**31),
+    Key("model.name", str, "backbone; with model=timm the name of any timm classifier, with its pretrained tag"),
+    Key("model.pretrained", bool, "start from pretrained weights"),
+    Key(
+        "model.weights", str, "weights file; null looks in the package, paths.pretrain, the hub's cache", optional=True
+    ),
+    Key("model.drop_rate", float, "dropout before the head, probability", low=0, high=1, open_high=True),
+    Key("data.name", str, "data set"),
+    Key("data.root", str, "folder that holds the images; null is paths.data/<name>", optional=True),
+    Key("data.image_size", int, "side of the square input, pixels", low=MIN_IMAGE_SIZE, high=1024),
+    Key("data.train_fraction", float, "share of the training split that is used", low=0, high=1, open_low=True),
+    Key("data.val_fraction", float, "share for validation where none is given", low=0, high=0.5, open_low=True),
+    Key("data.test_fraction", float, "share for test where none is given", low=0, high=0.9, open_low=True),
+    Key("data.split_seed", int, "seed of the splits that are drawn here", low=0, high=2**31),
+    Key(
+        "data.protocol",
+        str,
+        "validation: select on held-out images; official: select on test",
+        ("validation", "official"),
+    ),
+    Key(
+        "data.train_transform", str, "how a training image is brought to size", ("plain", "random_crop", "resize_crop")
+    ),
+    Key("data.crop_scale_min", float, "smallest area of random_crop, share of the image", low=0, high=1, open_low=True),
+    Key("data.flip", bool, "mirror half of the training images"),
+    Key("data.color_jitter", float, "brightness, contrast and saturation jitter, share", low=0, high=1),
+    Key("data.hue_jitter", float, "hue jitter, share of the colour circle", low=0, high=0.5),
+    Key("data.cache", bool, "keep decoded images in memory (uint8)"),
+    Key("razor.name", str, "preset", RAZOR_PRESETS),
+    Key("razor.sparsity", float, "share of each saved activation that is pruned", low=0, high=1, open_high=True),
+    Key(
+        "razor.head_sparsity",
+        float,
+        "the same for the head; null is razor.sparsity",
+        low=0,
+        high=1,
+        open_high=True,
+        optional=True,
+    ),
+    Key(
+        "razor.values",
+        str,
+        "type of kept values; null is the preset's",
+        ("float32", "float16", "bfloat16", "int8", "paper"),
+        optional=True,
+    ),
+    Key("razor.index", str, "index format; null is the preset's", ("bitmap", "tile", "auto"), optional=True),
+    Key(
+        "razor.norm",
+        str,
+        "how norm layers keep their input; null is the preset's",
+        ("dense", "pruned", "bfloat16", "int8", "int4"),
+        optional=True,
+    ),
+    Key(
+        "razor.activation",
+        str,
+        "how smooth activations keep their derivative; null is the preset's",
+        ("dense", "float16", "int8", "int4", "int2"),
+        optional=True,
+    ),
+    Key("razor.attention", bool, "prune q, k, v and scores; null is the preset's", optional=True),
+    Key("method.name", str, "which parameters train besides the head", METHODS),
+    Key("method.bn_affine", str, "batch norm's scale and shift", ("train", "frozen")),
+    Key("method.bn_stats", str, "batch norm's mean and variance: of the batch, or as pretrained", ("batch", "frozen")),
+    Key("optim.name", str, "optimizer", ("adam", "adamw", "sgd")),
+    Key("optim.lr", float, "peak learning rate", low=0, open_low=True),
+    Key("optim.weight_decay", float, "weight decay", low=0),
+    Key("optim.momentum", float, "momentum of sgd", low=0, high=1, open_high=True),
+    Key("optim.head_lr_multiplier", float, "the head's learning rate, times optim.lr", low=0, open_low=True),
+    Key("optim.schedule", str, "learning rate by step", ("cosine", "constant")),
+    Key("optim.warmup_steps", int, "linear warm-up, optimizer steps", low=0),
+    Key("optim.label_smoothing", float, "label smoothing", low=0, high=1, open_high=True),
+    Key("optim.grad_clip", float, "largest gradient norm", low=0, open_low=True, optional=True),
+    Key("trainer.epochs", int, "passes over the training split", low=1),
+    Key("trainer.steps", int, "optimizer steps; overrides trainer.epochs", low=1, optional=True),
+    Key("trainer.batch_size", int, "images an optimizer step", low=1),
+    Key(
+        "trainer.micro_batch", int, "images a forward (gradient accumulation); null is the batch", low=1, optional=True
+    ),
+    Key("trainer.eval_batch_size", int, "images a forward in evaluation", low=1),
+    Key("trainer.eval_every", int, "epochs between evaluations on the validation split", low=1),
+    Key("trainer.precision", str, "forward in float32 or under bfloat16 autocast", ("float32", "bfloat16")),
+    Key("trainer.checkpointing", str, "recompute activations by block or stage", CHECKPOINTING),
+    Key("trainer.resume", str, "auto: go on with this configuration's run; never: start it over", ("auto", "never")),
+    Key("trainer.deterministic", bool, "deterministic torch algorithms only"),
+    Key("trainer.device", str, "device", ("auto", "cpu", "cuda")),
+    Key("trainer.workers", int, "data worker processes", low=0, high=256),
+    Key("trainer.threads", int, "torch threads; null is torch's choice", low=1, high=1024, optional=True),
+    Key("trainer.progress", bool, "show a progress bar"),
+    Key(
+        "trainer.measure.mode",
+        str,
+        "memory columns: none, saved (in this process) or all (fresh processes, too)",
+        ("none", "saved", "all"),
+    ),
+    Key("trainer.measure.batch_size", int, "images in the measured step; null is a forward's", low=1, optional=True),
+    Key(
+        "trainer.measure.image_size",
+        int,
+        "its image side, pixels; null is data.image_size",
+        low=MIN_IMAGE_SIZE,
+        high=1024,
+        optional=True,
+    ),
+    Key("trainer.measure.repeats", int, "fresh processes a figure", low=1, high=100),
+    Key("trainer.measure.steps", int, "timed steps a process", low=1, high=1000),
+    Key("paths.outputs", str, "folder of the runs"),
+    Key("paths.data", str, "folder of the data sets"),
+    Key("paths.pretrain", str, "folder of the pretrained weights"),
+)
+
+BY_PATH = {key.path: key for key in KEYS}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and value of every leaf of a nested mapping."""
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Check a composed configuration, a nested dict of plain values.
+
+    Raises:
+        UserError: a key is unknown or missing, a value is not allowed, or two settings contradict each other.
+    """
+    given = dict(flatten(config))
+    for path in given:
+        if path not in BY_PATH:
+            raise UserError(f"{path} is not a key: `python train.py --help` lists them all")
+    for path, key in BY_PATH.items():
+        if path not in given:
+            raise UserError(f"{path} is missing: it takes {key.allowed} ({key.help})")
+        key.check(given[path])
+    _check_conflicts(given)
+
+
+def _check_conflicts(given: Mapping[str, Any]) -> None:
+    preset, sparsity = given["razor.name"], given["razor.sparsity"]
+    if preset in ("none", "int8"):
+        if sparsity:
+            raise UserError(
+                f"razor={preset} razor.sparsity={sparsity} contradict each other: {preset} prunes nothing; "
+                "choose razor=compact or razor=paper, or leave razor.sparsity out"
+            )
+        extra = [
+            path
+            for path in ("values", "index", "norm", "activation", "attention", "head_sparsity")
+            if given[f"razor.{path}"] is not None
+        ]
+        if extra and preset == "none":
+            raise UserError(
+                f"razor=none razor.{extra[0]}={given[f'razor.{extra[0]}']} contradict each other: "
+                "none keeps everything dense; choose another preset or leave the key out"
+            )
+    if given["method.name"] == "norm_last" and given["method.bn_affine"] == "frozen":
+        raise UserError(
+            "method=norm_last method.bn_affine=frozen contradict each other: norm_last trains the norm "
+            "layers; choose method=last, or method.bn_affine=train"
+        )
+    batch, micro = given["trainer.batch_size"], given["trainer.micro_batch"]
+    if micro is not None and micro > batch:
+        raise UserError.value("trainer.micro_batch", micro, f"at most trainer.batch_size={batch}")
+    if given["data.val_fraction"] + given["data.test_fraction"] >= 1:
+        raise UserError.value(
+            "data.test_fraction",
+            given["data.test_fraction"],
+            f"below 1 - data.val_fraction={1 - given['data.val_fraction']:g}",
+        )
+
+
+def help_text(groups: Mapping[str, list[str]]) -> str:
+    """Return the text of ``train.py --help``.
+
+    Args:
+        groups: the configuration groups and the names that each offers.
+    """
+    lines = [
+        "Fine-tune a pretrained image classifier, with the activations kept for backward pruned.",
+        "",
+        "  python train.py model=efficientnet_lite0 data=digits razor.sparsity=0.9",
+        "  python train.py experiment=demo/compact90          one of the committed experiments",
+        "  python train.py -m seed=1,2,3                      one run for each value",
+        "  python train.py --cfg job                          print the configuration and stop",
+        "",
+        "Groups (group=name):",
+    ]
+    lines += [f"  {group:<11} {', '.join(names)}" for group, names in groups.items()]
+    lines += ["", "Keys (key=value):"]
+    for key in KEYS:
+        lines.append(f"  {key.path:<28} {key.allowed}")
+        lines.append(f"  {'':<28}   {key.help}")
+    lines += ["", "A wrong value ends with exit code 2 and one line; HYDRA_FULL_ERROR=1 shows the traceback."]
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""From a folder of runs to one table row a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from transfer.records import find_records, read_record
+
+MEMORY = ("saved_bytes", "predicted_bytes", "official_bytes", "peak_bytes", "process_peak_bytes", "step_seconds")
+
+
+def row_label(config: Mapping[str, Any]) -> str:
+    """Return what tells one table row from another: method, razor with its sparsity, checkpointing."""
+    razor, checkpointing = config["razor"], config["trainer"]["checkpointing"]
+    if razor["name"] == "none":
+        parts = ["dense"] if checkpointing == "none" else []
+    else:
+        parts = [razor["name"]] if razor["name"] == "int8" else [f"{razor['name']} {razor['sparsity']:g}"]
+    if checkpointing != "none":
+        parts.append(f"checkpointing by {checkpointing}")
+    return f"{config['method']['name']}, " + " + ".join(parts)
+
+
+def load_runs(folder: Path) -> pd.DataFrame:
+    """Return one row for each record below ``folder``.
+
+    Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
+    measured_batch, measured_size``, accuracies in percent (``test_top1, test_top5, val_top1``), ``MEMORY`` in bytes and
+    seconds. What a record does not have is NaN. Of an experiment with several configurations the newest alone counts.
+
+    Raises:
+        UserError: no record there, or a damaged one.
+    """
+    frame = pd.DataFrame([_row(read_record(path)) for path in find_records(folder)])
+    newest = frame.sort_values("date").groupby("experiment")["config_hash"].last()
+    stale = frame["experiment"].map(newest).fillna(frame["config_hash"]) != frame["config_hash"]
+    return frame[~stale].reset_index(drop=True)
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    config, memory = record["config"], record["memory"]
+    return {
+        "label": row_label(config),
+        "experiment": record["experiment"],
+        "config_hash": record["config_hash"],
+        "seed": record["seed"],
+        "date": record["circumstances"]["date"],
+        "model": config["model"]["name"],
+        "data": config["data"]["name"],
+        "method": config["method"]["name"],
+        "razor": config["razor"]["name"],
+        "sparsity": config["razor"]["sparsity"],
+        "checkpointing": config["trainer"]["checkpointing"],
+        "measured_batch": memory.get("batch_size"),
+        "measured_size": memory.get("image_size"),
+        "test_top1": record["test"]["top1"],
+        "test_top5": record["test"]["top5"],
+        "val_top1": record["val"]["top1"],
+        **{name: memory.get(name, float("nan")) for name in MEMORY},
+    }

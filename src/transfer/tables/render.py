@@ -1,0 +1,76 @@
+"""A summary as CSV, Markdown, LaTeX and text for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+NOT_RUN = "not run"
+NOT_MEASURED = "not measured"
+HEADINGS = {
+    "accuracy": ("Test accuracy, %", 2),
+    "saved_mb": ("Saved, MB", 1),
+    "peak_mb": ("Peak, MB", 1),
+    "step_s": ("Step, s", 3),
+}
+
+
+def cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary as text: value, spread where there are several seeds, ratio to the dense row in brackets.
+
+    A row that was not run says so, and so does a figure that was not measured.
+    """
+    rows = []
+    for _, row in summary.iterrows():
+        shown = {"Method": row["method"]}
+        for name, (heading, digits) in HEADINGS.items():
+            shown[heading] = _cell(row, name, digits)
+        rows.append(shown)
+    return pd.DataFrame(rows)
+
+
+def _cell(row: pd.Series, name: str, digits: int) -> str:
+    if row["seeds"] == 0:
+        return NOT_RUN
+    if pd.isna(row[name]):
+        return NOT_MEASURED
+    text = f"{row[name]:.{digits}f}"
+    if not pd.isna(row[f"{name}_std"]):
+        text += f" ± {row[f'{name}_std']:.{digits}f}"
+    return text if pd.isna(row[f"{name}_ratio"]) else f"{text} ({row[f'{name}_ratio']:.3g}x)"
+
+
+def to_terminal(summary: pd.DataFrame) -> str:
+    """Return the table as text of at most 100 columns for one seed a row."""
+    return cells(summary).to_markdown(index=False, tablefmt="simple", disable_numparse=True)
+
+
+def caption(runs: pd.DataFrame) -> str:
+    """Say what the figures of a table are, in one sentence."""
+    shapes = runs[["measured_batch", "measured_size"]].dropna().drop_duplicates().astype(int)
+    where = " and ".join(f"batch {batch}, {size} px" for batch, size in shapes.itertuples(index=False))
+    subject = f"{', '.join(sorted(set(runs['model'])))} on {', '.join(sorted(set(runs['data'])))}"
+    return (
+        f"{subject}; saved: bytes that autograd holds after a forward; peak: highest allocation of a step above "
+        f"weights, gradients and optimizer state; both and the step's time for {where or 'no measured step'}; in "
+        "brackets the ratio to the dense row; MB = 1e6 bytes."
+    )
+
+
+def write_tables(summary: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write ``table.csv`` (plain numbers and a status), ``table.md`` and ``table.tex`` (booktabs); return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = summary.assign(status=["run" if seeds else NOT_RUN for seeds in summary["seeds"]])
+    paths = [folder / f"table.{ending}" for ending in ("csv", "md", "tex")]
+    numbers.to_csv(paths[0], index=False, float_format="%.6g")
+    text = cells(summary)
+    markdown = text.to_markdown(index=False, disable_numparse=True)
+    paths[1].write_text(f"{markdown}\n\n{caption(runs)}\n", encoding="utf-8")
+    latex = text.map(lambda cell: cell.replace("±", r"$\pm$").replace("_", r"\_").replace("%", r"\%"))
+    latex.columns = [heading.replace("%", r"\%") for heading in latex.columns]
+    body = latex.to_latex(
+        index=False, caption=caption(runs).replace("_", r"\_"), column_format="l" + "r" * len(HEADINGS)
+    )
+    paths[2].write_text(body, encoding="utf-8")
+    return paths

@@ -1,0 +1,56 @@
+"""From one row a run to one row a configuration: mean and spread over seeds, ratios to the dense row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+METRICS = {"test_top1": 1.0, "saved_bytes": 1e-6, "peak_bytes": 1e-6, "step_seconds": 1.0}  # scale to what is shown
+SHOWN = {"test_top1": "accuracy", "saved_bytes": "saved_mb", "peak_bytes": "peak_mb", "step_seconds": "step_s"}
+METHOD_ORDER = ("last", "bias", "norm_last", "full")
+
+
+def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
+    """Return one row for each configuration in ``runs``.
+
+    Columns: ``method`` (the label), ``config_hash``, ``seeds``, and for each of ``accuracy`` (percent), ``saved_mb``,
+    ``peak_mb`` (1e6 bytes) and ``step_s`` the mean over seeds, ``_std`` (sample deviation, NaN for one seed) and
+    ``_ratio`` (value over that of the dense row: method full, no razor, no checkpointing).
+
+    Args:
+        runs: as ``load_runs`` returns them.
+        expected: experiment names that must have a row; one without a record gets an empty row with 0 seeds.
+    """
+    rows = []
+    for _, group in runs.groupby(["experiment", "config_hash"], sort=False, dropna=False):
+        first = group.iloc[0]
+        row = {
+            "method": first["label"],
+            "config_hash": first["config_hash"],
+            "seeds": len(group),
+            "_order": _order(first),
+        }
+        for metric, scale in METRICS.items():
+            values = group[metric].astype(float) * scale
+            row[SHOWN[metric]], row[f"{SHOWN[metric]}_std"] = values.mean(), values.std()
+        rows.append(row)
+    missing = [name for name in expected if name not in set(runs["experiment"])]
+    rows += [{"method": name.rpartition("/")[2], "config_hash": None, "seeds": 0, "_order": (9,)} for name in missing]
+    table = pd.DataFrame(sorted(rows, key=lambda row: row["_order"]))
+    dense = _dense_row(runs)
+    for name in SHOWN.values():
+        base = table.loc[table["config_hash"].eq(dense), name].iloc[0] if dense is not None else float("nan")
+        table[f"{name}_ratio"] = table[name] / base
+    return table.drop(columns="_order")
+
+
+def _order(row: pd.Series) -> tuple:
+    method = METHOD_ORDER.index(row["method"]) if row["method"] in METHOD_ORDER else len(METHOD_ORDER)
+    return (method, row["razor"] != "none", row["razor"], row["sparsity"], row["checkpointing"] != "none")
+
+
+def _dense_row(runs: pd.DataFrame) -> str | None:
+    """Hash of the configuration that ratios refer to."""
+    plain = runs[(runs["method"] == "full") & (runs["razor"] == "none") & (runs["checkpointing"] == "none")]
+    return plain.iloc[0]["config_hash"] if len(plain) else None

@@ -1,0 +1,1 @@
+"""Fine-tuning: what trains, the loop, and what a step costs."""

@@ -1,0 +1,93 @@
+"""The network that trains: backbone, method, razor and checkpointing put together from a configuration.
+
+``assemble`` takes plain values only, so that a fresh process can build the same network again to measure it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import backrazor as br
+from transfer.errors import UserError
+from transfer.models import Backbone, build_backbone
+from transfer.training.checkpointing import apply_checkpointing
+from transfer.training.methods import apply_method, set_train_mode
+
+RAZOR_OVERRIDES = ("head_sparsity", "values", "index", "norm", "activation", "attention")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to train.
+
+    Args:
+        backbone: the network and its description; ``backbone.model`` is what trains.
+        frozen_batch_norms: names of batch norms that stay in evaluation mode.
+        razored: whether ``razor_`` was applied.
+        report: what ``razor_`` replaced and left, as text; empty for the plain network.
+    """
+
+    backbone: Backbone
+    frozen_batch_norms: tuple[str, ...]
+    razored: bool
+    report: str
+
+    @property
+    def model(self) -> nn.Module:
+        return self.backbone.model
+
+    def train(self) -> None:
+        """Training mode, frozen batch norms left out."""
+        set_train_mode(self.model, self.frozen_batch_norms)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring uint8 images (N, 3, S, S) to the float32 input that the backbone expects."""
+        mean = torch.tensor(self.backbone.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.backbone.std, device=images.device).view(1, 3, 1, 1)
+        return (images.float() / 255).sub_(mean).div_(std)
+
+
+def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
+    """Return the library's configuration for the ``razor`` section; None for ``razor=none``.
+
+    Raises:
+        UserError: the library refuses a value.
+    """
+    if razor["name"] == "none":
+        return None
+    try:
+        if razor["name"] == "int8":
+            config = br.RazorConfig.int8()
+        else:
+            config = getattr(br.RazorConfig, razor["name"])(razor["sparsity"])
+        chosen = {key: razor[key] for key in RAZOR_OVERRIDES if razor[key] is not None}
+        return dataclasses.replace(config, **chosen)
+    except ValueError as error:
+        raise UserError(f"razor={razor['name']}: {error}") from error
+
+
+def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
+    """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
+
+    Raises:
+        UserError: as ``build_backbone``, ``apply_checkpointing`` and ``razor_config``.
+    """
+    backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"])
+    frozen = apply_method(backbone.model, backbone.head, config["method"])
+    razor = razor_config(config["razor"])
+    report = ""
+    if razor is not None:
+        try:
+            report = br.razor_(backbone.model, razor).table()
+        except ValueError as error:
+            raise UserError(f"razor={config['razor']['name']} model={config['model']['name']}: {error}") from error
+    apply_checkpointing(backbone.model, backbone.stages, config["trainer"]["checkpointing"])
+    network = Network(backbone, frozen, razor is not None, report)
+    network.train()
+    return network

@@ -1,0 +1,174 @@
+"""One run from a configuration to a record."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import backrazor as br
+from transfer.data import DataBundle, build_data
+from transfer.errors import UserError
+from transfer.records import circumstances, config_hash, read_record, run_directory, write_record
+from transfer.settings import validate
+from transfer.training.costs import StepFactory, measured_columns, pick_device, saved_columns, step_shape
+from transfer.training.loop import Fitted, Trainer
+from transfer.training.monitor import LOGGER, Monitor
+from transfer.training.network import Network, assemble
+
+
+def execute(config: Mapping[str, Any], experiment: str | None = None) -> dict[str, Any]:
+    """Train what ``config`` describes and return its record.
+
+    Everything is checked before the run's folder is made. With ``trainer.resume=auto`` a finished run is returned as it
+    stands and an interrupted one goes on.
+
+    Args:
+        config: the composed configuration as plain values.
+        experiment: name of the experiment file, for the folder.
+
+    Raises:
+        UserError: a setting or file is wrong.
+        FloatingPointError: the numbers of the training are not finite.
+    """
+    validate(config)
+    folder = run_directory(config, experiment)
+    resume = config["trainer"]["resume"] == "auto"
+    if resume and (folder / "record.json").is_file():
+        record = read_record(folder / "record.json")
+        LOGGER.info("%s is finished (%s); trainer.resume=never runs it again", folder, record["circumstances"]["date"])
+        return record
+    device = _prepare(config)
+    data = build_data(config["data"], config["paths"])
+    network = assemble(config, len(data.class_names))
+    network.model.to(device)
+    start = time.perf_counter()
+    digest = config_hash(config)
+    _make_folder(folder, config, keep=resume)
+    trainer = Trainer(network, data, config, folder, digest)
+    if resume:
+        trainer.resume()
+    with Monitor(folder, trainer.step) as monitor:
+        _log_beginning(network, data, config, folder, trainer)
+        fitted = trainer.fit(monitor)
+        record = _record(config, experiment, digest, fitted, len(data.class_names))
+        record["circumstances"] = circumstances(str(device), torch.get_num_threads())
+        record["memory"] = _memory(network, trainer, config, len(data.class_names))
+        record["wall_seconds"] = time.perf_counter() - start
+        monitor.finish(config, _final_metrics(record))
+        write_record(folder / "record.json", record)
+        LOGGER.info(
+            "test accuracy %.2f%% (top-5 %.2f%%), epoch %d selected on validation; record in %s",
+            fitted.test.top1,
+            fitted.test.top5,
+            fitted.best_epoch,
+            folder,
+        )
+    return record
+
+
+def _prepare(config: Mapping[str, Any]) -> torch.device:
+    """Seed every generator and set what is global in torch."""
+    settings = config["trainer"]
+    device = pick_device(settings["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda is not possible: torch sees no CUDA device; choose cpu or auto")
+    random.seed(config["seed"])
+    np.random.seed(config["seed"] % 2**32)
+    torch.manual_seed(config["seed"])
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    torch.use_deterministic_algorithms(settings["deterministic"])
+    return device
+
+
+def _make_folder(folder: Path, config: Mapping[str, Any], keep: bool) -> None:
+    try:
+        if folder.exists() and not keep:
+            shutil.rmtree(folder)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"paths.outputs={config['paths']['outputs']} cannot be written: {error}") from error
+
+
+def _log_beginning(
+    network: Network, data: DataBundle, config: Mapping[str, Any], folder: Path, trainer: Trainer
+) -> None:
+    trained = sum(p.numel() for p in network.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network.model.parameters())
+    LOGGER.info("run folder %s", folder)
+    LOGGER.info(
+        "%s: %d training, %d validation, %d test images, %d classes (%s)",
+        config["data"]["name"],
+        len(data.train),
+        len(data.val),
+        len(data.test),
+        len(data.class_names),
+        data.note,
+    )
+    LOGGER.info(
+        "%s: %.2f M parameters, %.2f M train; weights %s",
+        config["model"]["name"],
+        total / 1e6,
+        trained / 1e6,
+        network.backbone.weights or "random",
+    )
+    if trainer.step:
+        LOGGER.info("resumed after epoch %d, step %d", trainer.epoch, trainer.step)
+    if network.report:
+        (folder / "razor.txt").write_text(network.report + "\n", encoding="utf-8")
+        LOGGER.info("razored; what was replaced and what stayed is in %s", folder / "razor.txt")
+
+
+def _record(
+    config: Mapping[str, Any], experiment: str | None, digest: str, fitted: Fitted, classes: int
+) -> dict[str, Any]:
+    # The first steps compile kernels and warm caches: they are left out of the quantiles where there are enough.
+    times = np.array(fitted.step_seconds[5:] or fitted.step_seconds)
+    names = ("p10", "p50", "p90")
+    return {
+        "experiment": experiment,
+        "config": dict(config),
+        "config_hash": digest,
+        "seed": config["seed"],
+        "classes": classes,
+        "val": asdict(fitted.val),
+        "test": asdict(fitted.test),
+        "best_epoch": fitted.best_epoch,
+        "steps": fitted.steps,
+        "train_step_seconds": dict(zip(names, np.quantile(times, (0.1, 0.5, 0.9)).tolist(), strict=True)),
+    }
+
+
+def _memory(network: Network, trainer: Trainer, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    mode = config["trainer"]["measure"]["mode"]
+    if mode == "none":
+        return {}
+    images, labels = next(iter(trainer.train_loader))
+    columns = saved_columns(network, config, images.to(trainer.device), labels.to(trainer.device))
+    if mode == "all":
+        batch, size = step_shape(config)
+        measure = config["trainer"]["measure"]
+        LOGGER.info("measuring peak and time of a step (batch %d, %d px) in fresh processes", batch, size)
+        factory = StepFactory(config, classes, batch, size)
+        result = br.memory.measure_step(factory, repeats=measure["repeats"], steps=measure["steps"])
+        columns |= measured_columns(result, rows=1)
+    return columns
+
+
+def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    metrics = {f"final/{split}_{name}": record[split][name] for split in ("val", "test") for name in ("top1", "top5")}
+    memory = record["memory"]
+    metrics |= {
+        f"memory/{name}": memory[name] for name in ("saved_bytes", "peak_bytes") if memory.get(name) is not None
+    }
+    return metrics

@@ -1,0 +1,57 @@
+"""Every configuration file composes, is known to the table of keys, and every experiment takes a real step."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import compose_plain
+
+import train
+from transfer.records import config_hash, run_directory
+from transfer.settings import BY_PATH, flatten, help_text, validate
+
+OPTIONS = train.group_options()
+NEEDS = {("model", "timm"): ("model.name=resnet18.tv_in1k",), ("data", "folder"): ("data.root=somewhere",)}
+CASES = [(group, name) for group in OPTIONS if group != "experiment" for name in OPTIONS[group]]
+
+
+@pytest.mark.parametrize(("group", "name"), CASES, ids=lambda value: value)
+def test_every_group_file_composes_to_known_and_valid_keys(group: str, name: str) -> None:
+    config = compose_plain(f"{group}={name}", *NEEDS.get((group, name), ()))
+    validate(config)
+    assert {path for path, _ in flatten(config)} == set(BY_PATH)
+
+
+@pytest.mark.parametrize("name", OPTIONS["experiment"])
+def test_every_experiment_composes_and_names_its_command(name: str) -> None:
+    validate(compose_plain(f"experiment={name}"))
+    text = (train.CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    assert f"python train.py experiment={name}" in text.splitlines()[1]
+
+
+def test_help_names_every_group_option_and_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip() == help_text(OPTIONS).strip()
+    for path, key in BY_PATH.items():
+        assert path in shown and key.help in shown
+    for group, names in OPTIONS.items():
+        assert group in shown and all(name in shown for name in names)
+
+
+def test_cfg_job_prints_the_configuration_without_running(command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--cfg", "job", "razor.sparsity=0.95")[0] == 0
+
+
+def test_default_razor_is_compact_so_that_sparsity_works_alone() -> None:
+    config = compose_plain("model=efficientnet_lite0", "data=digits", "razor.sparsity=0.95")
+    assert (config["razor"]["name"], config["razor"]["sparsity"]) == ("compact", 0.95)
+
+
+def test_two_configurations_never_share_a_folder_and_seeds_have_their_own() -> None:
+    first = compose_plain("razor.sparsity=0.9")
+    assert config_hash(first) == config_hash(compose_plain("razor.sparsity=0.9", "seed=3", "paths.outputs=elsewhere"))
+    for override in ("razor.sparsity=0.91", "optim.lr=0.5", "method.bn_stats=frozen", "trainer.checkpointing=block"):
+        assert config_hash(first) != config_hash(compose_plain(override))
+    folder = run_directory(first, "table2/row")
+    assert folder.parts[:3] == ("outputs", "table2", "row") and folder.parts[3] == "full-compact-0.9"
+    assert run_directory(first, None).parts[1] == "efficientnet_lite0-digits" and folder.parts[-1] == "0"

@@ -1,0 +1,115 @@
+"""Backbones, their weights, what a method trains, and checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import compose_plain
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from transfer.errors import UserError
+from transfer.models import build_backbone
+from transfer.models.build import find_stages
+from transfer.models.weights import load_weights
+from transfer.training.checkpointing import apply_checkpointing
+from transfer.training.methods import apply_method, set_train_mode
+
+SMALL = {"name": "test_efficientnet", "pretrained": False, "weights": None, "drop_rate": 0.0}
+
+
+def small(classes: int = 5):
+    torch.manual_seed(0)
+    return build_backbone(SMALL, classes, "pretrain")
+
+
+def test_packaged_imagenet_weights_load_one_to_one_and_recognise_a_flower() -> None:
+    sklearn_image = pytest.importorskip("sklearn.datasets").load_sample_image("flower.jpg")
+    backbone = build_backbone(compose_plain()["model"], 1000, "pretrain")
+    assert backbone.weights is not None and backbone.mean == backbone.std == (0.5, 0.5, 0.5)
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    load_weights(model, backbone.weights, head="")
+    image = torch.from_numpy(sklearn_image.copy()).permute(2, 0, 1)[None].float() / 255
+    image = nn.functional.interpolate(image, size=(224, 224), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        top = model.eval()((image - 0.5) / 0.5).topk(5).indices[0].tolist()
+    assert 985 in top, "ImageNet class 985 is daisy"
+    for (name, ours), theirs in zip(backbone.model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert name.startswith("classifier.") or torch.equal(ours, theirs)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    with pytest.raises(UserError, match=r"weights\.pth does not fit"):
+        load_weights(small().model, file, "classifier")
+    state = small(classes=7).model.state_dict()
+    torch.save({"state_dict": state}, file)
+    backbone = small()
+    load_weights(backbone.model, file, backbone.head)
+    assert torch.equal(backbone.model.conv_stem.weight, state["conv_stem.weight"])
+    state["conv_stem.weight"] = torch.zeros(1)
+    torch.save(state, file)
+    with pytest.raises(UserError, match=r"conv_stem\.weight is \(1,\)"):
+        load_weights(backbone.model, file, backbone.head)
+
+
+@pytest.mark.parametrize(
+    ("method", "affine", "trained"),
+    [
+        ("full", "train", lambda name, norm: True),
+        ("full", "frozen", lambda name, norm: not norm),
+        ("last", "frozen", lambda name, norm: False),
+        ("norm_last", "train", lambda name, norm: norm),
+        ("bias", "train", lambda name, norm: name.endswith(".bias")),
+        ("bias", "frozen", lambda name, norm: name.endswith(".bias") and not norm),
+    ],
+)
+@pytest.mark.parametrize("stats", ["batch", "frozen"])
+def test_a_method_trains_what_it_says(method: str, affine: str, stats: str, trained) -> None:
+    backbone = small()
+    norms = {name for name, module in backbone.model.named_modules() if isinstance(module, _BatchNorm)}
+    frozen = apply_method(backbone.model, backbone.head, {"name": method, "bn_affine": affine, "bn_stats": stats})
+    for name, parameter in backbone.model.named_parameters():
+        in_norm = name.rpartition(".")[0] in norms
+        expected = name.startswith(f"{backbone.head}.") or trained(name, in_norm)
+        assert parameter.requires_grad == expected, name
+    set_train_mode(backbone.model, frozen)
+    assert backbone.model.training
+    assert all(backbone.model.get_submodule(name).training == (stats == "batch") for name in norms)
+
+
+@pytest.mark.parametrize("granularity", ["block", "stage"])
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit", "test_convnext"])
+def test_checkpointing_gives_the_same_step_and_holds_less(name: str, granularity: str) -> None:
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=5, drop_rate=0.3)
+    recomputed = copy.deepcopy(plain)
+    names = apply_checkpointing(recomputed, find_stages(recomputed), granularity)
+    assert names and list(recomputed.state_dict()) == list(plain.state_dict())
+    size = plain.default_cfg["input_size"][-1]
+    x = torch.randn(2, 3, size, size)
+    held = []
+    for model in (plain, recomputed):
+        torch.manual_seed(1)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            loss = model(x).square().mean()
+        loss.backward()
+        held.append(sum(sizes))
+    assert held[1] < held[0]
+    for (key, expected), (_, got) in zip(plain.named_parameters(), recomputed.named_parameters(), strict=True):
+        assert torch.equal(expected.grad, got.grad), key
+    for (key, expected), (_, got) in zip(plain.named_buffers(), recomputed.named_buffers(), strict=True):
+        assert torch.equal(expected, got), f"{key}: recomputation must not update running statistics again"
+    pickle.loads(pickle.dumps(recomputed))(x)
+
+
+def test_checkpointing_an_unknown_layout_is_refused() -> None:
+    with pytest.raises(UserError, match=r"trainer\.checkpointing=block"):
+        apply_checkpointing(nn.Sequential(nn.Linear(2, 2)), {}, "block")

@@ -1,0 +1,185 @@
+"""Whole runs in this process: what they write, that they can be repeated, interrupted and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, compose_plain, files_below
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from transfer.records import run_directory
+from transfer.training import loop
+from transfer.training.run import execute
+
+STEPS = ("trainer.epochs=3", "trainer.batch_size=100", "data.train_fraction=0.15", "optim.lr=0.01")
+
+
+def run(tmp_path: Path, *overrides: str) -> tuple[dict, Path]:
+    config = compose_plain(*TINY, *STEPS, f"paths.outputs={tmp_path}", *overrides)
+    return execute(config), run_directory(config, None)
+
+
+def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / f"{name}.pt", weights_only=True)["model"]
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_run_leaves_its_record_metrics_log_events_and_checkpoints(tmp_path: Path) -> None:
+    record, folder = run(tmp_path)
+    assert files_below(folder)[:2] == ["checkpoints/best.pt", "checkpoints/last.pt"]
+    assert {"config.yaml", "log.txt", "metrics.csv", "record.json"} <= set(files_below(folder))
+    assert json.loads((folder / "record.json").read_text()) == {"schema": 1, **record}
+    assert {"git_commit", "versions", "device", "date", "threads"} <= set(record["circumstances"])
+    rows = metrics(folder)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and float(rows[-1]["train_loss"]) > 0
+    assert 0 <= record["test"]["top1"] <= record["test"]["top5"] <= 100 and record["test"]["images"] == 90
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"train/step_loss", "train/lr", "val/top1", "speed/images_per_second", "final/test_top1"} <= set(scalars)
+    assert [event.step for event in events.Scalars("train/step_loss")] == list(range(1, record["steps"] + 1))
+    assert "_hparams_/experiment" in events.summary_metadata
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path: Path) -> None:
+    results = [
+        run(tmp_path / str(i), f"seed={seed}", "model.drop_rate=0.2", "trainer.deterministic=true")
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    first, again, other = (weights(folder) for _, folder in results)
+    assert same(first, again) and not same(first, other)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("model.drop_rate=0.2", "data.train_transform=random_crop")
+    whole, whole_folder = run(tmp_path / "whole", *settings)
+    save = loop.Trainer._save
+
+    def save_then_die(trainer: loop.Trainer) -> None:
+        save(trainer)
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Trainer, "_save", save_then_die)
+        run(tmp_path / "cut", *settings)
+    resumed, folder = run(tmp_path / "cut", *settings)
+    assert "resumed after epoch 2" in (folder / "log.txt").read_text()
+    assert same(weights(whole_folder), weights(folder)) and same(weights(whole_folder, "best"), weights(folder, "best"))
+    assert (resumed["val"], resumed["test"], resumed["best_epoch"]) == (
+        whole["val"],
+        whole["test"],
+        whole["best_epoch"],
+    )
+    columns = ("epoch", "step", "train_loss", "val_top1")
+    read = [[[row[column] for column in columns] for row in metrics(f)] for f in (whole_folder, folder)]
+    assert read[0] == read[1]
+
+
+def test_a_finished_run_is_returned_and_never_starts_it_over(tmp_path: Path) -> None:
+    first, folder = run(tmp_path)
+    stamp = (folder / "record.json").stat().st_mtime_ns
+    assert run(tmp_path)[0]["circumstances"] == first["circumstances"]
+    assert (folder / "record.json").stat().st_mtime_ns == stamp
+    run(tmp_path, "trainer.resume=never")
+    assert (folder / "record.json").stat().st_mtime_ns != stamp
+
+
+def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path: Path, command) -> None:
+    _, folder = run(tmp_path / "outputs")
+    (folder / "record.json").unlink()
+    other = run_directory(compose_plain(*TINY, *STEPS, "optim.lr=0.02", f"paths.outputs={tmp_path}/outputs"), None)
+    shutil.copytree(folder / "checkpoints", other / "checkpoints")
+    code, lines = command(*TINY, *STEPS, "optim.lr=0.02")
+    assert code == 2 and "belongs to configuration" in lines[-1] and "trainer.resume=never" in lines[-1]
+    (folder / "checkpoints" / "last.pt").write_bytes(b"damaged")
+    code, lines = command(*TINY, *STEPS)
+    assert code == 2 and "is damaged" in lines[-1]
+
+
+@pytest.mark.parametrize("micro", [50, 32])
+def test_micro_batches_give_the_step_of_the_whole_batch(tmp_path: Path, micro: int) -> None:
+    settings = ("method.bn_stats=frozen", "trainer.steps=2", "optim=sgd")
+    _, whole = run(tmp_path / "whole", *settings)
+    _, parts = run(tmp_path / "parts", *settings, f"trainer.micro_batch={micro}")
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(parts)[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("method", ["full", "last", "norm_last", "bias"])
+@pytest.mark.parametrize("optim", ["adam", "adamw", "sgd"])
+def test_every_method_and_optimizer_changes_what_trains_and_nothing_else(
+    tmp_path: Path, method: str, optim: str
+) -> None:
+    settings = (
+        f"method={method}",
+        f"optim={optim}",
+        "method.bn_stats=frozen",
+        "trainer.steps=1",
+        "optim.grad_clip=1",
+        "optim.head_lr_multiplier=10",
+        "optim.warmup_steps=0",
+    )
+    config = compose_plain(*TINY, *STEPS, f"paths.outputs={tmp_path}", *settings)
+    before: dict[str, torch.Tensor] = {}
+    trained: set[str] = set()
+
+    class Watched(loop.Trainer):
+        def resume(self) -> None:
+            before.update({k: v.clone() for k, v in self.network.model.state_dict().items()})
+            trained.update(k for k, p in self.network.model.named_parameters() if p.requires_grad)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transfer.training.run.Trainer", Watched)
+        execute(config)
+    after = weights(run_directory(config, None))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed <= trained and "classifier.weight" in changed
+    assert len(changed) > 0.6 * len(trained)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero_by_step(tmp_path: Path) -> None:
+    _, folder = run(tmp_path, "optim.warmup_steps=2", "trainer.epochs=5")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    rates = [event.value for event in events.Scalars("train/lr")]
+    assert rates[0] == 0 and rates[2] == pytest.approx(0.01) and rates[-1] < 0.01 * 0.1
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_code_three(command, tmp_path: Path) -> None:
+    code, lines = command(*TINY, *STEPS, "optim=sgd", "optim.lr=1e30", "trainer.epochs=20")
+    assert code == train.NOT_FINITE and "the loss is" in lines[-1] and "optim.lr=1e+30" in lines[-1]
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def test_bfloat16_autocast_and_checkpointing_run(tmp_path: Path) -> None:
+    record, _ = run(tmp_path, "trainer.precision=bfloat16", "trainer.checkpointing=block", "trainer.steps=2")
+    assert record["steps"] == 2
+
+
+def test_data_workers_see_the_same_images(tmp_path: Path) -> None:
+    _, alone = run(tmp_path / "alone", "trainer.steps=2")
+    _, helped = run(tmp_path / "helped", "trainer.steps=2", "trainer.workers=2")
+    assert same(weights(alone), weights(helped))
+
+
+def test_sweep_over_seeds_makes_one_folder_each(command, tmp_path: Path) -> None:
+    code, lines = command("-m", "seed=1,2", *TINY, *STEPS, "trainer.steps=1")
+    assert code == 0, lines
+    seeds = sorted(json.loads(path.read_text())["seed"] for path in (tmp_path / "outputs").rglob("record.json"))
+    assert seeds == [1, 2]

@@ -1,0 +1,105 @@
+"""Tables come from records alone: means, spreads, ratios, missing cells, every format."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import make_tables
+from transfer.records import write_record
+from transfer.tables import load_runs, summarise, to_terminal, write_tables
+
+RESULTS = {  # experiment: razor, sparsity, checkpointing, accuracies by seed, saved, peak, seconds
+    "t/dense": ("none", 0.0, "none", (98.0, 99.0), 600e6, 700e6, 0.5),
+    "t/checkpointing": ("none", 0.0, "block", (98.0, 99.0), 100e6, 240e6, 0.7),
+    "t/compact90": ("compact", 0.9, "none", (97.0, 99.0), 30e6, 140e6, 0.6),
+}
+
+
+def make_records(root: Path) -> None:
+    for name, (razor, sparsity, checkpointing, accuracies, saved, peak, seconds) in RESULTS.items():
+        for seed, accuracy in enumerate(accuracies):
+            record = {
+                "experiment": name,
+                "config_hash": f"hash-{name}",
+                "seed": seed,
+                "circumstances": {"date": "2026-01-01T00:00:00+00:00"},
+                "config": {
+                    "model": {"name": "net"},
+                    "data": {"name": "digits"},
+                    "method": {"name": "full"},
+                    "razor": {"name": razor, "sparsity": sparsity},
+                    "trainer": {"checkpointing": checkpointing},
+                },
+                "test": {"top1": accuracy, "top5": 100.0},
+                "val": {"top1": accuracy},
+                "memory": {"batch_size": 8, "image_size": 224, "saved_bytes": saved},
+            }
+            if seed == 0:  # one seed is measured, as scripts/measure_runs.py does
+                record["memory"] |= {"peak_bytes": peak, "step_seconds": seconds}
+            path = root / name / str(seed) / "record.json"
+            path.parent.mkdir(parents=True)
+            write_record(path, record)
+
+
+def test_mean_spread_and_ratio_to_the_dense_row(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    summary = summarise(load_runs(tmp_path)).set_index("method")
+    assert list(summary.index) == ["full, dense", "full, checkpointing by block", "full, compact 0.9"]
+    compact = summary.loc["full, compact 0.9"]
+    assert compact["accuracy"] == 98.0 and compact["accuracy_std"] == pytest.approx(2**0.5)
+    assert compact["seeds"] == 2 and compact["peak_mb"] == 140 and compact["saved_mb"] == 30
+    assert compact["saved_mb_ratio"] == pytest.approx(0.05) and compact["step_s_ratio"] == pytest.approx(1.2)
+    assert (summary.loc["full, dense", [c for c in summary if c.endswith("_ratio")]] == 1).all()
+
+
+def test_a_row_that_was_not_run_is_there_and_says_so(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    runs = load_runs(tmp_path)
+    summary = summarise(runs, ["t/dense", "t/compact97"])
+    paths = write_tables(summary, runs, tmp_path / "out")
+    rows = list(csv.DictReader(paths[0].read_text().splitlines()))
+    assert rows[-1]["method"] == "compact97" and rows[-1]["status"] == "not run" and rows[-1]["accuracy"] == ""
+    assert [row["status"] for row in rows[:-1]] == ["run"] * 3
+    assert "not run" in to_terminal(summary).splitlines()[-1]
+
+
+def test_every_format_holds_the_same_figures(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    assert make_tables.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    markdown, latex = (tmp_path / "out" / name for name in ("table.md", "table.tex"))
+    for figure in ("140.0 (0.2x)", "30.0", "0.600 (1.2x)"):
+        assert figure in markdown.read_text() and figure in latex.read_text()
+    assert "\\toprule" in latex.read_text() and "98.00 $\\pm$ 1.41" in latex.read_text()
+    assert "batch 8, 224 px" in markdown.read_text()
+    assert (tmp_path / "out" / "accuracy_against_peak.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_terminal_table_fits_a_hundred_columns(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    runs = load_runs(tmp_path)
+    shown = to_terminal(summarise(runs[runs["seed"] == 0]))
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_of_two_configurations_of_one_experiment_the_newest_counts(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    newer = {**json.loads((tmp_path / "t/dense/0/record.json").read_text()), "config_hash": "new"}
+    newer["circumstances"] = {"date": "2026-02-01T00:00:00+00:00"}
+    (tmp_path / "t/dense/new").mkdir()
+    write_record(tmp_path / "t/dense/new/record.json", newer)
+    dense = load_runs(tmp_path).query("experiment == 't/dense'")
+    assert list(dense["config_hash"]) == ["new"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}'])
+def test_a_damaged_record_or_an_empty_folder_is_one_line(tmp_path: Path, capsys, text: str) -> None:
+    assert make_tables.main([str(tmp_path / "absent")]) == 2
+    assert make_tables.main([str(tmp_path)]) == 2
+    (tmp_path / "record.json").write_text(text)
+    assert make_tables.main([str(tmp_path)]) == 2
+    assert make_tables.main([str(tmp_path), "--expect", "nosuch"]) == 2
+    assert all(line.startswith("make_tables.py: ") for line in capsys.readouterr().err.splitlines())

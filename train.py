@@ -1,0 +1,162 @@
+"""Fine-tune a pretrained image classifier with Back Razor: compose, validate, instantiate, razor, fit, record.
+
+python train.py model=efficientnet_lite0 data=digits razor.sparsity=0.9
+python train.py --help
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser  # private, but the only way to have its complaint as one line
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from transfer.errors import UserError, one_line
+from transfer.settings import BY_PATH, help_text
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "experiment")
+WRONG_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130  # exit codes; 130 is the shell's for Ctrl-C
+
+
+def group_options() -> dict[str, list[str]]:
+    """Return the names that each configuration group offers."""
+    return {
+        group: sorted(
+            str(file.relative_to(CONFIGS / group).with_suffix("")) for file in (CONFIGS / group).rglob("*.yaml")
+        )
+        for group in GROUPS
+    }
+
+
+def explain(error: Exception) -> str:
+    """Return the one line that a wrong command line or configuration ends in."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").partition("/")
+        if group in GROUPS:
+            return f"{group}={name} is not allowed: {'|'.join(group_options()[group])}"
+    text = one_line(error)
+    if text.startswith("Could not override"):
+        text = text.partition(" To append")[0] + " `python train.py --help` lists every key"
+    return text
+
+
+def refused_flag(arguments: list[str]) -> str | None:
+    """Return what Hydra's parser says against the command line, None where it accepts it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            get_args_parser().parse_args(arguments)
+    except SystemExit as stop:
+        return said.getvalue().strip().splitlines()[-1].partition("error: ")[2] if stop.code else None
+    return None
+
+
+def run_composed(composed: DictConfig) -> None:
+    """Run the job that Hydra composed.
+
+    Raises:
+        UserError: a setting or file is wrong.
+        FloatingPointError: the training's numbers are not finite.
+    """
+    from transfer.training.run import execute  # here, so that --help and a wrong command line answer at once
+
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        meaning = BY_PATH[missing[0]].help if missing[0] in BY_PATH else "it has no default"
+        raise UserError(f"{missing[0]} must be given ({meaning}): write {missing[0]}=...")
+    config = OmegaConf.to_container(composed, resolve=True)
+    execute(config, HydraConfig.get().runtime.choices.get("experiment"))
+
+
+def hydra_app(problems: list[Exception]) -> Callable[[], None]:
+    """Return the command line application. A job's user error goes to ``problems``, since Hydra would print a second
+    line about it; in a launcher's own process it is raised instead, for that list is not shared.
+    """
+    process = os.getpid()
+
+    @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        try:
+            run_composed(composed)
+        except (UserError, FloatingPointError, OmegaConfBaseException) as error:
+            if os.getpid() != process:
+                raise
+            problems.append(error)
+
+    return job
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(group_options()))
+        return 0
+    problems: list[Exception] = []
+    with console_log(), hydra_environment(arguments):
+        refused = refused_flag(arguments)
+        if refused:
+            problems.append(UserError(f"{refused}; `python train.py --help` shows what there is"))
+        else:
+            try:
+                hydra_app(problems)()
+            except (UserError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
+                problems.append(error)
+            except KeyboardInterrupt:
+                print("train.py: interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
+                return INTERRUPTED
+            except SystemExit as stop:
+                return int(stop.code or 0)
+    for problem in problems:
+        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+            traceback.print_exception(problem)
+        print(f"train.py: {explain(problem)}", file=sys.stderr)
+    if not problems:
+        return 0
+    return NOT_FINITE if isinstance(problems[0], FloatingPointError) else WRONG_INPUT
+
+
+@contextlib.contextmanager
+def console_log() -> Iterator[None]:
+    """Show the laboratory's log on the terminal."""
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("transfer")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(console)
+    try:
+        yield
+    finally:
+        logger.removeHandler(console)
+
+
+@contextlib.contextmanager
+def hydra_environment(arguments: list[str]) -> Iterator[None]:
+    """Hand ``arguments`` to Hydra and have it raise its errors; it would print them and exit with code 1."""
+    before, sys.argv = sys.argv, [__file__, *arguments]
+    wanted = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if wanted is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = wanted
+
+
+if __name__ == "__main__":
+    sys.exit(main())
