@@ -129,7 +129,7 @@ def test_every_method_and_optimizer_changes_what_trains_and_nothing_else(
         f"method={method}",
         f"optim={optim}",
         "method.bn_stats=frozen",
-        "trainer.steps=1",
+        "trainer.steps=2",
         "optim.grad_clip=1",
         "optim.head_lr_multiplier=10",
         "optim.warmup_steps=0",
