@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, compose_plain
 
 import train
@@ -57,6 +59,18 @@ def test_every_preset_trains_and_saves_less_than_dense(tmp_path: Path, razor: st
         )
         saved[name] = execute(config)["memory"]["saved_bytes"]
     assert saved[razor] < 0.5 * saved["none"]
+
+
+@pytest.mark.parametrize("razor", ["none", "compact"])
+def test_a_finished_run_leaves_no_activation_behind(tmp_path: Path, razor: str) -> None:
+    common = [text for text in TINY if not text.startswith(("razor=", "trainer.measure"))]
+    config = compose_plain(*common, *ONE_STEP, f"razor={razor}", f"paths.outputs={tmp_path}")
+    gc.collect()
+    before = sum(isinstance(thing, torch.Tensor) and thing.grad_fn is not None for thing in gc.get_objects())
+    execute(config)
+    gc.collect()
+    after = sum(isinstance(thing, torch.Tensor) and thing.grad_fn is not None for thing in gc.get_objects())
+    assert after <= before, "a sweep would pile them up"
 
 
 def test_rows_are_measured_in_turn_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
