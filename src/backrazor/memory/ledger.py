@@ -54,7 +54,8 @@ class Ledger:
         module = self._module[-1]
         if not reason and role == "dense":
             reason = f"saved by {self._types.get(module, 'the loss')}"
-        held = _Held(tensor, module, role, reason)
+        # Detached: a node that holds its own output through this hook would be a cycle that Python cannot collect.
+        held = _Held(tensor.detach(), module, role, reason)
         self._held.append(weakref.ref(held))
         return held
 
