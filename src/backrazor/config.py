@@ -10,6 +10,7 @@ _CHOICES = {
     "index": ("auto", "bitmap", "tile"),
     "norm": ("dense", "pruned", "bfloat16", "int8", "int4"),
     "activation": ("dense", "float16", "int8", "int4", "int2"),
+    "attention": ("dense", "pruned", "int8", "int4"),
 }
 
 
@@ -29,7 +30,8 @@ class RazorConfig:
             input in "int8" or "int4" with a float16 scale a row.
         activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the derivative quantised to
             256, 16 or 4 levels ("int8", "int4", "int2"). ReLU, ReLU6 and Hardtanh always keep one bit an element.
-        attention: prune q, k, the softmax output and v, as the paper does, or leave attention dense.
+        attention: "pruned" prunes q, k, the softmax output and v, as the paper does; "int8" and "int4" quantise q, k and v a row and recompute the
+            softmax in backward; "dense" leaves attention alone.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the value and what is allowed.
@@ -37,11 +39,11 @@ class RazorConfig:
 
     sparsity: float = 0.9
     head_sparsity: float | None = None
-    values: str = "bfloat16"
+    values: str = "int8"
     index: str = "auto"
-    norm: str = "int8"
-    activation: str = "int4"
-    attention: bool = True
+    norm: str = "int4"
+    activation: str = "int2"
+    attention: str = "int4"
 
     def __post_init__(self) -> None:
         _check_share("sparsity", self.sparsity)
@@ -51,8 +53,6 @@ class RazorConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(allowed)}")
-        if not isinstance(self.attention, bool):
-            raise ValueError(f"attention={self.attention!r} is not a truth value: use True or False")
 
     @classmethod
     def compact(cls, sparsity: float = 0.9, **changes: object) -> RazorConfig:
@@ -62,13 +62,13 @@ class RazorConfig:
     @classmethod
     def paper(cls, sparsity: float = 0.9, **changes: object) -> RazorConfig:
         """What the released code of the paper stores (Jiang et al., NeurIPS 2022, https://openreview.net/forum?id=mTXQIpXPDbh)."""
-        preset = cls(sparsity=sparsity, values="paper", index="bitmap", norm="pruned", activation="float16")
+        preset = cls(sparsity=sparsity, values="paper", index="bitmap", norm="pruned", activation="float16", attention="pruned")
         return replace(preset, **changes)
 
     @classmethod
     def int8(cls, sparsity: float = 0.0, **changes: object) -> RazorConfig:
         """Nothing pruned, everything at 8 bits: the idea of Mesa (Pan et al., https://arxiv.org/abs/2111.11124)."""
-        preset = cls(sparsity=sparsity, values="int8", index="auto", norm="int8", activation="int8")
+        preset = cls(sparsity=sparsity, values="int8", index="auto", norm="int8", activation="int8", attention="int8")
         return replace(preset, **changes)
 
     def describe(self) -> str:

@@ -11,8 +11,9 @@ from torch import nn
 from .codecs import Pruned
 from .codecs.normalised import NormCodec
 from .config import RazorConfig
+from .functional import AttentionCodec
 from .kernels.topk.reference import NON_FINITE, OVERFLOW
-from .nn import DROP_INS, drop_in_for
+from .nn import DROP_INS, WINDOWED, drop_in_for, qualified_name
 from .nn.base import FLAG, DropIn, LayerRules, attach, detach
 from .nn.fusion import link_chains
 
@@ -90,6 +91,7 @@ def razor_(
     report = Report(config)
     head = _head_name(model)
     has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    windowed = {id(part) for module in model.modules() if qualified_name(type(module)) in WINDOWED for part in module.modules()}
     for name, module in list(model.named_modules()):
         cls = drop_in_for(module)
         reason = None
@@ -100,6 +102,8 @@ def razor_(
         else:
             rules = _rules(config, module, is_head=name == head, cnn=has_convolution)
             reason = cls.refusal(module, rules)
+            if id(module) in windowed and config.sparsity > 0 and (cls.prunes or rules.attention.rule == "pruned"):
+                reason = reason or "inside window attention: index 0 counts windows, not images"
             if reason is None:
                 report.replaced.append(Replaced(name, type(module).__name__, cls.__name__, cls.keeps(module, rules)))
                 attach(module, cls, rules)
@@ -170,7 +174,8 @@ def _rules(config: RazorConfig, module: nn.Module, is_head: bool, cnn: bool) -> 
             values = "int8"
     pruned = Pruned(sparsity, values, config.index)
     norm_values = "float32" if config.values == "paper" else values
-    return LayerRules(pruned, NormCodec(config.norm, replace(pruned, values=norm_values)), config.activation)
+    norm = NormCodec(config.norm, replace(pruned, values=norm_values))
+    return LayerRules(pruned, norm, config.activation, AttentionCodec(config.attention, pruned))
 
 
 def _lowered(config: RazorConfig) -> list[str]:
@@ -180,8 +185,10 @@ def _lowered(config: RazorConfig) -> list[str]:
         lines.append("kept values: float32 in convolutions, float16 in Linear and attention, int8 in a convolutional network's head")
     elif config.values != "float32":
         lines.append(f"kept values are stored in {config.values}")
+    if config.attention in ("int8", "int4"):
+        lines.append(f"q, k and v of attention are stored in {config.attention}")
     if config.norm in ("bfloat16", "int8", "int4"):
-        lines.append(f"the input of normalisation on batch statistics is stored in {config.norm}")
+        lines.append(f"the input of normalisation is stored in {config.norm}")
     if config.activation != "dense":
         what = "input" if config.activation == "float16" else "derivative"
         lines.append(f"the {what} of smooth activations is stored in {config.activation}")

@@ -92,6 +92,7 @@ KEYS: tuple[Key, ...] = (
         "model.weights", str, "weights file; null looks in the package, paths.pretrain, the hub's cache", optional=True
     ),
     Key("model.drop_rate", float, "dropout before the head, probability", low=0, high=1, open_high=True),
+    Key("model.head_init", str, "start of the new head: as torch.nn.Linear, or zero", ("linear", "zero")),
     Key("data.name", str, "data set"),
     Key("data.root", str, "folder that holds the images; null is paths.data/<name>", optional=True),
     Key("data.image_size", int, "side of the square input, pixels", low=MIN_IMAGE_SIZE, high=1024),

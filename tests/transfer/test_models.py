@@ -20,7 +20,7 @@ from transfer.models.weights import load_weights
 from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
-SMALL = {"name": "test_efficientnet", "pretrained": False, "weights": None, "drop_rate": 0.0}
+SMALL = {"name": "test_efficientnet", "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "linear"}
 
 
 def small(classes: int = 5):

@@ -1,6 +1,26 @@
 """What is stored for backward instead of an activation: codecs turn a tensor into a few small ones, and back."""
 
-from .pruned import Packed, PackedLayout, Pruned, kept_count, pack, pack_shared, unpack
+from .normalised import AffineLayout, NormCodec
+from .pruned import Packed, PackedLayout, Pruned, kept_count, pack
 from .roles import mark, role_of
+from .rows import RowsLayout, pack_rows, unpack_rows
+from .shared import Layout, pack_shared, remember_source, unpack
 
-__all__ = ["Packed", "PackedLayout", "Pruned", "kept_count", "mark", "pack", "pack_shared", "role_of", "unpack"]
+__all__ = [
+    "AffineLayout",
+    "Layout",
+    "NormCodec",
+    "Packed",
+    "PackedLayout",
+    "Pruned",
+    "RowsLayout",
+    "kept_count",
+    "mark",
+    "pack",
+    "pack_rows",
+    "pack_shared",
+    "remember_source",
+    "role_of",
+    "unpack",
+    "unpack_rows",
+]

@@ -8,13 +8,14 @@ Shape legend: B samples, R rows, m elements a row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels import row_decode, row_encode
-from .pruned import PackedLayout, Pruned, pack, unpack
+from .pruned import PackedLayout, Pruned, pack, unpack_pruned
 from .roles import DENSE, QUANTISED, SCALES, mark
 
 
@@ -75,7 +76,7 @@ def read_normalised(stored: tuple[Tensor, ...], layout: NormLayout, start: int, 
         return row_decode(codes.reshape(rows, -1), scales.reshape(-1), layout.row, bits, dtype).view(shape)
     mean, rstd, *kept = stored
     if layout.kind == "pruned":
-        x = unpack(tuple(kept), layout.packed, start, stop, torch.promote_types(dtype, torch.float32))
+        x = unpack_pruned(tuple(kept), layout.packed, start, stop, torch.promote_types(dtype, torch.float32))
     else:
         x = kept[0][start:stop].to(torch.promote_types(dtype, torch.float32))
     batch = layout.shape[0]
@@ -85,3 +86,31 @@ def read_normalised(stored: tuple[Tensor, ...], layout: NormLayout, start: int, 
         mean, rstd = (statistic.expand(stop - start, -1) for statistic in (mean, rstd))
     rows = x.reshape(stop - start, -1, layout.row) - mean.unsqueeze(2)
     return rows.mul_(rstd.unsqueeze(2)).to(dtype).view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class AffineLayout:
+    """A norm's output read from what the norm keeps: normalised * weight + bias. ``tensors`` are the norm's, then weight and bias where they exist."""
+
+    norm: NormLayout
+    dtype: torch.dtype
+    has_weight: bool
+    has_bias: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.norm.shape
+
+    @property
+    def sample_numel(self) -> int:
+        return math.prod(self.norm.shape[1:])
+
+
+def read_affine(tensors: tuple[Tensor, ...], layout: AffineLayout, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Samples start to stop of the norm's output, (stop - start, ...) of ``dtype``."""
+    affine = list(tensors[len(tensors) - layout.has_weight - layout.has_bias :])
+    stored = tensors[: len(tensors) - len(affine)]
+    out = read_normalised(stored, layout.norm, start, stop, dtype)
+    if layout.has_weight:
+        out.mul_(affine[0])
+    return out.add_(affine[-1]) if layout.has_bias else out

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from ..kernels import Stored, index_bytes, topk_pack, topk_unpack
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
@@ -98,23 +97,7 @@ def pack(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
     return Packed(tuple(mark(part, role) for part, role, present in kept if present), layout)
 
 
-def pack_shared(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
-    """``pack``, or what an earlier consumer of the same x has packed: same tensor, same version, same codec.
-
-    The memory of it hangs on x itself and holds only weak references: the saved tensors belong to the autograd graph alone.
-    """
-    version = x._version
-    known = getattr(x, "_backrazor_packed", None)
-    if known is not None and known[0] == (codec, version):
-        tensors = tuple(reference() for reference in known[1])
-        if all(tensor is not None for tensor in tensors):
-            return Packed(tensors, known[2])
-    packed = pack(x, codec, flag)
-    x._backrazor_packed = ((codec, version), tuple(TensorWeakRef(tensor) for tensor in packed.tensors), packed.layout)
-    return packed
-
-
-def unpack(
+def unpack_pruned(
     tensors: tuple[Tensor, ...], layout: PackedLayout, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Samples start to stop as a dense tensor (stop - start, ...) of ``dtype`` (default: that of the input), in the input's memory format."""

@@ -4,23 +4,31 @@ Everything kept goes through ``save_for_backward``. Nothing is packed without gr
 """
 
 from .activation import ACTIVATIONS, piecewise_linear, smooth
+from .attention import AttentionCodec, attention
 from .batch_norm import batch_norm
 from .conv import conv2d
 from .conv_norm_act import conv_norm_act
 from .dropout import dropout
+from .layer_norm import group_norm, layer_norm
 from .linear import linear
+from .linear_act import linear_act
 from .pooling import adaptive_avg_pool2d, max_pool2d
 from .scale import channel_scale
 
 __all__ = [
     "ACTIVATIONS",
+    "AttentionCodec",
     "adaptive_avg_pool2d",
+    "attention",
     "batch_norm",
     "channel_scale",
     "conv2d",
     "conv_norm_act",
     "dropout",
+    "group_norm",
+    "layer_norm",
     "linear",
+    "linear_act",
     "max_pool2d",
     "piecewise_linear",
     "smooth",

@@ -26,6 +26,14 @@ def accumulator(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=wide, device=like.device)
 
 
+def add_product(total: Tensor, rows: Tensor, x_hat: Tensor) -> None:
+    """total (O, I) += rows^T x_hat for rows (t, O) and x_hat (t, I)."""
+    if total.dtype == rows.dtype:
+        total.addmm_(rows.t(), x_hat)
+    else:
+        total.add_(rows.t() @ x_hat)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that matrix products run in under the autocast of x's device, None outside autocast."""
     kind = x.device.type

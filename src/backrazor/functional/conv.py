@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import PackedLayout, Pruned, pack_shared, unpack
+from ..codecs import Layout, Pruned, pack_shared, unpack
 from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
 
 
@@ -128,7 +128,7 @@ def largest_sample_bytes(x: Tensor, out_channels: int, spec: ConvSpec) -> int:
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, layout: PackedLayout | None, *packed: Tensor
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, layout: Layout | None, *packed: Tensor
     ) -> Tensor:
         ctx.spec, ctx.layout, ctx.shape = explicit(spec, weight.shape[2:]), layout, tuple(x.shape)
         ctx.save_for_backward(weight, *packed)

@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import PackedLayout, Pruned, mark, pack_shared, unpack
-from ..codecs.roles import MASK, QUANTISED
-from ..kernels import level_apply, level_encode, mask_apply, mask_encode
-from .activation import ACTIVATIONS, quantiser
+from ..codecs import Layout, Pruned, pack_shared, unpack
 from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
 from .conv import ConvSpec, backward_of_chunk, explicit, forward_of_chunk, largest_sample_bytes
+from .epilogue import Act, activate, encode, gradient, join
 
 
 class Norm(NamedTuple):
@@ -32,16 +30,6 @@ class Norm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
-
-
-class Act(NamedTuple):
-    """An activation: piecewise linear with derivative 1 in (low, high) where ``name`` is "clamp" (``high`` NaN: unbounded), else one of ``ACTIVATIONS``
-    whose derivative is kept in ``bits``."""
-
-    name: str
-    low: float = 0.0
-    high: float = 0.0
-    bits: int = 0
 
 
 def conv_norm_act(
@@ -66,33 +54,6 @@ def _normalise(y: Tensor, norm: Norm) -> Tensor:
     return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
-def _activate(y: Tensor, act: Act | None, out: Tensor) -> None:
-    if act is None:
-        out.copy_(y)
-    elif act.name != "clamp":
-        out.copy_(ACTIVATIONS[act.name].forward(y))
-    elif act.high != act.high:
-        torch.ops.aten.relu.out(y, out=out)
-    else:
-        torch.ops.aten.hardtanh.out(y, act.low, act.high, out=out)
-
-
-def _encode(y: Tensor, act: Act) -> Tensor:
-    rows = y.reshape(y.shape[0], -1)
-    if act.name == "clamp":
-        return mask_encode(rows, act.low, act.high)
-    thresholds, _ = quantiser(act.name, act.bits)
-    return level_encode(rows, thresholds.to(y.device), act.bits)
-
-
-def _through_activation(grad: Tensor, codes: Tensor, act: Act) -> Tensor:
-    """A new tensor: the gradient before the activation."""
-    rows = grad.reshape(grad.shape[0], -1)
-    if act.name == "clamp":
-        return mask_apply(rows, codes).view(grad.shape)
-    _, levels = quantiser(act.name, act.bits)
-    return level_apply(rows, codes, levels.to(grad.device), act.bits).view(grad.shape)
-
 
 class _ConvNormAct(torch.autograd.Function):
     @staticmethod
@@ -105,7 +66,7 @@ class _ConvNormAct(torch.autograd.Function):
         norm: Norm,
         act: Act | None,
         keeps: bool,
-        layout: PackedLayout | None,
+        layout: Layout | None,
         *packed: Tensor,
     ) -> Tensor:
         ctx.spec, ctx.act, ctx.eps, ctx.layout, ctx.shape = explicit(spec, weight.shape[2:]), act, norm.eps, layout, x.shape
@@ -115,11 +76,12 @@ class _ConvNormAct(torch.autograd.Function):
             if out is None:
                 out = y.new_empty(x.shape[0], *y.shape[1:])
             if keeps and act is not None:
-                codes.append(_encode(y, act))
-            _activate(y, act, out[start:stop])
+                codes.append(encode(y, act))
+            activate(y, act, out[start:stop])
+            del y
         if out is None:  # an empty batch
             return _normalise(forward_of_chunk(x, weight, bias, spec), norm)
-        kept = [mark(torch.cat(codes), MASK if act.name == "clamp" else QUANTISED)] if codes else []
+        kept = [join(codes, act)] if codes else []
         ctx.save_for_backward(weight, norm.weight, norm.running_var, *kept, *packed)
         return out
 
@@ -139,7 +101,7 @@ class _ConvNormAct(torch.autograd.Function):
             if codes is None:
                 part = grad[start:stop] * scale
             else:
-                part = _through_activation(grad[start:stop], codes[start:stop], ctx.act).mul_(scale)
+                part = gradient(grad[start:stop], codes[start:stop], ctx.act).mul_(scale)
             x_hat = unpack(packed, ctx.layout, start, stop, grad.dtype) if need_weight else None
             part_x, part_weight = backward_of_chunk(part, x_hat, (stop - start, *ctx.shape[1:]), weight, ctx.spec, need_x)
             if need_x:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import PackedLayout, Pruned, pack_shared, unpack
-from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
+from ..codecs import Layout, Pruned, pack_shared, unpack
+from .common import accumulator, add_product, autocast_dtype, needs_grad, sample_chunks
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout | None, *packed: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout | None, *packed: Tensor) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *packed)
         return F.linear(x, weight, bias)
@@ -50,16 +50,12 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)
 
 
-def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: PackedLayout) -> Tensor:
+def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -> Tensor:
     """sum over rows of grad^T x_hat, chunk by chunk into one (O, I) buffer: no (B, O, I) temporary, no dense copy of the batch."""
     batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
     grad = grad.reshape(batch, -1, outputs)
     total = accumulator((outputs, inputs), grad)
     for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size()):
         x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
-        rows = grad[start:stop].reshape(-1, outputs)
-        if total.dtype == grad.dtype:
-            total.addmm_(rows.t(), x_hat)
-        else:
-            total.add_(rows.t() @ x_hat)
+        add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
     return total.to(grad.dtype)

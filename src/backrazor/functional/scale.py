@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..codecs import PackedLayout, Pruned, mark, pack_shared, unpack
+from ..codecs import Layout, Pruned, mark, pack_shared, unpack
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks
 
@@ -23,7 +23,7 @@ def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tenso
 
 class _ChannelScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, layout: PackedLayout | None, *packed: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, gate: Tensor, layout: Layout | None, *packed: Tensor) -> Tensor:
         ctx.layout, ctx.gate_shape = layout, gate.shape
         ctx.save_for_backward(mark(gate, DENSE, "gate") if ctx.needs_input_grad[0] else None, *packed)
         return x * gate
@@ -38,7 +38,7 @@ class _ChannelScale(torch.autograd.Function):
         return grad_x, grad_gate, *(None for _ in rest)
 
 
-def _gate_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: PackedLayout, shape: torch.Size) -> Tensor:
+def _gate_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout, shape: torch.Size) -> Tensor:
     """sum of grad * x_hat over the dimensions that the gate was broadcast along."""
     own_batch = len(shape) == grad.dim() and shape[0] == grad.shape[0]
     parts, total = [], None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..functional.conv_norm_act import Act
+from ..functional.epilogue import Act
 from .base import DropIn, LayerRules
 
 
@@ -69,7 +69,9 @@ class RazorReLU6(_PiecewiseLinear, nn.ReLU6):
         return Act("clamp", 0.0, 6.0)
 
 
-class _RazorSmooth(_RazorActivation):
+class RazorSmooth(_RazorActivation):
+    """A smooth activation by the activation rule; subclasses name their function."""
+
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
         return "activation=dense" if rules.activation == "dense" else None
@@ -91,7 +93,7 @@ class _RazorSmooth(_RazorActivation):
         return None if kept == "float16" else Act(self._function, bits=int(kept.removeprefix("int")))
 
 
-class RazorGELU(_RazorSmooth, nn.GELU):
+class RazorGELU(RazorSmooth, nn.GELU):
     """GELU, exact or by tanh, by the activation rule."""
 
     @property
@@ -99,13 +101,14 @@ class RazorGELU(_RazorSmooth, nn.GELU):
         return "gelu" if self.approximate == "none" else "gelu_tanh"
 
 
-class RazorSiLU(_RazorSmooth, nn.SiLU):
+class RazorSiLU(RazorSmooth, nn.SiLU):
     """SiLU by the activation rule."""
 
     _function = "silu"
 
 
-class RazorHardswish(_RazorSmooth, nn.Hardswish):
+class RazorHardswish(RazorSmooth, nn.Hardswish):
     """Hardswish by the activation rule."""
 
     _function = "hardswish"
+

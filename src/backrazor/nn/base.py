@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..codecs import Pruned
 from ..codecs.normalised import NormCodec
+from ..functional.attention import AttentionCodec
 
 FLAG = "_backrazor_flag"
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
@@ -26,6 +27,7 @@ class LayerRules:
     pruned: Pruned
     norm: NormCodec
     activation: str
+    attention: AttentionCodec
 
 
 class DropIn(nn.Module):
@@ -33,6 +35,7 @@ class DropIn(nn.Module):
 
     razor: LayerRules
     packs: ClassVar[bool] = True  # whether it has a flag for non-finite values and overflow
+    prunes: ClassVar[bool] = False  # whether it prunes its input a sample
     link: ClassVar[str | None] = None  # its part in a chain that runs as one operator: "conv", "norm" or "activation" (see fusion.py)
 
     @classmethod
@@ -50,9 +53,11 @@ class DropIn(nn.Module):
 
     @property
     def _passes_through(self) -> bool:
-        """Whether the convolution before this module has done its work already."""
-        norm = self.__dict__.get("_backrazor_norm")
-        return norm is not None and is_frozen(norm[0])
+        """Whether the module that leads its chain has done this one's work already."""
+        if "_backrazor_norm" not in self.__dict__:
+            return False
+        norm = self._backrazor_norm  # in a tuple, so that it is no submodule; empty in a chain without a norm
+        return not norm or is_frozen(norm[0])
 
     @property
     def _flag(self) -> Tensor:

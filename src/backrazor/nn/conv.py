@@ -17,6 +17,7 @@ class RazorConvolution(DropIn):
     """Keeps the input pruned, before padding. Where the norm that follows is frozen, runs it and the activation too (see fusion.py)."""
 
     link = "conv"
+    prunes = True
 
     @classmethod
     def refusal(cls, module: nn.Conv2d, rules: LayerRules) -> str | None:

@@ -1,6 +1,7 @@
-"""Chains of modules that run as one operator: a convolution, the BatchNorm that alone consumes its output, and perhaps an activation.
+"""Chains of modules that run as one operator: a convolution, the BatchNorm that alone consumes its output and perhaps an activation; or a Linear and
+its activation.
 
-The convolution's drop-in computes the whole chain and the others hand their input through. That is right only where nothing else sees the values in
+The first drop-in computes the whole chain and the others hand their input through. That is right only where nothing else sees the values in
 between, which no module can tell by itself: ``CHAINS`` names the classes whose forward is known, by their attributes in order. A plain Sequential is known by
 construction. Whether a chain runs fused is decided at every call, by the norm's state, and both ends ask the same question.
 """
@@ -19,7 +20,7 @@ _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _TIMM_RESNET = "timm.models.resnet"
 _VISION_RESNET = "torchvision.models.resnet"
 
-# (convolution, norm[, activation]) attributes. timm's norm layers carry their activation inside.
+# (convolution, norm[, activation]) or (linear, activation) attributes. timm's norm layers carry their activation inside.
 CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_TIMM_BLOCKS}.ConvBnAct": (("conv", "bn1"),),
     f"{_TIMM_BLOCKS}.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
@@ -32,7 +33,12 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_VISION_RESNET}.BasicBlock": (("conv1", "bn1"), ("conv2", "bn2")),
     f"{_VISION_RESNET}.Bottleneck": (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
     f"{_VISION_RESNET}.ResNet": (("conv1", "bn1"),),
+    "timm.layers.mlp.Mlp": (("fc1", "act"),),
+    "transformers.models.bert.modeling_bert.BertIntermediate": (("dense", "intermediate_act_fn"),),
+    "transformers.models.vit.modeling_vit.ViTIntermediate": (("dense", "intermediate_act_fn"),),
 }
+
+_FITTING = (("conv", "norm"), ("conv", "norm", "activation"), ("linear", "activation"))
 
 
 def chains(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
@@ -46,6 +52,8 @@ def chains(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
             members = list(module)
             links = [link_of(member) for member in members]
             for i in range(len(members) - 1):
+                if links[i : i + 2] == ["linear", "activation"]:
+                    yield tuple(members[i : i + 2])
                 if links[i : i + 2] == ["conv", "norm"]:
                     yield tuple(members[i : i + 2 + (links[i + 2 : i + 3] == ["activation"])])
 
@@ -69,8 +77,13 @@ def link_chains(model: nn.Module) -> int:
     uses = Counter(member for members in found for member in members)
     linked = 0
     for members in found:
-        fits = tuple(link_of(member) for member in members) in (("conv", "norm"), ("conv", "norm", "activation"))
-        if not fits or any(uses[member] > 1 or _hooked(member) for member in members):
+        links = tuple(link_of(member) for member in members)
+        if links not in _FITTING or any(uses[member] > 1 or _hooked(member) for member in members):
+            continue
+        if links[0] == "linear":
+            members[0]._backrazor_followers = members[1:]
+            members[1]._backrazor_norm = ()
+            linked += 1
             continue
         conv, norm, *activation = members
         inner = norm.inner_activation()

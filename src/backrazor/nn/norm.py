@@ -1,4 +1,4 @@
-"""Drop-in for BatchNorm."""
+"""Drop-ins for normalisation."""
 
 from __future__ import annotations
 
@@ -63,3 +63,30 @@ class RazorBatchNorm1d(_RazorBatchNorm, nn.BatchNorm1d):
 
 class RazorBatchNorm2d(_RazorBatchNorm, nn.BatchNorm2d):
     """BatchNorm2d: nothing kept on running statistics, the input by the norm rule otherwise."""
+
+
+class RazorLayerNorm(DropIn, nn.LayerNorm):
+    """LayerNorm that keeps its input by the norm rule."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
+        return "norm=dense" if rules.norm.kind == "dense" else None
+
+    @classmethod
+    def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
+        return norm_words(rules)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, self.razor.norm, self._flag
+        )
+
+
+class RazorGroupNorm(DropIn, nn.GroupNorm):
+    """GroupNorm that keeps its input by the norm rule."""
+
+    refusal = RazorLayerNorm.refusal
+    keeps = RazorLayerNorm.keeps
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, self.razor.norm, self._flag)

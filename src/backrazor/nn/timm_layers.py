@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from timm.layers import BatchNormAct2d, Conv2dSame, SqueezeExcite
+from timm.layers import BatchNormAct2d, Conv2dSame, GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d, LayerScale, SqueezeExcite
+from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models._efficientnet_blocks import SqueezeExcite as EfficientNetSqueezeExcite
 from torch import Tensor, nn
 
@@ -10,7 +11,8 @@ from .. import functional
 from ..functional.conv import ConvSpec
 from .base import UNKNOWN, DropIn, LayerRules
 from .conv import RazorConvolution
-from .norm import batch_norm, norm_words
+from .activation import RazorSmooth
+from .norm import RazorGroupNorm, RazorLayerNorm, batch_norm, norm_words
 
 
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
@@ -77,3 +79,47 @@ class RazorSqueezeExcite(_RazorGate, SqueezeExcite):
             squeezed = 0.5 * squeezed + 0.5 * x.amax((2, 3), keepdim=True)
         squeezed = self.fc2(self.act(self.bn(self.fc1(squeezed))))
         return self._product(x, self.gate(squeezed))
+
+
+class RazorTimmLayerNorm(RazorLayerNorm, LayerNorm):
+    """timm's LayerNorm."""
+
+
+class RazorLayerNorm2d(RazorLayerNorm, LayerNorm2d):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class RazorTimmGroupNorm(RazorGroupNorm, GroupNorm):
+    """timm's GroupNorm."""
+
+
+class RazorTimmGroupNorm1(RazorGroupNorm, GroupNorm1):
+    """GroupNorm with one group."""
+
+
+class RazorTimmGELU(RazorSmooth, GELU):
+    """timm's GELU."""
+
+    _function = "gelu"
+
+
+class RazorTimmGELUTanh(RazorSmooth, GELUTanh):
+    """timm's GELU by tanh."""
+
+    _function = "gelu_tanh"
+
+
+class RazorTimmQuickGELU(RazorSmooth, QuickGELU):
+    """timm's QuickGELU."""
+
+    _function = "quick_gelu"
+
+
+class RazorLayerScale(_RazorGate, LayerScale):
+    """LayerScale whose product keeps the scaled map pruned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.gamma)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from transfer.errors import UserError
 from transfer.models.weights import find_weights, load_weights
-from transfer.models.zoo import BACKBONES, find_spec
+from transfer.models.zoo import BACKBONES, BackboneSpec, find_spec
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,39 @@ def build_backbone(config: Mapping[str, Any], num_classes: int, pretrain: str | 
     file = find_weights(name, spec, config["weights"], Path(pretrain)) if config["pretrained"] else None
     try:
         model = spec.build(num_classes, config["drop_rate"])
-        head = _head_name(model)
+        head = spec.head or _head_name(model)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"model.name={name} cannot be built as a classifier with model.drop_rate={config['drop_rate']}: {error}"
         ) from error
     if file is not None:
-        load_weights(model, file, head)
+        _load(model, file, head, spec)
+    _start_head(model.get_submodule(head), config["head_init"])
     return Backbone(model, head, spec.mean, spec.std, find_stages(model), file)
+
+
+def _start_head(head: nn.Module, how: str) -> None:
+    """Initialise the new classifier's Linear layers.
+
+    A network's own rule may be far off for a small number of classes: EfficientNet draws from +-1/sqrt(classes), which
+    for ten classes starts the loss at 5 nats and throws a pretrained backbone with frozen batch norm off its weights.
+    """
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+            if how == "zero":
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+def _load(model: nn.Module, file: Path, head: str, spec: BackboneSpec) -> None:
+    if spec.load is None:
+        load_weights(model, file, head)
+        return
+    try:
+        spec.load(model, file)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} cannot be read as weights of this network ({error}): fetch it again") from error
 
 
 def _head_name(model: nn.Module) -> str:

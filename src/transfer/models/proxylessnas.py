@@ -39,12 +39,16 @@ def proxylessnas(
     architecture["classifier"].update(out_features=num_classes, dropout_rate=dropout)
     network = ProxylessNASNets.build_from_config(architecture)
     if pretrained_path is not None:
-        _load_weights(network, Path(pretrained_path))
+        load_published_weights(network, Path(pretrained_path))
     return network
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    """Load all of `path`, but for a head of another size. Every other tensor has to match by name and shape."""
+def load_published_weights(network: nn.Module, path: Path) -> None:
+    """Load all of `path`, but for a head of another size. Every other tensor has to match by name and shape.
+
+    Raises:
+        FileNotFoundError, ValueError: as `proxylessnas`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"pretrained_path={path}: no such file")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+
+from transfer.models.proxylessnas import load_published_weights, proxylessnas
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class BackboneSpec:
         package: distribution that ships the weights, and the file's path in it, where there is one.
         mean, std: what the pretrained network expects of its input, (3,) each, for values in [0, 1].
         hub: repository and file on the Hugging Face hub whose local cache may hold the weights.
+        load: ``load(model, file)`` reads a weights file of a format of its own; None for named or positional tensors.
+        head: name of the classifier; None asks the network, as timm's can tell.
     """
 
     build: Callable[[int, float], nn.Module]
@@ -34,6 +39,8 @@ class BackboneSpec:
     std: tuple[float, float, float]
     package: tuple[str, str] | None = None
     hub: tuple[str, str] | None = None
+    load: Callable[[nn.Module, Path], None] | None = None
+    head: str | None = None
 
 
 def timm_spec(
@@ -52,6 +59,19 @@ def timm_spec(
     return BackboneSpec(build, weights_file or f"{name}.safetensors", url, mean, std, package, hub)
 
 
+def proxylessnas_spec() -> BackboneSpec:
+    """ProxylessNAS-Mobile by ``ofa``, which timm does not have, with its authors' weights."""
+    return BackboneSpec(
+        build=lambda num_classes, drop_rate: proxylessnas(num_classes, dropout=drop_rate),
+        weights_file="proxyless_mobile.pth",
+        url="https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/proxyless_mobile.pth",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        load=load_published_weights,
+        head="classifier",
+    )
+
+
 def _released(name: str) -> BackboneSpec:
     """A timm network whose weights were released as a file of their own, the one that pretrain/fetch.py brings."""
     url = timm.get_pretrained_cfg(name).url
@@ -68,6 +88,7 @@ BACKBONES: dict[str, Callable[[], BackboneSpec]] = {
         ),
     ),
     "mobilenetv2": lambda: _released("mobilenetv2_100.ra_in1k"),
+    "proxylessnas": proxylessnas_spec,
     "resnet18": lambda: _released("resnet18.tv_in1k"),
     "resnet50": lambda: _released("resnet50.tv_in1k"),
     "vit_b16": lambda: timm_spec(

@@ -36,9 +36,10 @@ def load_runs(folder: Path) -> pd.DataFrame:
         UserError: no record there, or a damaged one.
     """
     frame = pd.DataFrame([_row(read_record(path)) for path in find_records(folder)])
-    newest = frame.sort_values("date").groupby("experiment")["config_hash"].last()
-    stale = frame["experiment"].map(newest).fillna(frame["config_hash"]) != frame["config_hash"]
-    return frame[~stale].reset_index(drop=True)
+    named = frame[frame["experiment"].notna()].sort_values("date")
+    newest = dict(zip(named["experiment"], named["config_hash"], strict=True))
+    current = [newest.get(row.experiment, row.config_hash) == row.config_hash for row in frame.itertuples()]
+    return frame[current].reset_index(drop=True)
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:

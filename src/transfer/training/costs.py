@@ -65,7 +65,7 @@ def step_loss(network: Network, config: Mapping[str, Any], images: Tensor, label
     """The training loss of normalised ``images``, as the loop computes it."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config["trainer"]["precision"] == "bfloat16"):
         logits = network.model(images)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=config["optim"]["label_smoothing"])
+    return _criterion(logits, labels, config)
 
 
 def step_shape(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -82,8 +82,9 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     released code's formula has no rule for the network.
     """
     batch, size = step_shape(config)
-    images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
-    labels = labels.repeat(-(-batch // len(labels)))[:batch]
+    # Clones: autograd would hold the whole storage of a slice, which a training step does not have.
+    images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].clone()
+    labels = labels.repeat(-(-batch // len(labels)))[:batch].clone()
     x = network.normalise(images)
     if x.shape[-1] != size:
         x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
@@ -101,10 +102,18 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     }
     if config["trainer"]["checkpointing"] == "none":
         shape = {"input_size": (3, size, size), "batch_size": batch}
-        columns["predicted_bytes"] = br.memory.predict(network.model, rule="exact", **shape).saved_bytes
-        columns["predicted_peak_bytes"] = br.memory.predict(network.model, rule="exact", **shape).peak_bytes
+        labels = torch.zeros(batch, dtype=torch.long, device=images.device)
+        autocast = torch.bfloat16 if config["trainer"]["precision"] == "bfloat16" else None
+        predicted = br.memory.predict(
+            network.model, loss_fn=lambda logits: _criterion(logits, labels, config), autocast=autocast, **shape
+        )
+        columns |= {"predicted_bytes": predicted.saved_bytes, "predicted_peak_bytes": predicted.peak_bytes}
         columns["official_bytes"] = _official(network, shape)
     return columns
+
+
+def _criterion(logits: Tensor, labels: Tensor, config: Mapping[str, Any]) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, label_smoothing=config["optim"]["label_smoothing"])
 
 
 def _official(network: Network, shape: Mapping[str, Any]) -> int | None:

@@ -1,0 +1,188 @@
+"""Scaled dot-product attention that keeps q, k, v (and, in the paper's form, the softmax output) small.
+
+Shape legend: B samples, H heads, N queries, M keys, d/e width of a key/value head. P = softmax(scale q k^T + mask), out = dropout(P) v.
+
+Rules. "pruned" is the paper's: q, k, P and v pruned a sample, softmax backward from the pruned P. "int8" and "int4" keep q, k and v quantised a
+row and recompute P in backward, as flash attention does (Dao et al., https://arxiv.org/abs/2205.14135); each is stored without its mean over the tokens, and k's
+mean is not kept at all: it adds the same number to every score of a query, which softmax and its gradient ignore.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..codecs import Pruned, mark, pack, pack_rows, unpack, unpack_rows
+from ..codecs.roles import DENSE, MASK
+from ..kernels import mask_apply, mask_encode
+from .common import autocast_dtype, needs_grad, sample_chunks
+
+
+class AttentionCodec(NamedTuple):
+    """rule: "pruned", "int8" or "int4"; ``pruned`` is the codec of the first."""
+
+    rule: str
+    pruned: Pruned
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    codec: AttentionCodec,
+    flag: Tensor,
+) -> Tensor:
+    """The unfused formula on q (B, H, N, d), k (B, H, M, d), v (B, H, M, e), some samples at a time; returns (B, H, N, e).
+
+    ``mask`` broadcasts to (B, H, N, M): bool (True takes part) or added to the scores, and may require a gradient.
+    """
+    cast = autocast_dtype(q)
+    if cast is not None:
+        q, k, v = q.to(cast), k.to(cast), v.to(cast)
+    bias = _additive(mask, q, k.shape[-2], is_causal)
+    keeps = needs_grad(q, k, v, bias)
+    return _Attention.apply(q, k, v, bias, dropout_p, scale, codec, flag, keeps)
+
+
+def _additive(mask: Tensor | None, q: Tensor, keys: int, is_causal: bool) -> Tensor | None:
+    """One mask of four dimensions to add to the scores."""
+    if is_causal:
+        mask = torch.ones(q.shape[-2], keys, dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    return mask.to(q.dtype).view(*(1,) * (4 - mask.dim()), *mask.shape)
+
+
+def _of_samples(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return bias if bias is None or bias.shape[0] == 1 else bias[start:stop]
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    scores = (q * scale) @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
+        scale: float,
+        codec: AttentionCodec,
+        flag: Tensor,
+        keeps: bool,
+    ) -> Tensor:
+        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+        out = q.new_empty(batch, heads, queries, v.shape[3])
+        noise = None
+        if dropout_p > 0:  # drawn in one call, as the unfused formula draws it
+            noise = F.dropout(q.new_ones(batch, heads, queries, keys), dropout_p, True)
+        packs_probabilities = keeps and codec.rule == "pruned"
+        probabilities = []
+        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size()):
+            p = _probabilities(q[start:stop], k[start:stop], scale, _of_samples(bias, start, stop))
+            if packs_probabilities:
+                probabilities.append(pack(p, codec.pruned, flag))
+            if noise is not None:
+                p = p * noise[start:stop]
+            out[start:stop] = p @ v[start:stop]
+        if keeps:
+            _save(ctx, q, k, v, bias, noise, probabilities, codec, flag)
+            ctx.scale, ctx.codec, ctx.dropout_p, ctx.keys = scale, codec, dropout_p, keys
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_q, need_k, need_v, need_bias, *rest = ctx.needs_input_grad
+        saved = _Saved(ctx)
+        bias = saved.bias
+        batch, heads, queries = grad.shape[:3]
+        grads = [grad.new_empty(shape) if need else None for shape, need in zip(saved.shapes, (need_q, need_k, need_v), strict=True)]
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size()):
+            q, k, v, p = saved.read(start, stop, grad.dtype)
+            part = grad[start:stop]
+            kept = saved.noise(start, stop)
+            dropped = p if kept is None else mask_apply(p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+            if need_v:
+                torch.matmul(dropped.transpose(-2, -1), part, out=grads[2][start:stop])
+            del dropped
+            grad_p = part @ v.transpose(-2, -1)
+            if kept is not None:
+                grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            del grad_p, p
+            if need_bias:
+                addend = grad_scores.sum_to_size(_of_samples(bias, start, stop).shape)
+                _of_samples(grad_bias, start, stop).add_(addend)
+            grad_scores.mul_(ctx.scale)
+            if need_q:
+                torch.matmul(grad_scores, k, out=grads[0][start:stop])
+            if need_k:
+                torch.matmul(grad_scores.transpose(-2, -1), q, out=grads[1][start:stop])
+        return *grads, grad_bias, *(None for _ in rest)
+
+
+def _save(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, noise: Tensor | None, probabilities: list, codec, flag) -> None:
+    """Everything backward reads, in one ``save_for_backward``: bias, noise bits, then q, k, v and P one after another."""
+    parts = []
+    if codec.rule == "pruned":
+        parts = [pack(x, codec.pruned, flag) for x in (q, k, v)]
+        joined = tuple(_join(pieces) for pieces in zip(*(packed.tensors for packed in probabilities), strict=True))
+        layout = probabilities[0].layout if probabilities else codec.pruned.layout(q.new_empty(*q.shape[:3], k.shape[2]))
+        parts.append((joined, layout))
+    else:
+        bits = int(codec.rule.removeprefix("int"))
+        parts = [pack_rows(q, bits, True), pack_rows(k, bits, False), pack_rows(v, bits, True)]
+    ctx.layouts = [layout for _, layout in parts]
+    ctx.counts = [len(tensors) for tensors, _ in parts]
+    ctx.shapes = [x.shape for x in (q, k, v)]
+    bits = None
+    if noise is not None:
+        bits = mark(mask_encode(noise.view(noise.shape[0], -1), 0.0, float("nan")), MASK)
+    bias = None if bias is None else mark(bias, DENSE, "attention mask")
+    ctx.save_for_backward(bias, bits, *(tensor for tensors, _ in parts for tensor in tensors))
+
+
+def _join(pieces: tuple[Tensor, ...]) -> Tensor:
+    role, reason = pieces[0]._backrazor_role
+    return mark(torch.cat(pieces), role, reason) if len(pieces) > 1 else pieces[0]
+
+
+class _Saved:
+    """What a backward pass reads."""
+
+    def __init__(self, ctx) -> None:
+        self.bias, self._bits, *tensors = ctx.saved_tensors
+        self.shapes, self._scale, self._codec = ctx.shapes, ctx.scale, ctx.codec
+        self.keep_scale = 0.0 if ctx.dropout_p >= 1 else 1 / (1 - ctx.dropout_p)
+        self._parts, at = [], 0
+        for count, layout in zip(ctx.counts, ctx.layouts, strict=True):
+            self._parts.append((tuple(tensors[at : at + count]), layout))
+            at += count
+
+    def noise(self, start: int, stop: int) -> Tensor | None:
+        return None if self._bits is None else self._bits[start:stop]
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, P) of samples start to stop."""
+        if self._codec.rule == "pruned":
+            q, k, v, p = (unpack(tensors, layout, start, stop, dtype) for tensors, layout in self._parts)
+            return q, k, v, p
+        q, k, v = (unpack_rows(tensors, layout, start, stop, dtype) for tensors, layout in self._parts)
+        return q, k, v, _probabilities(q, k, self._scale, _of_samples(self.bias, start, stop))

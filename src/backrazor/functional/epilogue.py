@@ -1,0 +1,59 @@
+"""An activation as the end of a larger operator: computed on a chunk, its derivative's code kept."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codecs import mark
+from ..codecs.roles import MASK, QUANTISED
+from ..kernels import level_apply, level_encode, mask_apply, mask_encode
+from .activation import ACTIVATIONS, quantiser
+
+
+class Act(NamedTuple):
+    """An activation: piecewise linear with derivative 1 in (low, high) where ``name`` is "clamp" (``high`` NaN: unbounded), else one of ``ACTIVATIONS`` whose
+    derivative is kept in ``bits``."""
+
+    name: str
+    low: float = 0.0
+    high: float = 0.0
+    bits: int = 0
+
+
+def activate(y: Tensor, act: Act | None, out: Tensor) -> None:
+    """The activation of y into ``out``, by PyTorch's own operators."""
+    if act is None:
+        out.copy_(y)
+    elif act.name != "clamp":
+        out.copy_(ACTIVATIONS[act.name].forward(y))
+    elif math.isnan(act.high):
+        torch.ops.aten.relu.out(y, out=out)
+    else:
+        torch.ops.aten.hardtanh.out(y, act.low, act.high, out=out)
+
+
+def encode(y: Tensor, act: Act) -> Tensor:
+    """What the gradient at y (b, ...) needs: uint8 (b, bytes)."""
+    rows = y.reshape(y.shape[0], -1)
+    if act.name == "clamp":
+        return mask_encode(rows, act.low, act.high)
+    thresholds, _ = quantiser(act.name, act.bits)
+    return level_encode(rows, thresholds.to(y.device), act.bits)
+
+
+def join(codes: list[Tensor], act: Act) -> Tensor:
+    """The codes of all chunks as one labelled tensor."""
+    return mark(torch.cat(codes), MASK if act.name == "clamp" else QUANTISED)
+
+
+def gradient(grad: Tensor, codes: Tensor, act: Act) -> Tensor:
+    """A new tensor: the gradient before the activation, for samples whose ``codes`` are given."""
+    rows = grad.reshape(grad.shape[0], -1)
+    if act.name == "clamp":
+        return mask_apply(rows, codes).view(grad.shape)
+    _, levels = quantiser(act.name, act.bits)
+    return level_apply(rows, codes, levels.to(grad.device), act.bits).view(grad.shape)

@@ -1,0 +1,139 @@
+"""LayerNorm and GroupNorm that keep their input by the norm rule. Shape legend: B samples, * any inner shape, D normalised elements, G groups."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..codecs import AffineLayout, NormCodec, mark, remember_source
+from ..codecs.normalised import NormLayout, keep_normalised, read_normalised
+from ..codecs.roles import DENSE
+from .common import accumulator, needs_grad, sample_chunks
+
+QUANTISED_RULES = ("int8", "int4")
+
+
+def layer_norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, codec: NormCodec, flag: Tensor
+) -> Tensor:
+    """``F.layer_norm`` of x (B, *, D...) over its last dimensions ``shape``.
+
+    Keeps the normalised input by ``codec`` and a reciprocal deviation a row. With h the normalised input as kept and g the gradient times ``weight``, the
+    gradient of x is rstd * (g - mean(g) - h * mean(g * h)), means over D (Ba et al., https://arxiv.org/abs/1607.06450). Under int8 and int4 the
+    output carries a note that layers reading it directly may use h * weight + bias instead of packing it again.
+    """
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # autocast runs layer_norm in float32 there
+    if not needs_grad(x, weight, bias) or codec.kind == "dense" or x.dim() <= len(shape):
+        return F.layer_norm(x, shape, weight, bias, eps)
+    kept: list = []
+    out = _LayerNorm.apply(x, weight, bias, tuple(shape), eps, codec, flag, kept)
+    if codec.kind in QUANTISED_RULES:
+        stored, layout = kept
+        affine = tuple(p for p in (weight, bias) if p is not None)
+        remember_source(out, (*stored, *affine), AffineLayout(layout, out.dtype, weight is not None, bias is not None))
+    return out
+
+
+def _affine_sums(total: Tensor | None, part: Tensor | None) -> None:
+    if total is not None and part is not None:
+        total.add_(part)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float,
+        codec: NormCodec,
+        flag: Tensor,
+        kept: list,
+    ) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        mean, rstd = mean.float(), rstd.float()
+        stored, ctx.layout = keep_normalised(x, mean.flatten(1), rstd.flatten(1), codec, flag)
+        ctx.normalised_shape, ctx.eps = shape, eps
+        ctx.save_for_backward(weight, bias, mark(rstd, DENSE, "reciprocal deviation"), *stored)
+        kept.extend((stored, ctx.layout))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, rstd, *stored = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        sums = [accumulator(ctx.normalised_shape, grad) if need else None for need in mask[1:]]
+        grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
+        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+            part = grad[start:stop].contiguous()
+            normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
+            scale = rstd[start:stop]
+            # PyTorch's own kernel on the normalised input, whose mean is 0 and deviation 1 by definition
+            zero, one = torch.zeros_like(scale, dtype=grad.dtype), torch.ones_like(scale, dtype=grad.dtype)
+            part_x, *part_affine = torch.ops.aten.native_layer_norm_backward(
+                part, normalised, ctx.normalised_shape, zero, one, weight, bias, mask
+            )
+            if mask[0]:
+                torch.mul(part_x, scale.to(grad.dtype), out=grad_x[start:stop])
+            for total, addend in zip(sums, part_affine, strict=True):
+                _affine_sums(total, addend)
+        dtype = grad.dtype if weight is None else weight.dtype
+        return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 5
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, codec: NormCodec, flag: Tensor
+) -> Tensor:
+    """``F.group_norm`` of x (B, C, *); rows are groups, and the gradient is LayerNorm's a group (Wu and He, https://arxiv.org/abs/1803.08494)."""
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        x = x.float()
+    if not needs_grad(x, weight, bias) or codec.kind == "dense" or not x.is_contiguous():
+        return F.group_norm(x, groups, weight, bias, eps)
+    return _GroupNorm.apply(x, weight, bias, groups, eps, codec, flag)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, codec: NormCodec, flag: Tensor
+    ) -> Tensor:
+        batch, channels = x.shape[:2]
+        positions = math.prod(x.shape[2:])
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, positions, groups, eps)
+        mean, rstd = mean.float(), rstd.float()
+        stored, ctx.layout = keep_normalised(x, mean, rstd, codec, flag)
+        ctx.groups = groups
+        ctx.save_for_backward(weight, mark(rstd, DENSE, "reciprocal deviation"), *stored)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rstd, *stored = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        channels, positions = grad.shape[1], math.prod(grad.shape[2:])
+        sums = [accumulator((channels,), grad) if need else None for need in mask[1:]]
+        grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
+        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+            part = grad[start:stop].contiguous()
+            normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
+            scale = rstd[start:stop].to(grad.dtype)
+            zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+            part_x, *part_affine = torch.ops.aten.native_group_norm_backward(
+                part, normalised, zero, one, weight, stop - start, channels, positions, ctx.groups, mask
+            )
+            if mask[0]:
+                rows = part_x.view(stop - start, ctx.groups, -1)
+                torch.mul(rows, scale.unsqueeze(2), out=grad_x[start:stop].view(rows.shape))
+            for total, addend in zip(sums, part_affine, strict=True):
+                _affine_sums(total, addend)
+        dtype = grad.dtype if weight is None else weight.dtype
+        return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4

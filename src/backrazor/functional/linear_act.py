@@ -1,0 +1,69 @@
+"""Linear and the activation that alone consumes its output, as one operator, a few samples at a time: the first half of a transformer's MLP.
+
+Separately, forward holds the wide tensor twice and backward its gradient twice. Here it is held once. Shape legend: B samples, * any inner shape,
+I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..codecs import Layout, Pruned, pack_shared, unpack
+from .common import accumulator, add_product, autocast_dtype, needs_grad, sample_chunks
+from .epilogue import Act, activate, encode, gradient, join
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, codec: Pruned, flag: Tensor) -> Tensor:
+    """act(linear(x)) of x (B, *, I), equal to the two operators bit for bit. Keeps x as ``linear`` does and the activation's codes."""
+    cast = autocast_dtype(x)
+    layout, packed = None, ()
+    if torch.is_grad_enabled() and weight.requires_grad:
+        packed, layout = pack_shared(x, codec, flag)
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    return _LinearAct.apply(x, weight, bias, act, needs_grad(x, weight, bias), layout, *packed)
+
+
+class _LinearAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, keeps: bool, layout: Layout | None, *packed: Tensor
+    ) -> Tensor:
+        ctx.act, ctx.layout = act, layout
+        out = F.linear(x, weight, bias)  # whole, so that the product is the dense one bit for bit
+        codes = []
+        for start, stop in sample_chunks(x.shape[0], out[:1].numel() * out.element_size()):
+            y = out[start:stop]
+            if keeps:
+                codes.append(encode(y, act))
+            activate(y, act, y)
+        ctx.save_for_backward(weight if keeps else None, join(codes, act) if codes else None, *packed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, codes, *packed = ctx.saved_tensors
+        need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+        outputs, inputs = weight.shape
+        grad_x = grad.new_empty(*grad.shape[:-1], inputs) if need_x else None
+        grad_weight = accumulator((outputs, inputs), grad) if need_weight else None
+        grad_bias = accumulator((outputs,), grad) if need_bias else None
+        for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size()):
+            part = gradient(grad[start:stop], codes[start:stop], ctx.act)
+            rows = part.reshape(-1, outputs)
+            if need_x:
+                torch.matmul(part, weight, out=grad_x[start:stop])
+            if need_weight:
+                x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype).reshape(-1, inputs)
+                add_product(grad_weight, rows, x_hat)
+            if need_bias:
+                grad_bias.add_(rows.sum(0))
+        totals = (None if total is None else total.to(weight.dtype) for total in (grad_weight, grad_bias))
+        return grad_x, *totals, *(None for _ in rest)
