@@ -23,7 +23,9 @@ def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
     if not bool(same.all()):
         first = int((~same).flatten().nonzero()[0])
         got, wanted = actual.flatten()[first].item(), expected.flatten()[first].item()
-        raise AssertionError(f"{name}: {int((~same).sum())} of {same.numel()} differ, first at {first}: {got} instead of {wanted}")
+        raise AssertionError(
+            f"{name}: {int((~same).sum())} of {same.numel()} differ, first at {first}: {got} instead of {wanted}"
+        )
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
