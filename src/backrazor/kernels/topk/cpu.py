@@ -212,12 +212,13 @@ def _lowest_bits(mask, count):
 def _store_values(value_kind, stage, count, values, scales, position):
     """Write ``count`` staged float32 from index ``position`` on, cast or quantised; returns their status bits."""
     status = 0
-    largest = 0
+    largest = largest_finite = 0
     spare = stage + (TILE + 32) * 4
     spill = spare + 64
     for i in range(count):
         bits = get_i32(stage + i * 4) & 0x7FFFFFFF
         largest = max(largest, bits)
+        largest_finite = max(largest_finite, bits if bits < 0x7F800000 else 0)
     if largest >= 0x7F800000:
         status |= NON_FINITE
     if value_kind == INT8:
@@ -235,7 +236,8 @@ def _store_values(value_kind, stage, count, values, scales, position):
             quantised = min(max(quantised, numpy.float32(-127.0)), numpy.float32(127.0))
             put_u8(values + position + i, int(quantised))
         return status
-    if value_kind == F16 and 0x477FF000 <= largest < 0x7F800000:
+    # 65520 and 2^128 - 2^119: from there on a cast rounds to infinity
+    if (value_kind == F16 and largest_finite >= 0x477FF000) or (value_kind == BF16 and largest_finite >= 0x7F7F8000):
         status |= OVERFLOW
     size = element_bytes(value_kind)
     blocks = count // 16

@@ -1,0 +1,1 @@
+"""The test suites; a package, so that suites can share ``tests.oracles``."""
