@@ -13,8 +13,12 @@ import torch
 
 def circumstances(command: str) -> dict[str, str]:
     """Columns that every benchmark row carries."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    dirty = subprocess.run(["git", "status", "--porcelain", "--", "src"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", "src"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     return {
         "command": command,
         "commit": commit.stdout.strip() + ("+" if dirty.stdout.strip() else ""),

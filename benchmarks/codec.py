@@ -2,8 +2,8 @@
 
     python benchmarks/codec.py            # appends to benchmarks/results/codec.csv
 
-Every repetition times all candidates in turn; the row holds medians and the ratio's quartiles over the repetitions. ``scaling`` rows hold nanoseconds an
-element over n and over the batch.
+Every repetition times all candidates in turn; the row holds medians and the ratio's quartiles over the repetitions.
+``scaling`` rows hold nanoseconds an element over n and over the batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(shape: tuple[int, ...], sparsity: float, values: str, threads: int, repeats: int, rival: bool = True) -> dict:
+def measure(
+    shape: tuple[int, ...], sparsity: float, values: str, threads: int, repeats: int, rival: bool = True
+) -> dict:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     x = torch.randn(shape)

@@ -1,10 +1,11 @@
 """Measure dense training, its rivals and Back Razor on every backbone: saved bytes, peak and time of a step.
 
-    python scripts/benchmark.py                                  # all backbones, float32; resumes where it was interrupted
-    python scripts/benchmark.py --backbones proxylessnas --quick # one backbone in minutes
+    python scripts/benchmark.py                                  # all backbones, float32; resumes where it was
+    interrupted python scripts/benchmark.py --backbones proxylessnas --quick # one backbone in minutes
 
-Every figure comes from a fresh process; the rows of a backbone take turns, and the table holds medians with their spread and the median of the
-ratios to dense pair by pair. Operator tests run first: a benchmark of wrong gradients is none.
+Every figure comes from a fresh process; the rows of a backbone take turns, and the table holds medians with their
+spread and the median of the ratios to dense pair by pair. Operator tests run first: a benchmark of wrong gradients is
+none.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def measure_backbone(rows: list[Row], folder: Path, repeats: int, steps: int) ->
     threads = torch.get_num_threads()
     for round_ in range(repeats):
         for row in rows:
-            file = folder / f"{row.backbone}-{row.precision}-{row.label.replace(' ', '_').replace(',', '')}-{round_}.json"
+            file = (
+                folder / f"{row.backbone}-{row.precision}-{row.label.replace(' ', '_').replace(',', '')}-{round_}.json"
+            )
             if file.exists():
                 continue
             print(f"  round {round_ + 1}/{repeats}: {row.backbone} {row.precision} {row.label}", flush=True)
@@ -75,7 +78,8 @@ def _read(folder: Path, row: Row, repeats: int) -> list[dict]:
 
 
 def summary(folder: Path, row: Row, dense: Row, repeats: int) -> dict:
-    """One line of the table; ratios are dense / row for bytes and row / dense for time, round by round, their median."""
+    """One line of the table; ratios are dense / row for bytes and row / dense for time, round by round, their
+    median."""
     rounds, base = _read(folder, row, repeats), _read(folder, dense, repeats)
     step = [statistics.median(sum(t) for t in r["times"]) for r in rounds]
     dense_step = [statistics.median(sum(t) for t in r["times"]) for r in base]

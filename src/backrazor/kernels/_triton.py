@@ -1,11 +1,12 @@
 """What the Triton kernels share: launching, cutting work into chunks, float bits, exact rounding.
 
-All arithmetic is chosen so that the GPU, Triton's interpreter and the PyTorch references agree to the bit: divisions are the IEEE ones, no product
-is contracted with a sum (``enable_fp_fusion=False``), magnitudes are compared as integers, so that NaN has a place in the order, and rounding to
-bfloat16 is integer arithmetic, since the interpreter truncates.
+All arithmetic is chosen so that the GPU, Triton's interpreter and the PyTorch references agree to the bit: divisions
+are the IEEE ones, no product is contracted with a sum (``enable_fp_fusion=False``), magnitudes are compared as
+integers, so that NaN has a place in the order, and rounding to bfloat16 is integer arithmetic, since the interpreter
+truncates.
 
-No kernel is autotuned: timing candidates waits for the device, which would break graph capture. A kernel's configurations (at most four) stand in its
-module and the host code picks by shape and type.
+No kernel is autotuned: timing candidates waits for the device, which would break graph capture. A kernel's
+configurations (at most four) stand in its module and the host code picks by shape and type.
 """
 
 import torch
@@ -23,7 +24,8 @@ FILLING_PROGRAMS = 1024  # about what keeps 132 multiprocessors busy at 8 progra
 
 
 def launch(kernel, programs: int, *arguments, warps: int, **constants) -> None:
-    """Run ``programs`` instances of ``kernel`` on the device and current stream of its first tensor; never waits for them."""
+    """Run ``programs`` instances of ``kernel`` on the device and current stream of its first tensor; never waits for
+    them."""
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(tensor):  # does nothing for the interpreter's CPU tensors
         kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
@@ -36,7 +38,9 @@ def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:
         ValueError: a sample has 2^31 elements or nearly so: positions inside a sample are 32-bit.
     """
     if n >= (1 << 31) - MAX_CHUNK:
-        raise ValueError(f"a sample of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split the sample")
+        raise ValueError(
+            f"a sample of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split the sample"
+        )
     wanted = -(-batch * n // FILLING_PROGRAMS)
     chunk = min(max(-(-wanted // block), 1) * block, MAX_CHUNK)
     return chunk, -(-n // chunk)
@@ -44,7 +48,8 @@ def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:
 
 @triton.jit
 def magnitude(x):
-    """int32 that order like |x|: the bits without the sign. x: float32, float16, bfloat16, or int32 or int16 that hold their bits."""
+    """int32 that order like |x|: the bits without the sign. x: float32, float16, bfloat16, or int32 or int16 that hold
+    their bits."""
     if x.dtype.primitive_bitwidth == 32:
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
@@ -75,8 +80,11 @@ def from_float32(x, dtype: tl.constexpr):
 
 @triton.jit
 def scale_of(largest, LIMIT: tl.constexpr):
-    """(scale float16, its reciprocal float32 or 0 where it has none) for int32 magnitudes ``largest`` of float32 that are to become ``LIMIT``."""
-    scale = from_float32(tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, LIMIT, tl.float32)), tl.float16)
+    """(scale float16, its reciprocal float32 or 0 where it has none) for int32 magnitudes ``largest`` of float32 that
+    are to become ``LIMIT``."""
+    scale = from_float32(
+        tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, LIMIT, tl.float32)), tl.float16
+    )
     exact = scale.to(tl.float32)
     usable = (magnitude(exact) < INFINITY) & (exact != 0)
     inverse = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), tl.where(usable, exact, 1.0))
@@ -94,7 +102,8 @@ def quantise(x, inverse, LIMIT: tl.constexpr, NAN_CODE: tl.constexpr):
 
 @triton.jit
 def sum_before(counts, number):
-    """The sum of ``counts[:number]``, int32: what the chunks before this one hold. Read by every program anew, which saves a scan's launch."""
+    """The sum of ``counts[:number]``, int32: what the chunks before this one hold. Read by every program anew, which
+    saves a scan's launch."""
     total = tl.zeros((256,), tl.int32)
     for first in range(0, number, 256):
         at = first + tl.arange(0, 256)

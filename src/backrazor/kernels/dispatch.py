@@ -1,6 +1,7 @@
 """Which implementation of the primitives runs: by device, or forced by the environment variable BACKRAZOR_KERNELS.
 
-CUDA tensors take Triton, CPU tensors Numba; what neither covers (other devices, float64, a package that is missing) takes the reference.
+CUDA tensors take Triton, CPU tensors Numba; what neither covers (other devices, float64, a package that is missing)
+takes the reference.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _MODULES = {"numba": "cpu", "triton": "triton", "interpret": "triton"}
 _DEVICES = {"numba": "cpu", "triton": "cuda", "interpret": "cpu"}
 _FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, and PyTorch imports Triton when the first operator runs: no later than here.
+# Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, and PyTorch imports Triton when the
+# first operator runs: no later than here.
 if os.environ.get("BACKRAZOR_KERNELS") == "interpret" and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,21 +33,29 @@ def _installed(package: str) -> bool:
 
 @cache
 def forced() -> str | None:
-    """The value of BACKRAZOR_KERNELS, checked once; None if unset. "interpret" has switched Triton's interpreter on for this process.
+    """The value of BACKRAZOR_KERNELS, checked once; None if unset. "interpret" has switched Triton's interpreter on for
+    this process.
 
     Raises:
-        ValueError: the value names no implementation, or one whose package is missing, or the interpreter comes too late.
+        ValueError: the value names no implementation, or one whose package is missing, or the interpreter comes too
+            late.
     """
     value = os.environ.get("BACKRAZOR_KERNELS") or None
     if value is None or value == "reference":
         return value
     if value not in _MODULES:
-        raise ValueError(f"BACKRAZOR_KERNELS={value!r} is not known: unset it or use one of reference, {', '.join(_MODULES)}")
+        raise ValueError(
+            f"BACKRAZOR_KERNELS={value!r} is not known: unset it or use one of reference, {', '.join(_MODULES)}"
+        )
     package = "numba" if value == "numba" else "triton"
     if not _installed(package):
-        raise ValueError(f"BACKRAZOR_KERNELS={value!r} needs the package {package}, which is not installed: install it or unset the variable")
+        raise ValueError(
+            f"BACKRAZOR_KERNELS={value!r} needs the package {package}, which is not installed: install it or unset the variable"
+        )
     if value == "interpret" and not _INTERPRETED:
-        raise ValueError("BACKRAZOR_KERNELS='interpret' was set after triton or backrazor was imported: set it before starting Python")
+        raise ValueError(
+            "BACKRAZOR_KERNELS='interpret' was set after triton or backrazor was imported: set it before starting Python"
+        )
     return value
 
 

@@ -20,8 +20,8 @@ CLASSES = 100
 class Row:
     """One way to run the step of one backbone.
 
-    razor: None for the plain network, else (preset, sparsity). micro: images a micro-batch, None for the whole batch at once. bn: "frozen" (affine and
-    statistics, as in the paper's recipes) or "train".
+    razor: None for the plain network, else (preset, sparsity). micro: images a micro-batch, None for the whole batch at
+        once. bn: "frozen" (affine and statistics, as in the paper's recipes) or "train".
     """
 
     backbone: str
@@ -39,7 +39,8 @@ class Row:
         return self.batch or BATCH.get(self.backbone, 8)
 
     def build(self) -> br.memory.Step:
-        """The training step: random weights (memory and time do not depend on them), SGD with momentum, cross-entropy."""
+        """The training step: random weights (memory and time do not depend on them), SGD with momentum,
+        cross-entropy."""
         torch.manual_seed(0)
         config = {"name": self.backbone, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "zero"}
         backbone = build_backbone(config, CLASSES, "pretrain")
@@ -82,7 +83,8 @@ class Row:
 
 
 def rows_of(backbone: str, precision: str = "float32", micro: int = 1) -> list[Row]:
-    """All rows of one backbone. ``micro`` sizes the micro-batch rival: the largest whose peak is at most that of compact 0.9."""
+    """All rows of one backbone. ``micro`` sizes the micro-batch rival: the largest whose peak is at most that of
+    compact 0.9."""
     shared = {"backbone": backbone, "precision": precision}
     rows = [
         Row(label="dense", **shared),

@@ -1,6 +1,8 @@
-"""One-bit masks on CUDA. Each program turns ``BYTES`` bytes of bits into eight times as many elements, or back; every output is written by one program.
+"""One-bit masks on CUDA. Each program turns ``BYTES`` bytes of bits into eight times as many elements, or back; every
+output is written by one program.
 
-Shape legend: B samples, n elements a sample. Where n is a multiple of 8 the batch is one long row, so tiny samples cost no idle lanes.
+Shape legend: B samples, n elements a sample. Where n is a multiple of 8 the batch is one long row, so tiny samples cost
+no idle lanes.
 """
 
 import torch
@@ -16,7 +18,8 @@ WARPS = 4
 
 @triton.jit
 def _block(n, blocks, BYTES: tl.constexpr):
-    """(sample, first byte of its row) of this program, int64; offsets of its elements and whether each lies inside the sample."""
+    """(sample, first byte of its row) of this program, int64; offsets of its elements and whether each lies inside the
+    sample."""
     program = tl.program_id(0).to(tl.int64)
     sample, first = program // blocks, (program % blocks) * BYTES
     element = tl.arange(0, BYTES)[:, None] * 8 + tl.arange(0, 8)[None, :]

@@ -1,6 +1,8 @@
-"""Quantised derivatives on CUDA. An element's interval is found by bisection: ``bits`` comparisons against thresholds that stay in the first-level cache.
+"""Quantised derivatives on CUDA. An element's interval is found by bisection: ``bits`` comparisons against thresholds
+that stay in the first-level cache.
 
-Shape legend: B samples, n elements a sample, 8 / bits elements a byte. Where rows end on whole bytes the batch is one long row.
+Shape legend: B samples, n elements a sample, 8 / bits elements a byte. Where rows end on whole bytes the batch is one
+long row.
 """
 
 import torch
@@ -16,7 +18,8 @@ WARPS = 4
 
 @triton.jit
 def _block(n, blocks, BITS: tl.constexpr, ELEMENTS: tl.constexpr):
-    """(sample, first byte of its row) of this program, int64; offsets of its bytes, of its elements, and whether those lie inside the sample."""
+    """(sample, first byte of its row) of this program, int64; offsets of its bytes, of its elements, and whether those
+    lie inside the sample."""
     PER: tl.constexpr = 8 // BITS
     program = tl.program_id(0).to(tl.int64)
     sample, first = program // blocks, (program % blocks) * (ELEMENTS // PER)
@@ -74,5 +77,7 @@ def apply(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
     out = torch.empty_like(grad)
     if grad.numel():
         rows, length, blocks = _rows(batch, n, bits)
-        launch(_apply, rows * blocks, grad, codes, levels, out, length, blocks, BITS=bits, ELEMENTS=ELEMENTS, warps=WARPS)
+        launch(
+            _apply, rows * blocks, grad, codes, levels, out, length, blocks, BITS=bits, ELEMENTS=ELEMENTS, warps=WARPS
+        )
     return out

@@ -1,7 +1,7 @@
 """Row-wise quantisation on CUDA. A program owns whole rows, so a row's largest magnitude needs no other program.
 
-Rows of up to 4,096 elements stay in registers between the search for the largest and the quantisation: one read. Longer ones are read twice, the second
-time from the cache.
+Rows of up to 4,096 elements stay in registers between the search for the largest and the quantisation: one read. Longer
+ones are read twice, the second time from the cache.
 
 Shape legend: R rows, m elements a row.
 """
@@ -35,7 +35,19 @@ def _store_codes(codes, row, rows, first, value, inverse, inside, m, BITS: tl.co
 
 
 @triton.jit
-def _encode(x, means, rstds, codes, scales, rows, m, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def _encode(
+    x,
+    means,
+    rstds,
+    codes,
+    scales,
+    rows,
+    m,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     PER: tl.constexpr = 8 // BITS
     LIMIT: tl.constexpr = float(2 ** (BITS - 1) - 1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -105,5 +117,17 @@ def decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype)
     out = torch.empty(rows, m, dtype=dtype, device=codes.device)
     if out.numel():
         height, columns, warps = _config(m)
-        launch(_decode, -(-rows // height), codes, scales, out, rows, m, BITS=bits, ROWS=height, COLUMNS=columns, warps=warps)
+        launch(
+            _decode,
+            -(-rows // height),
+            codes,
+            scales,
+            out,
+            rows,
+            m,
+            BITS=bits,
+            ROWS=height,
+            COLUMNS=columns,
+            warps=warps,
+        )
     return out

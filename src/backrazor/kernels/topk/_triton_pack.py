@@ -1,19 +1,24 @@
 """The Triton kernels that pack: selection of each sample's K-th largest magnitude, compaction, quantisation.
 
-The threshold is found by radix selection over the bits of |x|, the highest digit first. A program owns a *chunk* of one sample, a sample has as
-many chunks as fill the device, and a launch depends only on what earlier launches have written:
+The threshold is found by radix selection over the bits of |x|, the highest digit first. A program owns a *chunk* of one
+sample, a sample has as many chunks as fill the device, and a launch depends only on what earlier launches have written:
 
-    count_digits   once a digit: counts a chunk's elements by their digit, of those that share the digits found so far with the threshold. The first thing
-                   a program does is to find the previous digit from the sample's counts: all its programs find the same.
+    count_digits   once a digit: counts a chunk's elements by their digit, of those that share the digits found so far
+        with the threshold. The first thing
+                   a program does is to find the previous digit from the sample's counts: all its programs find the
+                   same.
     tally          the last digit; how many elements of each chunk are larger than the threshold, and how many equal
     emit           compaction: where a chunk's values go follows from the tallies of the chunks before it
 
-The last digit is counted a chunk at a time, and the elements above the digits before it are counted alongside, so that the tallies cost no further read of
-the tensor: float32 is read 3 times to select (digits of 11, 11 and 9 bits) and once to emit, 16-bit types 2 times (8 and 7 bits) and once.
+The last digit is counted a chunk at a time, and the elements above the digits before it are counted alongside, so that
+the tallies cost no further read of
+the tensor: float32 is read 3 times to select (digits of 11, 11 and 9 bits) and once to emit, 16-bit types 2 times (8
+and 7 bits) and once.
 
-Races: the only memory that two programs of one launch write is the samples' digit counts, the status flag and nothing else. Both are atomic, integer, and
-commutative (a sum, an or), so the order of programs cannot show. Prefix and rank pass from launch to launch in a slot of their own, written by the sample's
-first chunk alone and read only by later launches. A value's place is counted, not drawn from an atomic counter, so it is the same in every run.
+Races: the only memory that two programs of one launch write is the samples' digit counts, the status flag and nothing
+else. Both are atomic, integer, and commutative (a sum, an or), so the order of programs cannot show. Prefix and rank
+pass from launch to launch in a slot of their own, written by the sample's first chunk alone and read only by later
+launches. A value's place is counted, not drawn from an atomic counter, so it is the same in every run.
 
 Shape legend: B samples, n elements a sample, K kept, C chunks a sample, S = 3 slots of state.
 """
@@ -21,7 +26,18 @@ Shape legend: B samples, n elements a sample, K kept, C chunks a sample, S = 3 s
 import triton
 import triton.language as tl
 
-from .._triton import INFINITY, NON_FINITE, OVERFLOW, TILE, from_float32, magnitude, quantise, scale_of, sum_before, to_float32
+from .._triton import (
+    INFINITY,
+    NON_FINITE,
+    OVERFLOW,
+    TILE,
+    from_float32,
+    magnitude,
+    quantise,
+    scale_of,
+    sum_before,
+    to_float32,
+)
 
 SLOTS: tl.constexpr = tl.constexpr(3)
 NO_INDEX: tl.constexpr = tl.constexpr(0)
@@ -95,7 +111,8 @@ def count_digits(
 
 @triton.jit
 def tally(state, counts, chunk_counts, chunk_larger, chunk_equal, chunks, DIGITS: tl.constexpr, BINS: tl.constexpr):
-    """The last digit, so the threshold, and what each chunk holds above it and at it; slot DIGITS - 1 gets (threshold, ties to keep)."""
+    """The last digit, so the threshold, and what each chunk holds above it and at it; slot DIGITS - 1 gets (threshold,
+    ties to keep)."""
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     slot = state + (sample * SLOTS + (DIGITS - 2)) * 2
@@ -145,7 +162,8 @@ def emit(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a chunk's kept values and their index. Of the elements equal to the threshold the first ``ties`` of the sample are kept."""
+    """Write a chunk's kept values and their index. Of the elements equal to the threshold the first ``ties`` of the
+    sample are kept."""
     program = tl.program_id(0)
     sample, number = (program // chunks).to(tl.int64), program % chunks
     threshold = tl.load(state + (sample * SLOTS + SLOT) * 2)
@@ -182,7 +200,9 @@ def emit(
             tile = first // TILE + tl.arange(0, BLOCK // TILE)
             count = tl.sum(tl.reshape(kept, (BLOCK // TILE, TILE)), axis=1)
             tl.store(counts + sample * tiles + tile, count.to(tl.uint8), mask=tile < tiles)
-            whole = tl.sum((count == TILE).to(tl.int32) << (tile % 8), axis=0)  # a block is eight tiles: one byte of flags
+            whole = tl.sum(
+                (count == TILE).to(tl.int32) << (tile % 8), axis=0
+            )  # a block is eight tiles: one byte of flags
             tl.store(full + sample * ((tiles + 7) // 8) + first // BLOCK, whole.to(tl.uint8))
         total = tl.sum(both, axis=0)
         written += (total >> 16) + tl.minimum(total & 0xFFFF, ties)
@@ -204,7 +224,8 @@ def cast(x, values, flag, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
-    """(B, K) -> int8 (B, K) and a float16 scale for each run of 256. A program owns ``RUNS`` whole runs of one sample."""
+    """(B, K) -> int8 (B, K) and a float16 scale for each run of 256. A program owns ``RUNS`` whole runs of one
+    sample."""
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     run = (program % blocks) * RUNS + tl.arange(0, RUNS)

@@ -1,7 +1,9 @@
-"""The Triton kernels that unpack: every element of the dense output is written once, by one program, so nothing races and nothing is cleared beforehand.
+"""The Triton kernels that unpack: every element of the dense output is written once, by one program, so nothing races
+and nothing is cleared beforehand.
 
     count    how many kept elements each chunk of a sample has, from the index alone
-    expand   where the chunk's values begin follows from the counts before it; an element's own place from a scan over the block
+    expand   where the chunk's values begin follows from the counts before it; an element's own place from a scan over
+    the block
     decode   no index: values back to their type
 
 Shape legend: B samples, n elements a sample, K kept, C chunks a sample, T = ceil(n / 256) tiles.
@@ -88,7 +90,8 @@ def expand(
             tiles = (n + TILE - 1) // TILE
             sizes = _tile_sizes(counts, full, sample, first // TILE + tl.arange(0, BLOCK // TILE), tiles)
             ends = tl.cumsum(sizes, 0)
-            # a histogram of distinct places is the block's bitmap: the offsets of a tile ascend, so the scan below restores their order
+            # a histogram of distinct places is the block's bitmap: the offsets of a tile ascend, so the scan below
+            # restores their order
             present = tl.zeros((BLOCK,), tl.int32)
             for done in range(0, tl.sum(sizes, axis=0), STEP):
                 entry = done + tl.arange(0, STEP)

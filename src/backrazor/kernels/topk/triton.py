@@ -1,4 +1,5 @@
-"""Top-K packing on CUDA: the host's side, which allocates scratch and launches. See ``_triton_pack`` and ``_triton_unpack`` for the kernels.
+"""Top-K packing on CUDA: the host's side, which allocates scratch and launches. See ``_triton_pack`` and
+``_triton_unpack`` for the kernels.
 
 Nothing here waits for the device, and the launches and bytes depend on shapes alone.
 """
@@ -22,7 +23,8 @@ _BITS = {4: torch.int32, 2: torch.int16}
 
 
 class _Selection(NamedTuple):
-    """What ``emit`` needs to know of a batch: the threshold of each sample, what each chunk holds above it and at it."""
+    """What ``emit`` needs to know of a batch: the threshold of each sample, what each chunk holds above it and at
+    it."""
 
     chunk: int
     chunks: int
@@ -103,11 +105,23 @@ def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stor
 def _quantise(kept: Tensor, stored: Stored, flag: Tensor) -> None:
     batch, keep = kept.shape
     blocks = -(-keep // (RUNS * TILE))
-    launch(_triton_pack.quantise_runs, batch * blocks, kept, stored.values, stored.scales, flag, keep, blocks, RUNS=RUNS, warps=WARPS)
+    launch(
+        _triton_pack.quantise_runs,
+        batch * blocks,
+        kept,
+        stored.values,
+        stored.scales,
+        flag,
+        keep,
+        blocks,
+        RUNS=RUNS,
+        warps=WARPS,
+    )
 
 
 def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
-    """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in ``flag`` (int32).
+    """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in
+    ``flag`` (int32).
 
     Raises:
         ValueError: a sample has 2^31 elements or nearly so.
@@ -118,7 +132,9 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
         if int8:
             _quantise(x, stored, flag)
         else:
-            launch(_triton_pack.cast, -(-x.numel() // BLOCK), x, stored.values, flag, x.numel(), BLOCK=BLOCK, warps=WARPS)
+            launch(
+                _triton_pack.cast, -(-x.numel() // BLOCK), x, stored.values, flag, x.numel(), BLOCK=BLOCK, warps=WARPS
+            )
         return
     if not int8:
         _compact(x, keep, index_kind, stored.values, stored, flag)
@@ -137,7 +153,17 @@ def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
     batch, keep = stored.values.shape
     if index_kind == "none":
         blocks = -(-keep // BLOCK)
-        launch(_triton_unpack.decode, batch * blocks, stored.values, stored.scales, out, keep, blocks, BLOCK=BLOCK, warps=WARPS)
+        launch(
+            _triton_unpack.decode,
+            batch * blocks,
+            stored.values,
+            stored.scales,
+            out,
+            keep,
+            blocks,
+            BLOCK=BLOCK,
+            warps=WARPS,
+        )
         return
     chunk, chunks = chunks_of(batch, n, BLOCK)
     counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
