@@ -6,7 +6,7 @@ DEMO := outputs/demo
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint tensorboard clean
+.PHONY: help bench demo test lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed ## Fine-tune a pretrained network on digits four ways a
 
 test: $(VENV)/.installed-dev ## Run the test suite
 	$(RUN) -m pytest
+
+bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one in minutes)
+	$(RUN) scripts/benchmark.py $(if $(QUICK),--backbones efficientnet_lite0 --quick)
 
 lint: $(VENV)/.installed-dev ## Check style
 	$(VENV)/bin/ruff check .

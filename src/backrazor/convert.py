@@ -197,7 +197,7 @@ def _lowered(config: RazorConfig) -> list[str]:
     lines = []
     if config.values == "paper":
         lines.append(
-            "kept values: float32 in convolutions, float16 in Linear and attention, int8 in a convolutional network's head"
+            "kept values: float32 in convolutions, float16 in Linear and attention, int8 in the head of a CNN"
         )
     elif config.values != "float32":
         lines.append(f"kept values are stored in {config.values}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
         edges = np.linspace(0, len(x), count + 1).round().astype(int)
     else:
         edges = _segment(value, weight, count)
-    levels = [np.average(value[a:b], weights=weight[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    levels = [np.average(value[a:b], weights=weight[a:b]) for a, b in pairwise(edges)]
     thresholds = _GRID[edges[1:-1]]
     return torch.tensor(thresholds, dtype=torch.float32), torch.tensor(levels, dtype=torch.float32)
 

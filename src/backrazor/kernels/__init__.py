@@ -96,7 +96,8 @@ def _unpack_fake(values, scales, index, counts, full, n, index_kind, dtype):
 
 
 @_operator(
-    "topk_unpack(Tensor values, Tensor scales, Tensor index, Tensor counts, Tensor full, int n, str index_kind, ScalarType dtype) -> Tensor",
+    "topk_unpack(Tensor values, Tensor scales, Tensor index, Tensor counts, Tensor full, int n, str index_kind, "
+    "ScalarType dtype) -> Tensor",
     _unpack_fake,
 )
 def topk_unpack(

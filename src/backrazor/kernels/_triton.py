@@ -39,7 +39,7 @@ def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:
     """
     if n >= (1 << 31) - MAX_CHUNK:
         raise ValueError(
-            f"a sample of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split the sample"
+            f"a sample of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split it"
         )
     wanted = -(-batch * n // FILLING_PROGRAMS)
     chunk = min(max(-(-wanted // block), 1) * block, MAX_CHUNK)

@@ -50,11 +50,11 @@ def forced() -> str | None:
     package = "numba" if value == "numba" else "triton"
     if not _installed(package):
         raise ValueError(
-            f"BACKRAZOR_KERNELS={value!r} needs the package {package}, which is not installed: install it or unset the variable"
+            f"BACKRAZOR_KERNELS={value!r} needs the package {package}, which is missing: install it or unset it"
         )
     if value == "interpret" and not _INTERPRETED:
         raise ValueError(
-            "BACKRAZOR_KERNELS='interpret' was set after triton or backrazor was imported: set it before starting Python"
+            "BACKRAZOR_KERNELS='interpret' was set after triton or backrazor was imported: set it before Python starts"
         )
     return value
 
@@ -71,8 +71,9 @@ def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
         if choice is None or not _installed(choice):
             return None
     elif choice != "reference" and device != _DEVICES[choice]:
+        wanted = _DEVICES[choice]
         raise ValueError(
-            f"BACKRAZOR_KERNELS={choice!r} runs on {_DEVICES[choice]} tensors, not on {device}: unset it or move the model to {_DEVICES[choice]}"
+            f"BACKRAZOR_KERNELS={choice!r} runs on {wanted} tensors, not on {device}: unset it or move the model"
         )
     if choice == "reference" or tensor.dtype not in _FAST_DTYPES:
         return None

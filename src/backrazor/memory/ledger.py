@@ -54,8 +54,9 @@ class Ledger:
         module = self._module[-1]
         if not reason and role == "dense":
             reason = f"saved by {self._types.get(module, 'the loss')}"
-        # Detached: a node that holds its own output through this hook would be a cycle that Python cannot collect.
-        held = _Held(tensor.detach(), module, role, reason)
+        # A node that holds its own output through this hook would be a cycle that Python cannot collect, so what has a
+        # node is held detached. What has none (packed tensors) is held as the very object that other layers look for.
+        held = _Held(tensor.detach() if tensor.grad_fn is not None else tensor, module, role, reason)
         self._held.append(weakref.ref(held))
         return held
 
@@ -117,9 +118,8 @@ class Ledger:
         if len(shown) < len(ordered):
             rest = sum(row.bytes for row in ordered[len(shown) :])
             lines.append(f"{rest / 1e6:10.3f}  {len(ordered) - len(shown)} smaller rows")
-        lines.append(
-            f"{self.total_bytes / 1e6:10.3f}  saved in all; {self.parameter_bytes / 1e6:.3f} of parameters and buffers apart"
-        )
+        apart = f"{self.parameter_bytes / 1e6:.3f} of parameters and buffers apart"
+        lines.append(f"{self.total_bytes / 1e6:10.3f}  saved in all; {apart}")
         return "\n".join(lines)
 
 

@@ -245,7 +245,7 @@ def reset_high_water_mark() -> int:
     """
     if not sys.platform.startswith("linux"):
         raise OSError(
-            f"peak memory on the CPU is read from Linux's /proc, which {sys.platform} lacks: measure on Linux or on CUDA"
+            f"peak memory on the CPU is read from /proc, which {sys.platform} lacks: measure on Linux or on CUDA"
         )
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
