@@ -111,7 +111,6 @@ _GRID = np.linspace(
 )  # cells of 1/128; beyond, every derivative here is flat to 1e-7 or the gradient exact
 
 
-@cache
 def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
     """(thresholds (2^bits - 1,), levels (2^bits,)) float32 for the derivative of activation ``name``.
 
@@ -119,6 +118,13 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
         deviation 1.5, found exactly by dynamic programming over a grid of 1/128; each level is the weighted mean of its
         interval, so that the error has no bias.
     """
+    thresholds, levels = _fit(name, bits)
+    return torch.from_numpy(thresholds), torch.from_numpy(levels)
+
+
+@cache  # of arrays: tensors first made under ``predict`` would be fake ones for good
+def _fit(name: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays behind ``quantiser``, float32."""
     x = (_GRID[1:] + _GRID[:-1]) / 2
     value = ACTIVATIONS[name].derivative(x)
     weight = np.exp(-0.5 * (x / 1.5) ** 2) + 1e-6  # the floor keeps far intervals meaningful
@@ -129,7 +135,7 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
         edges = _segment(value, weight, count)
     levels = [np.average(value[a:b], weights=weight[a:b]) for a, b in pairwise(edges)]
     thresholds = _GRID[edges[1:-1]]
-    return torch.tensor(thresholds, dtype=torch.float32), torch.tensor(levels, dtype=torch.float32)
+    return thresholds.astype(np.float32), np.array(levels, dtype=np.float32)
 
 
 def _segment(value: np.ndarray, weight: np.ndarray, count: int) -> np.ndarray:
