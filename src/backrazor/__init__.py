@@ -1,4 +1,5 @@
-"""Fine-tune any network with the activations kept for backward pruned: the forward pass stays dense and exact, only what is saved is small.
+"""Fine-tune any network with the activations kept for backward pruned: the forward pass stays dense and exact, only
+what is saved is small.
 
     import backrazor as br
     report = br.razor_(model, br.RazorConfig(sparsity=0.9))   # in place; parameters and state_dict stay as they are

@@ -21,16 +21,21 @@ class RazorConfig:
     Attributes:
         sparsity: share of each sample's activation that is dropped, in [0, 1); 0 keeps all of it and stores no index.
         head_sparsity: the same for the classifier's input; None means ``sparsity``.
-        values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" (a float16 scale for each 256
-            values), or "paper" (convolutions float32, Linear and attention float16, the Linear head of a network with convolutions int8).
-            A 16-bit input keeps its own type under every 16- or 32-bit choice.
-        index: how positions are stored: "bitmap" (1 bit an element), "tile" (8-bit offsets in tiles of 256 elements and a count a tile) or
+        values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" (a
+            float16 scale for each 256
+            values), or "paper" (convolutions float32, Linear and attention float16, the Linear head of a network with
+            convolutions int8). A 16-bit input keeps its own type under every 16- or 32-bit choice.
+        index: how positions are stored: "bitmap" (1 bit an element), "tile" (8-bit offsets in tiles of 256 elements and
+            a count a tile) or
             "auto", the smaller of the two for each layer.
-        norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned", "bfloat16", or the normalised
+        norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned",
+            "bfloat16", or the normalised
             input in "int8" or "int4" with a float16 scale a row.
-        activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the derivative quantised to
+        activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the
+            derivative quantised to
             256, 16 or 4 levels ("int8", "int4", "int2"). ReLU, ReLU6 and Hardtanh always keep one bit an element.
-        attention: "pruned" prunes q, k, the softmax output and v, as the paper does; "int8" and "int4" quantise q, k and v a row and recompute the
+        attention: "pruned" prunes q, k, the softmax output and v, as the paper does; "int8" and "int4" quantise q, k
+            and v a row and recompute the
             softmax in backward; "dense" leaves attention alone.
 
     Raises:
@@ -61,8 +66,11 @@ class RazorConfig:
 
     @classmethod
     def paper(cls, sparsity: float = 0.9, **changes: object) -> RazorConfig:
-        """What the released code of the paper stores (Jiang et al., NeurIPS 2022, https://openreview.net/forum?id=mTXQIpXPDbh)."""
-        preset = cls(sparsity=sparsity, values="paper", index="bitmap", norm="pruned", activation="float16", attention="pruned")
+        """What the released code of the paper stores (Jiang et al., NeurIPS 2022,
+        https://openreview.net/forum?id=mTXQIpXPDbh)."""
+        preset = cls(
+            sparsity=sparsity, values="paper", index="bitmap", norm="pruned", activation="float16", attention="pruned"
+        )
         return replace(preset, **changes)
 
     @classmethod

@@ -58,7 +58,9 @@ class Report:
         lines = [f"razored with {self.config.describe()}"]
         lines += [f"  {count:4d} x {original}: keeps {keeps}" for (original, keeps), count in groups.items()]
         if self.fused:
-            lines.append(f"  {self.fused:4d} x convolution + norm + activation run as one operator while the norm is frozen")
+            lines.append(
+                f"  {self.fused:4d} x convolution + norm + activation run as one operator while the norm is frozen"
+            )
         lines += [f"  left {row.name} ({row.type}): {row.reason}" for row in self.left]
         lines += [f"  precision: {line}" for line in self.lowered]
         return "\n".join(lines)
@@ -71,7 +73,8 @@ def razor_(
 ) -> Report:
     """Convert ``model`` in place so that backward works from pruned activations; returns a report.
 
-    Parameters, buffers, state_dict keys, hooks and modes are untouched; the forward pass computes what it computed before, bit for bit.
+    Parameters, buffers, state_dict keys, hooks and modes are untouched; the forward pass computes what it computed
+    before, bit for bit.
 
     Args:
         model: any module; a model that is razored already is converted anew.
@@ -91,7 +94,9 @@ def razor_(
     report = Report(config)
     head = _head_name(model)
     has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    windowed = {id(part) for module in model.modules() if qualified_name(type(module)) in WINDOWED for part in module.modules()}
+    windowed = {
+        id(part) for module in model.modules() if qualified_name(type(module)) in WINDOWED for part in module.modules()
+    }
     for name, module in list(model.named_modules()):
         cls = drop_in_for(module)
         reason = None
@@ -111,7 +116,9 @@ def razor_(
             report.left.append(Left(name, type(module).__name__, reason))
     if not report.replaced:
         known = ", ".join(sorted(key.rsplit(".", 1)[1] for key in DROP_INS))
-        raise ValueError(f"nothing in {type(model).__name__} was converted: no module is one of {known} and passes filter_fn")
+        raise ValueError(
+            f"nothing in {type(model).__name__} was converted: no module is one of {known} and passes filter_fn"
+        )
     report.fused = link_chains(model)
     report.lowered = _lowered(config)
     return report
@@ -126,10 +133,12 @@ def unrazor_(model: nn.Module) -> int:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Stop on bad numbers: call it after ``backward`` and before the optimizer steps. One device read for the whole model.
+    """Stop on bad numbers: call it after ``backward`` and before the optimizer steps. One device read for the whole
+    model.
 
     Raises:
-        FloatingPointError: a packed activation held NaN or Inf, or a value too large for its stored type. Names the layers; the flags are
+        FloatingPointError: a packed activation held NaN or Inf, or a value too large for its stored type. Names the
+            layers; the flags are
             cleared, so that the caller may skip the step and go on.
     """
     flags = [(name, module._buffers[FLAG]) for name, module in model.named_modules() if FLAG in module._buffers]
@@ -141,12 +150,17 @@ def check_finite(model: nn.Module) -> None:
     for _, flag in flags:
         flag.zero_()
     problems = []
-    for bit, words in ((NON_FINITE, "NaN or Inf in the input of"), (OVERFLOW, "values too large for their stored type in")):
+    for bit, words in (
+        (NON_FINITE, "NaN or Inf in the input of"),
+        (OVERFLOW, "values too large for their stored type in"),
+    ):
         names = [name or type(model).__name__ for (name, _), bits in zip(flags, status, strict=True) if bits & bit]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{words} {', '.join(names[:3])}{more}")
-    hint = "" if not any(bits & OVERFLOW for bits in status) else "; use values='bfloat16' or 'float32' for a wider range"
+    hint = (
+        "" if not any(bits & OVERFLOW for bits in status) else "; use values='bfloat16' or 'float32' for a wider range"
+    )
     raise FloatingPointError("; ".join(problems) + hint)
 
 
@@ -182,7 +196,9 @@ def _lowered(config: RazorConfig) -> list[str]:
     """Every precision that the configuration lowers, in words."""
     lines = []
     if config.values == "paper":
-        lines.append("kept values: float32 in convolutions, float16 in Linear and attention, int8 in a convolutional network's head")
+        lines.append(
+            "kept values: float32 in convolutions, float16 in Linear and attention, int8 in a convolutional network's head"
+        )
     elif config.values != "float32":
         lines.append(f"kept values are stored in {config.values}")
     if config.attention in ("int8", "int4"):
@@ -193,4 +209,3 @@ def _lowered(config: RazorConfig) -> list[str]:
         what = "input" if config.activation == "float16" else "derivative"
         lines.append(f"the {what} of smooth activations is stored in {config.activation}")
     return lines
-

@@ -81,7 +81,7 @@ class Key:
 
 
 RAZOR_PRESETS = ("none", "paper", "compact", "int8")
-METHODS = ("full", "last", "norm_last", "bias")
+METHODS = ("full", "last", "norm_last", "bias", "tinytl_l", "tinytl_lb")
 CHECKPOINTING = ("none", "block", "stage")
 
 KEYS: tuple[Key, ...] = (
@@ -147,10 +147,24 @@ KEYS: tuple[Key, ...] = (
         ("dense", "float16", "int8", "int4", "int2"),
         optional=True,
     ),
-    Key("razor.attention", bool, "prune q, k, v and scores; null is the preset's", optional=True),
+    Key(
+        "razor.attention",
+        str,
+        "how attention keeps q, k, v and scores; null is the preset's",
+        ("dense", "pruned", "int8", "int4"),
+        optional=True,
+    ),
     Key("method.name", str, "which parameters train besides the head", METHODS),
     Key("method.bn_affine", str, "batch norm's scale and shift", ("train", "frozen")),
     Key("method.bn_stats", str, "batch norm's mean and variance: of the batch, or as pretrained", ("batch", "frozen")),
+    Key(
+        "method.frozen_bits",
+        int,
+        "bits that frozen weights are stored in, by k-means; null is as they came",
+        low=8,
+        high=8,
+        optional=True,
+    ),
     Key("optim.name", str, "optimizer", ("adam", "adamw", "sgd")),
     Key("optim.lr", float, "peak learning rate", low=0, open_low=True),
     Key("optim.weight_decay", float, "weight decay", low=0),

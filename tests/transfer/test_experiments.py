@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, compose_plain
 
 import train
@@ -57,6 +59,21 @@ def test_every_preset_trains_and_saves_less_than_dense(tmp_path: Path, razor: st
         )
         saved[name] = execute(config)["memory"]["saved_bytes"]
     assert saved[razor] < 0.5 * saved["none"]
+
+
+def tensors_in_a_graph() -> int:
+    """Count the live tensors that an operator made. By type: isinstance would wake lazy modules among the objects."""
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) and thing.grad_fn is not None for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("razor", ["none", "compact"])
+def test_a_finished_run_leaves_no_activation_behind(tmp_path: Path, razor: str) -> None:
+    common = [text for text in TINY if not text.startswith(("razor=", "trainer.measure"))]
+    config = compose_plain(*common, *ONE_STEP, f"razor={razor}", f"paths.outputs={tmp_path}")
+    before = tensors_in_a_graph()
+    execute(config)
+    assert tensors_in_a_graph() <= before, "a sweep would pile them up"
 
 
 def test_rows_are_measured_in_turn_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """What a normalisation layer keeps of its input, by the ``norm`` rule of the configuration.
 
-Every rule is read back as the normalised input (x - mean) * rstd, since that is what the gradient's formula needs. Rows: a token for LayerNorm, a group
-of channels of one sample for GroupNorm, a channel of one sample for BatchNorm.
+Every rule is read back as the normalised input (x - mean) * rstd, since that is what the gradient's formula needs.
+Rows: a token for LayerNorm, a group of channels of one sample for GroupNorm, a channel of one sample for BatchNorm.
 
 Shape legend: B samples, R rows, m elements a row.
 """
@@ -42,14 +42,18 @@ def _row_length(x: Tensor, rows: int) -> int:
 
 
 def _rows_of(statistics: Tensor, x: Tensor) -> Tensor:
-    """One-dimensional statistics are a channel's, spread to one a row (B * C,); others are one a row already, the batch first."""
+    """One-dimensional statistics are a channel's, spread to one a row (B * C,); others are one a row already, the batch
+    first."""
     if statistics.dim() == 1:
         return statistics.expand(x.shape[0], -1).reshape(-1)
     return statistics.reshape(-1)
 
 
-def keep_normalised(x: Tensor, mean: Tensor, rstd: Tensor, codec: NormCodec, flag: Tensor) -> tuple[tuple[Tensor, ...], NormLayout]:
-    """Keep x (B, ...) for the backward of a normalisation with statistics ``mean`` and ``rstd``: a channel (C,) or one a row, float32."""
+def keep_normalised(
+    x: Tensor, mean: Tensor, rstd: Tensor, codec: NormCodec, flag: Tensor
+) -> tuple[tuple[Tensor, ...], NormLayout]:
+    """Keep x (B, ...) for the backward of a normalisation with statistics ``mean`` and ``rstd``: a channel (C,) or one
+    a row, float32."""
     mean_rows, rstd_rows = _rows_of(mean, x), _rows_of(rstd, x)
     row = _row_length(x, mean_rows.numel())
     if codec.kind in ("int8", "int4"):
@@ -66,7 +70,9 @@ def keep_normalised(x: Tensor, mean: Tensor, rstd: Tensor, codec: NormCodec, fla
     return (*statistics, mark(kept, QUANTISED)), NormLayout(tuple(x.shape), row, codec.kind)
 
 
-def read_normalised(stored: tuple[Tensor, ...], layout: NormLayout, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def read_normalised(
+    stored: tuple[Tensor, ...], layout: NormLayout, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
     """The normalised input of samples start to stop, (stop - start, ...) of ``dtype``."""
     shape = (stop - start, *layout.shape[1:])
     if layout.kind in ("int8", "int4"):
@@ -90,7 +96,8 @@ def read_normalised(stored: tuple[Tensor, ...], layout: NormLayout, start: int, 
 
 @dataclass(frozen=True, slots=True)
 class AffineLayout:
-    """A norm's output read from what the norm keeps: normalised * weight + bias. ``tensors`` are the norm's, then weight and bias where they exist."""
+    """A norm's output read from what the norm keeps: normalised * weight + bias. ``tensors`` are the norm's, then
+    weight and bias where they exist."""
 
     norm: NormLayout
     dtype: torch.dtype

@@ -1,7 +1,7 @@
 """The pruned codec: of each sample, the K elements of the largest magnitude and their positions.
 
-K = n - max(floor(n * s), 1) + 1 for a sample of n elements at sparsity s (floor in float64): the count that the released code keeps where no
-magnitudes tie. It depends on the shape alone, so bytes are known before the step.
+K = n - max(floor(n * s), 1) + 1 for a sample of n elements at sparsity s (floor in float64): the count that the
+released code keeps where no magnitudes tie. It depends on the shape alone, so bytes are known before the step.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _present(layout: PackedLayout) -> tuple[bool, ...]:
 
 
 def pack(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
-    """Pack x (B, ...), float32, float64, float16 or bfloat16, any strides. ``flag`` (int32, one element) collects non-finite values and overflow."""
+    """Pack x (B, ...), float32, float64, float16 or bfloat16, any strides. ``flag`` (int32, one element) collects
+    non-finite values and overflow."""
     layout = codec.layout(x)
     parts = topk_pack(x.detach(), layout.keep, layout.values, layout.index, flag)
     roles = (PRUNED if layout.index != "none" else QUANTISED, SCALES, INDEX, INDEX, INDEX)
@@ -98,9 +99,14 @@ def pack(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
 
 
 def unpack_pruned(
-    tensors: tuple[Tensor, ...], layout: PackedLayout, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
+    tensors: tuple[Tensor, ...],
+    layout: PackedLayout,
+    start: int = 0,
+    stop: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Samples start to stop as a dense tensor (stop - start, ...) of ``dtype`` (default: that of the input), in the input's memory format."""
+    """Samples start to stop as a dense tensor (stop - start, ...) of ``dtype`` (default: that of the input), in the
+    input's memory format."""
     stop = layout.shape[0] if stop is None else stop
     rows = iter(tensor[start:stop] for tensor in tensors)
     empty = tensors[0].new_empty(0, dtype=torch.uint8)

@@ -25,7 +25,8 @@ class RowsLayout:
 
 
 def pack_rows(x: Tensor, bits: int, keeps_mean: bool) -> Packed:
-    """x (B, H, N, d), any strides, less its mean over N; a float16 scale a row; the mean, if kept, in bfloat16 (a 16-bit x: its own type)."""
+    """x (B, H, N, d), any strides, less its mean over N; a float16 scale a row; the mean, if kept, in bfloat16 (a
+    16-bit x: its own type)."""
     batch, heads, tokens, width = x.shape
     mean = x.mean(2, keepdim=True, dtype=torch.float32).to(torch.bfloat16 if x.element_size() > 2 else x.dtype)
     centred = (x - mean).to(x.dtype).reshape(-1, width)

@@ -1,7 +1,7 @@
 """Inputs that several layers consume, and inputs that a norm before has kept already.
 
-Both are told by the tensor itself: what is known of it hangs on the tensor object, holds only weak references, and counts while its version is the
-same. The memory belongs to the autograd graph alone.
+Both are told by the tensor itself: what is known of it hangs on the tensor object, holds only weak references, and
+counts while its version is the same. The memory belongs to the autograd graph alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def remember_source(x: Tensor, tensors: tuple[Tensor, ...], layout: AffineLayout
 
 
 def pack_shared(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
-    """What stands for x (B, ...) in backward: the norm's codes if x comes straight from a quantised norm (no bytes at all), what an earlier consumer with
-    the same codec has packed, or else ``pack``."""
+    """What stands for x (B, ...) in backward: the norm's codes if x comes straight from a quantised norm (no bytes at
+    all), what an earlier consumer with the same codec has packed, or else ``pack``."""
     packed = _recall(x, "_backrazor_source", None) or _recall(x, "_backrazor_packed", codec)
     if packed is None:
         packed = pack(x, codec, flag)
@@ -45,9 +45,14 @@ def pack_shared(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
 
 
 def unpack(
-    tensors: tuple[Tensor, ...], layout: Layout, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
+    tensors: tuple[Tensor, ...],
+    layout: Layout,
+    start: int = 0,
+    stop: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x_hat: samples start to stop of what ``pack_shared`` gave, dense (stop - start, ...) of ``dtype`` (default: the input's)."""
+    """x_hat: samples start to stop of what ``pack_shared`` gave, dense (stop - start, ...) of ``dtype`` (default: the
+    input's)."""
     stop = layout.shape[0] if stop is None else stop
     read = read_affine if isinstance(layout, AffineLayout) else unpack_pruned
     return read(tensors, layout, start, stop, dtype or layout.dtype)

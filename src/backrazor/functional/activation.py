@@ -20,8 +20,11 @@ from ..kernels.topk.reference import OVERFLOW
 from .common import as_rows, from_rows, memory_format, needs_grad
 
 
-def piecewise_linear(x: Tensor, forward: Callable[[Tensor], Tensor], low: float, high: float, inplace: bool = False) -> Tensor:
-    """An activation whose derivative is 1 in (low, high) and 0 elsewhere; ``forward`` computes it (in place where ``inplace``).
+def piecewise_linear(
+    x: Tensor, forward: Callable[[Tensor], Tensor], low: float, high: float, inplace: bool = False
+) -> Tensor:
+    """An activation whose derivative is 1 in (low, high) and 0 elsewhere; ``forward`` computes it (in place where
+    ``inplace``).
 
     NaN passes the gradient, as PyTorch's threshold and hardtanh backward do; a NaN ``high`` means no upper bound.
     """
@@ -51,7 +54,8 @@ class _PiecewiseLinear(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Activation:
-    """A smooth activation: its forward in PyTorch, its derivative in float64 NumPy, and the gradient PyTorch itself computes."""
+    """A smooth activation: its forward in PyTorch, its derivative in float64 NumPy, and the gradient PyTorch itself
+    computes."""
 
     forward: Callable[[Tensor], Tensor]
     derivative: Callable[[np.ndarray], np.ndarray]
@@ -95,19 +99,24 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
     ),
     "silu": Activation(F.silu, _silu_derivative, torch.ops.aten.silu_backward),
-    "quick_gelu": Activation(lambda x: x * torch.sigmoid(1.702 * x), lambda x: _silu_derivative(x, 1.702), _quick_gelu_backward),
+    "quick_gelu": Activation(
+        lambda x: x * torch.sigmoid(1.702 * x), lambda x: _silu_derivative(x, 1.702), _quick_gelu_backward
+    ),
     "hardswish": Activation(F.hardswish, _hardswish_derivative, torch.ops.aten.hardswish_backward),
 }
 
-_GRID = np.linspace(-6.0, 6.0, 1537)  # cells of 1/128; beyond, every derivative here is flat to 1e-7 or the gradient exact
+_GRID = np.linspace(
+    -6.0, 6.0, 1537
+)  # cells of 1/128; beyond, every derivative here is flat to 1e-7 or the gradient exact
 
 
 @cache
 def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
     """(thresholds (2^bits - 1,), levels (2^bits,)) float32 for the derivative of activation ``name``.
 
-    8 bits: an even grid over [-6, 6]. 4 and 2 bits: the piecewise-constant fit of least squared error for x normal with deviation 1.5, found exactly by
-    dynamic programming over a grid of 1/128; each level is the weighted mean of its interval, so that the error has no bias.
+    8 bits: an even grid over [-6, 6]. 4 and 2 bits: the piecewise-constant fit of least squared error for x normal with
+        deviation 1.5, found exactly by dynamic programming over a grid of 1/128; each level is the weighted mean of its
+        interval, so that the error has no bias.
     """
     x = (_GRID[1:] + _GRID[:-1]) / 2
     value = ACTIVATIONS[name].derivative(x)
@@ -144,9 +153,11 @@ def _segment(value: np.ndarray, weight: np.ndarray, count: int) -> np.ndarray:
 
 
 def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False) -> Tensor:
-    """A smooth activation of ``ACTIVATIONS``. ``kept``: "dense", "float16" (the input), or "int8", "int4", "int2" (the quantised derivative).
+    """A smooth activation of ``ACTIVATIONS``. ``kept``: "dense", "float16" (the input), or "int8", "int4", "int2" (the
+    quantised derivative).
 
-    The forward is PyTorch's own. Under "float16" the gradient is PyTorch's at the rounded input; otherwise grad times the stored level.
+    The forward is PyTorch's own. Under "float16" the gradient is PyTorch's at the rounded input; otherwise grad times
+    the stored level.
     """
     activation = ACTIVATIONS[name]
     if not needs_grad(x):

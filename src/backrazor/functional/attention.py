@@ -1,9 +1,11 @@
 """Scaled dot-product attention that keeps q, k, v (and, in the paper's form, the softmax output) small.
 
-Shape legend: B samples, H heads, N queries, M keys, d/e width of a key/value head. P = softmax(scale q k^T + mask), out = dropout(P) v.
+Shape legend: B samples, H heads, N queries, M keys, d/e width of a key/value head. P = softmax(scale q k^T + mask), out
+= dropout(P) v.
 
-Rules. "pruned" is the paper's: q, k, P and v pruned a sample, softmax backward from the pruned P. "int8" and "int4" keep q, k and v quantised a
-row and recompute P in backward, as flash attention does (Dao et al., https://arxiv.org/abs/2205.14135); each is stored without its mean over the tokens, and k's
+Rules. "pruned" is the paper's: q, k, P and v pruned a sample, softmax backward from the pruned P. "int8" and "int4"
+keep q, k and v quantised a row and recompute P in backward, as flash attention does (Dao et al.,
+https://arxiv.org/abs/2205.14135); each is stored without its mean over the tokens, and k's
 mean is not kept at all: it adds the same number to every score of a query, which softmax and its gradient ignore.
 """
 
@@ -40,7 +42,8 @@ def attention(
     codec: AttentionCodec,
     flag: Tensor,
 ) -> Tensor:
-    """The unfused formula on q (B, H, N, d), k (B, H, M, d), v (B, H, M, e), some samples at a time; returns (B, H, N, e).
+    """The unfused formula on q (B, H, N, d), k (B, H, M, d), v (B, H, M, e), some samples at a time; returns (B, H, N,
+    e).
 
     ``mask`` broadcasts to (B, H, N, M): bool (True takes part) or added to the scores, and may require a gradient.
     """
@@ -112,13 +115,20 @@ class _Attention(torch.autograd.Function):
         saved = _Saved(ctx)
         bias = saved.bias
         batch, heads, queries = grad.shape[:3]
-        grads = [grad.new_empty(shape) if need else None for shape, need in zip(saved.shapes, (need_q, need_k, need_v), strict=True)]
+        grads = [
+            grad.new_empty(shape) if need else None
+            for shape, need in zip(saved.shapes, (need_q, need_k, need_v), strict=True)
+        ]
         grad_bias = torch.zeros_like(bias) if need_bias else None
         for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size()):
             q, k, v, p = saved.read(start, stop, grad.dtype)
             part = grad[start:stop]
             kept = saved.noise(start, stop)
-            dropped = p if kept is None else mask_apply(p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+            dropped = (
+                p
+                if kept is None
+                else mask_apply(p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+            )
             if need_v:
                 torch.matmul(dropped.transpose(-2, -1), part, out=grads[2][start:stop])
             del dropped
@@ -138,13 +148,18 @@ class _Attention(torch.autograd.Function):
         return *grads, grad_bias, *(None for _ in rest)
 
 
-def _save(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, noise: Tensor | None, probabilities: list, codec, flag) -> None:
-    """Everything backward reads, in one ``save_for_backward``: bias, noise bits, then q, k, v and P one after another."""
+def _save(
+    ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, noise: Tensor | None, probabilities: list, codec, flag
+) -> None:
+    """Everything backward reads, in one ``save_for_backward``: bias, noise bits, then q, k, v and P one after
+    another."""
     parts = []
     if codec.rule == "pruned":
         parts = [pack(x, codec.pruned, flag) for x in (q, k, v)]
         joined = tuple(_join(pieces) for pieces in zip(*(packed.tensors for packed in probabilities), strict=True))
-        layout = probabilities[0].layout if probabilities else codec.pruned.layout(q.new_empty(*q.shape[:3], k.shape[2]))
+        layout = (
+            probabilities[0].layout if probabilities else codec.pruned.layout(q.new_empty(*q.shape[:3], k.shape[2]))
+        )
         parts.append((joined, layout))
     else:
         bits = int(codec.rule.removeprefix("int"))

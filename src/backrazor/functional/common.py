@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps the matrix products of the
-# weight gradients long enough to run at full speed and is small beside any activation worth pruning.
+# Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps
+# the matrix products of the weight gradients long enough to run at full speed and is small beside any activation worth
+# pruning.
 CHUNK_BYTES = 8 << 20
 
 
@@ -21,7 +22,8 @@ def sample_chunks(batch: int, sample_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def accumulator(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros to add the chunks' gradients into: float32 where ``like`` has 16 bits, so that chunking costs no precision."""
+    """Zeros to add the chunks' gradients into: float32 where ``like`` has 16 bits, so that chunking costs no
+    precision."""
     wide = torch.float32 if like.element_size() == 2 else like.dtype
     return torch.zeros(shape, dtype=wide, device=like.device)
 
@@ -55,7 +57,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def as_rows(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x (B, ...) as (B, n) in storage order of ``layout``: a view where x lies so, else a copy. A scalar is one sample of one element."""
+    """x (B, ...) as (B, n) in storage order of ``layout``: a view where x lies so, else a copy. A scalar is one sample
+    of one element."""
     x = x.contiguous(memory_format=layout)
     if layout == torch.channels_last:
         x = x.permute(0, 2, 3, 1)

@@ -15,8 +15,8 @@ from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
 
 
 class ConvSpec(NamedTuple):
-    """The settings of a convolution. ``pad`` (left, right, top, bottom) is applied first by ``F.pad`` in ``pad_mode``; then the plain convolution
-    runs with ``padding``, numeric or "same"."""
+    """The settings of a convolution. ``pad`` (left, right, top, bottom) is applied first by ``F.pad`` in ``pad_mode``;
+    then the plain convolution runs with ``padding``, numeric or "same"."""
 
     stride: tuple[int, int]
     padding: tuple[int, int] | str
@@ -27,7 +27,8 @@ class ConvSpec(NamedTuple):
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec: Pruned, flag: Tensor) -> Tensor:
-    """``F.conv2d`` of x (B, C, H, W) with weight (D, C / groups, kh, kw); backward uses x_hat = unpack(pack(x)) for the weight's gradient.
+    """``F.conv2d`` of x (B, C, H, W) with weight (D, C / groups, kh, kw); backward uses x_hat = unpack(pack(x)) for the
+    weight's gradient.
 
     The input is packed before padding. The gradient of x is exact.
     """
@@ -50,8 +51,8 @@ def _pad(x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """The dense operator, some samples at a time: the convolution library copies input and output into a layout of its own, which for a whole
-    batch would be the highest peak of the forward pass."""
+    """The dense operator, some samples at a time: the convolution library copies input and output into a layout of its
+    own, which for a whole batch would be the highest peak of the forward pass."""
     chunks = list(sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)))
     if len(chunks) < 2 or not x.is_contiguous():
         return forward_of_chunk(x, weight, bias, spec)
@@ -96,8 +97,8 @@ def backward_of_chunk(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(gradient of x or None, gradient of the weight or None) for some samples of an ``explicit`` convolution.
 
-    ``shape`` is that of the samples' input; x_hat is None where no weight gradient is asked for. The input's gradient needs only the shape of x,
-    which an expanded scalar gives.
+    ``shape`` is that of the samples' input; x_hat is None where no weight gradient is asked for. The input's gradient
+    needs only the shape of x, which an expanded scalar gives.
     """
     batch, channels, height, width = shape
     if spec.pad is not None:
@@ -120,7 +121,8 @@ def backward_of_chunk(
 
 
 def largest_sample_bytes(x: Tensor, out_channels: int, spec: ConvSpec) -> int:
-    """Bytes of one sample of the input or of the output, whichever is larger (the output taken at x's size over the stride)."""
+    """Bytes of one sample of the input or of the output, whichever is larger (the output taken at x's size over the
+    stride)."""
     positions = x[0, 0].numel() // (spec.stride[0] * spec.stride[1]) if x.shape[0] else 0
     return max(x[:1].numel(), out_channels * positions) * x.element_size()
 

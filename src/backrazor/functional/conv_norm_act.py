@@ -1,8 +1,9 @@
 """Convolution, frozen BatchNorm and activation as one operator, a few samples at a time.
 
-Separately, each of the three makes a full tensor in forward and another in backward, and the convolution library makes a hidden copy in its own layout of
-input and output. Here one output is allocated in forward and one input gradient in backward; all else has the size of a chunk and stays in the cache. The
-forward of a chunk is the three dense operators themselves.
+Separately, each of the three makes a full tensor in forward and another in backward, and the convolution library makes
+a hidden copy in its own layout of input and output. Here one output is allocated in forward and one input gradient in
+backward; all else has the size of a chunk and stays in the cache. The forward of a chunk is the three dense operators
+themselves.
 
 Shape legend: B samples, C/D input/output channels, H/W height/width.
 """
@@ -33,7 +34,14 @@ class Norm(NamedTuple):
 
 
 def conv_norm_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, norm: Norm, act: Act | None, codec: Pruned, flag: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: ConvSpec,
+    norm: Norm,
+    act: Act | None,
+    codec: Pruned,
+    flag: Tensor,
 ) -> Tensor:
     """act(batch_norm(conv2d(x))) of contiguous x (B, C, H, W), equal to the three operators bit for bit.
 
@@ -54,7 +62,6 @@ def _normalise(y: Tensor, norm: Norm) -> Tensor:
     return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
-
 class _ConvNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,7 +76,13 @@ class _ConvNormAct(torch.autograd.Function):
         layout: Layout | None,
         *packed: Tensor,
     ) -> Tensor:
-        ctx.spec, ctx.act, ctx.eps, ctx.layout, ctx.shape = explicit(spec, weight.shape[2:]), act, norm.eps, layout, x.shape
+        ctx.spec, ctx.act, ctx.eps, ctx.layout, ctx.shape = (
+            explicit(spec, weight.shape[2:]),
+            act,
+            norm.eps,
+            layout,
+            x.shape,
+        )
         out, codes = None, []
         for start, stop in sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)):
             y = _normalise(forward_of_chunk(x[start:stop], weight, bias, spec), norm)
@@ -103,7 +116,9 @@ class _ConvNormAct(torch.autograd.Function):
             else:
                 part = gradient(grad[start:stop], codes[start:stop], ctx.act).mul_(scale)
             x_hat = unpack(packed, ctx.layout, start, stop, grad.dtype) if need_weight else None
-            part_x, part_weight = backward_of_chunk(part, x_hat, (stop - start, *ctx.shape[1:]), weight, ctx.spec, need_x)
+            part_x, part_weight = backward_of_chunk(
+                part, x_hat, (stop - start, *ctx.shape[1:]), weight, ctx.spec, need_x
+            )
             if need_x:
                 grad_x[start:stop] = part_x
             if need_weight:

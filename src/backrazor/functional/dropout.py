@@ -14,7 +14,8 @@ from .common import as_rows, from_rows, memory_format, needs_grad
 
 
 def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
-    """``F.dropout`` with the mask that it would draw from the same generator state; backward scales the kept elements by 1 / (1 - p)."""
+    """``F.dropout`` with the mask that it would draw from the same generator state; backward scales the kept elements
+    by 1 / (1 - p)."""
     if not needs_grad(x) or not training or p == 0 or x.numel() == 0:
         return F.dropout(x, p, training, inplace)
     return _Dropout.apply(x, p, inplace)

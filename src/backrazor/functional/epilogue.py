@@ -15,8 +15,8 @@ from .activation import ACTIVATIONS, quantiser
 
 
 class Act(NamedTuple):
-    """An activation: piecewise linear with derivative 1 in (low, high) where ``name`` is "clamp" (``high`` NaN: unbounded), else one of ``ACTIVATIONS`` whose
-    derivative is kept in ``bits``."""
+    """An activation: piecewise linear with derivative 1 in (low, high) where ``name`` is "clamp" (``high`` NaN:
+    unbounded), else one of ``ACTIVATIONS`` whose derivative is kept in ``bits``."""
 
     name: str
     low: float = 0.0

@@ -1,4 +1,5 @@
-"""LayerNorm and GroupNorm that keep their input by the norm rule. Shape legend: B samples, * any inner shape, D normalised elements, G groups."""
+"""LayerNorm and GroupNorm that keep their input by the norm rule. Shape legend: B samples, * any inner shape, D
+normalised elements, G groups."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import AffineLayout, NormCodec, mark, remember_source
-from ..codecs.normalised import NormLayout, keep_normalised, read_normalised
+from ..codecs.normalised import keep_normalised, read_normalised
 from ..codecs.roles import DENSE
 from .common import accumulator, needs_grad, sample_chunks
 
@@ -18,13 +19,20 @@ QUANTISED_RULES = ("int8", "int4")
 
 
 def layer_norm(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, codec: NormCodec, flag: Tensor
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    codec: NormCodec,
+    flag: Tensor,
 ) -> Tensor:
     """``F.layer_norm`` of x (B, *, D...) over its last dimensions ``shape``.
 
-    Keeps the normalised input by ``codec`` and a reciprocal deviation a row. With h the normalised input as kept and g the gradient times ``weight``, the
-    gradient of x is rstd * (g - mean(g) - h * mean(g * h)), means over D (Ba et al., https://arxiv.org/abs/1607.06450). Under int8 and int4 the
-    output carries a note that layers reading it directly may use h * weight + bias instead of packing it again.
+    Keeps the normalised input by ``codec`` and a reciprocal deviation a row. With h the normalised input as kept and g
+    the gradient times ``weight``, the gradient of x is rstd * (g - mean(g) - h * mean(g * h)), means over D (Ba et al.,
+    https://arxiv.org/abs/1607.06450). Under int8 and int4 the output carries a note that layers reading it directly may
+    use h * weight + bias instead of packing it again.
     """
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         x = x.float()  # autocast runs layer_norm in float32 there
@@ -92,7 +100,8 @@ class _LayerNorm(torch.autograd.Function):
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, codec: NormCodec, flag: Tensor
 ) -> Tensor:
-    """``F.group_norm`` of x (B, C, *); rows are groups, and the gradient is LayerNorm's a group (Wu and He, https://arxiv.org/abs/1803.08494)."""
+    """``F.group_norm`` of x (B, C, *); rows are groups, and the gradient is LayerNorm's a group (Wu and He,
+    https://arxiv.org/abs/1803.08494)."""
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         x = x.float()
     if not needs_grad(x, weight, bias) or codec.kind == "dense" or not x.is_contiguous():
@@ -103,7 +112,14 @@ def group_norm(
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, codec: NormCodec, flag: Tensor
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        codec: NormCodec,
+        flag: Tensor,
     ) -> Tensor:
         batch, channels = x.shape[:2]
         positions = math.prod(x.shape[2:])

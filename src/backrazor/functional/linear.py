@@ -51,7 +51,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -> Tensor:
-    """sum over rows of grad^T x_hat, chunk by chunk into one (O, I) buffer: no (B, O, I) temporary, no dense copy of the batch."""
+    """sum over rows of grad^T x_hat, chunk by chunk into one (O, I) buffer: no (B, O, I) temporary, no dense copy of
+    the batch."""
     batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
     grad = grad.reshape(batch, -1, outputs)
     total = accumulator((outputs, inputs), grad)

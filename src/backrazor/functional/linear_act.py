@@ -1,7 +1,8 @@
-"""Linear and the activation that alone consumes its output, as one operator, a few samples at a time: the first half of a transformer's MLP.
+"""Linear and the activation that alone consumes its output, as one operator, a few samples at a time: the first half of
+a transformer's MLP.
 
-Separately, forward holds the wide tensor twice and backward its gradient twice. Here it is held once. Shape legend: B samples, * any inner shape,
-I inputs, O outputs.
+Separately, forward holds the wide tensor twice and backward its gradient twice. Here it is held once. Shape legend: B
+samples, * any inner shape, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .epilogue import Act, activate, encode, gradient, join
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, codec: Pruned, flag: Tensor) -> Tensor:
-    """act(linear(x)) of x (B, *, I), equal to the two operators bit for bit. Keeps x as ``linear`` does and the activation's codes."""
+    """act(linear(x)) of x (B, *, I), equal to the two operators bit for bit. Keeps x as ``linear`` does and the
+    activation's codes."""
     cast = autocast_dtype(x)
     layout, packed = None, ()
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -33,7 +35,14 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, codec: 
 class _LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, keeps: bool, layout: Layout | None, *packed: Tensor
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        act: Act,
+        keeps: bool,
+        layout: Layout | None,
+        *packed: Tensor,
     ) -> Tensor:
         ctx.act, ctx.layout = act, layout
         out = F.linear(x, weight, bias)  # whole, so that the product is the dense one bit for bit

@@ -1,4 +1,5 @@
-"""The product of a feature map and a gate a channel (squeeze-excite, LayerScale): the map is kept pruned, the gate dense."""
+"""The product of a feature map and a gate a channel (squeeze-excite, LayerScale): the map is kept pruned, the gate
+dense."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .common import needs_grad, sample_chunks
 
 
 def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tensor:
-    """x * gate, where gate broadcasts to x (B, ...). The gate's gradient uses x_hat = unpack(pack(x)); the gradient of x is exact."""
+    """x * gate, where gate broadcasts to x (B, ...). The gate's gradient uses x_hat = unpack(pack(x)); the gradient of
+    x is exact."""
     if not needs_grad(x, gate):
         return x * gate
     layout, packed = None, ()

@@ -1,6 +1,8 @@
-"""Primitives on tensors, as ``torch.library`` operators with fake implementations, so that shapes and bytes are known without running them.
+"""Primitives on tensors, as ``torch.library`` operators with fake implementations, so that shapes and bytes are known
+without running them.
 
-Each folder holds ``reference.py`` (plain PyTorch, the definition) and the fast versions, equal to it bit for bit. Every primitive sees a sample as a
+Each folder holds ``reference.py`` (plain PyTorch, the definition) and the fast versions, equal to it bit for bit. Every
+primitive sees a sample as a
 row: (B, n), where row b is sample b in logical order.
 
     topk        keep the K largest magnitudes of each sample
@@ -52,8 +54,6 @@ def _operator(schema: str, fake):
     return register
 
 
-
-
 def _pack_fake(x, keep, values, index, flag):
     batch, n = x.shape[0], 1
     for size in x.shape[1:]:
@@ -66,9 +66,11 @@ def _pack_fake(x, keep, values, index, flag):
     _pack_fake,
 )
 def topk_pack(x: Tensor, keep: int, values: str, index: str, flag: Tensor) -> tuple[Tensor, ...]:
-    """Keep the ``keep`` largest magnitudes of each sample of x (B, ...), any strides; see ``Stored``. Sets status bits in ``flag`` (int32, one element).
+    """Keep the ``keep`` largest magnitudes of each sample of x (B, ...), any strides; see ``Stored``. Sets status bits
+    in ``flag`` (int32, one element).
 
-    A sample that does not lie contiguous in logical order is copied, one at a time, so that no dense copy of the batch arises.
+    A sample that does not lie contiguous in logical order is copied, one at a time, so that no dense copy of the batch
+    arises.
     """
     stored = Stored(*_pack_fake(x, keep, values, index, flag))
     batch = x.shape[0]
@@ -98,9 +100,17 @@ def _unpack_fake(values, scales, index, counts, full, n, index_kind, dtype):
     _unpack_fake,
 )
 def topk_unpack(
-    values: Tensor, scales: Tensor, index: Tensor, counts: Tensor, full: Tensor, n: int, index_kind: str, dtype: torch.dtype
+    values: Tensor,
+    scales: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    full: Tensor,
+    n: int,
+    index_kind: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The dense (B, n) of ``dtype``: kept values at their places, zero elsewhere. Rows of the stored tensors may be sliced beforehand."""
+    """The dense (B, n) of ``dtype``: kept values at their places, zero elsewhere. Rows of the stored tensors may be
+    sliced beforehand."""
     stored = Stored(values, scales, index, counts, full)
     out = values.new_empty((values.shape[0], n), dtype=dtype)
     if out.numel() == 0:
@@ -118,7 +128,8 @@ def _mask_encode_fake(x, low, high):
 
 @_operator("mask_encode(Tensor x, float low, float high) -> Tensor", _mask_encode_fake)
 def mask_encode(x: Tensor, low: float, high: float) -> Tensor:
-    """Contiguous (B, n) -> uint8 (B, ceil(n / 8)): 1 where not (x <= low or x >= high); a NaN ``high`` means no upper bound."""
+    """Contiguous (B, n) -> uint8 (B, ceil(n / 8)): 1 where not (x <= low or x >= high); a NaN ``high`` means no upper
+    bound."""
     fast = implementation("bitmask", x)
     return (fast or bitmask_reference).encode(x, low, high)
 
@@ -136,7 +147,8 @@ def _level_encode_fake(x, thresholds, bits):
 
 @_operator("level_encode(Tensor x, Tensor thresholds, int bits) -> Tensor", _level_encode_fake)
 def level_encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
-    """Contiguous (B, n), thresholds (2^bits - 1,) float32 ascending -> uint8 (B, ceil(n * bits / 8)): how many thresholds x reaches."""
+    """Contiguous (B, n), thresholds (2^bits - 1,) float32 ascending -> uint8 (B, ceil(n * bits / 8)): how many
+    thresholds x reaches."""
     fast = implementation("derivative", x)
     return (fast or derivative_reference).encode(x, thresholds, bits)
 
@@ -160,7 +172,8 @@ def _row_encode_fake(x, mean, rstd, bits):
 
 @_operator("row_encode(Tensor x, Tensor mean, Tensor rstd, int bits) -> (Tensor, Tensor)", _row_encode_fake)
 def row_encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Contiguous (R, m), mean and rstd (R,) float32 -> codes uint8 (R, ceil(m * bits / 8)) and scales (R,) float16 of (x - mean) * rstd."""
+    """Contiguous (R, m), mean and rstd (R,) float32 -> codes uint8 (R, ceil(m * bits / 8)) and scales (R,) float16 of
+    (x - mean) * rstd."""
     fast = implementation("rowquant", x)
     return (fast or rowquant_reference).encode(x, mean, rstd, bits)
 

@@ -1,9 +1,9 @@
 """Running a CPU kernel on PyTorch's own threads.
 
-A kernel is a C function of one pointer to a block of int64 arguments; word 0 of the block is a counter from which the threads take the next piece of
-work. The team is started through the OpenMP runtime that PyTorch has already loaded (``GOMP_parallel``): a second thread pool would fight
-with PyTorch's, whose workers spin for a while after every operator. Where no such runtime is found the kernel runs on Python threads
-(the call releases the GIL).
+A kernel is a C function of one pointer to a block of int64 arguments; word 0 of the block is a counter from which the
+threads take the next piece of work. The team is started through the OpenMP runtime that PyTorch has already loaded
+(``GOMP_parallel``): a second thread pool would fight with PyTorch's, whose workers spin for a while after every
+operator. Where no such runtime is found the kernel runs on Python threads (the call releases the GIL).
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _compile(kernel: Callable[[int], None]) -> int:
 def launch(kernel: Callable[[int], None], arguments: list[int], tasks: int) -> None:
     """Run ``kernel`` over ``tasks`` pieces of work with up to ``torch.get_num_threads()`` threads.
 
-    ``arguments`` (ints; addresses and sizes) follow the counter in the argument block. Returns when all pieces are done.
+    ``arguments`` (ints; addresses and sizes) follow the counter in the argument block. Returns when all pieces are
+    done.
     """
     kernel_address = _compile(kernel)
     block = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)

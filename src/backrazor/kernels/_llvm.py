@@ -1,10 +1,11 @@
 """Vector building blocks for the CPU kernels, written as LLVM IR through Numba intrinsics.
 
-Numba's auto-vectoriser cannot express "compress the lanes that passed a comparison", which is what packing is. LLVM can:
-``llvm.experimental.vector.compress`` becomes one instruction on AVX-512 and a short generic sequence elsewhere, so the same source is
-fast where the hardware allows it and correct everywhere. All functions work on blocks of 16 elements at raw addresses; a *kind* names how the
-elements are stored: "f32", "f16" or "bf16". The order of magnitudes is that of the bit pattern without its sign: for finite numbers the
-order of |x|, with infinity above every number and NaN above infinity.
+Numba's auto-vectoriser cannot express "compress the lanes that passed a comparison", which is what packing is. LLVM
+can: ``llvm.experimental.vector.compress`` becomes one instruction on AVX-512 and a short generic sequence elsewhere, so
+the same source is fast where the hardware allows it and correct everywhere. All functions work on blocks of 16 elements
+at raw addresses; a *kind* names how the
+elements are stored: "f32", "f16" or "bf16". The order of magnitudes is that of the bit pattern without its sign: for
+finite numbers the order of |x|, with infinity above every number and NaN above infinity.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def _load_float(builder, address, kind):
 
 
 def _compress(builder, vector, mask, address):
-    """Store the lanes of ``vector`` whose bit is set, in order, at ``address``; all 16 lanes are written, the rest is slack."""
+    """Store the lanes of ``vector`` whose bit is set, in order, at ``address``; all 16 lanes are written, the rest is
+    slack."""
     name = {_I8: "i8", _I32: "i32", _F32: "f32"}[vector.type.element]
     lanes = builder.bitcast(builder.trunc(mask, _I16), _vec(_I1))
     function = cgutils.get_or_insert_function(
@@ -143,7 +145,8 @@ def compress_offset(typingctx, base, mask, destination):
 
 @cache
 def inside_mask(kind: str):
-    """(address, low, high) -> 16-bit mask of not (x <= low or x >= high): NaN passes, as in PyTorch's threshold backward."""
+    """(address, low, high) -> 16-bit mask of not (x <= low or x >= high): NaN passes, as in PyTorch's threshold
+    backward."""
 
     @intrinsic
     def inside(typingctx, address, low, high):
@@ -230,9 +233,11 @@ def _broadcast(builder, address, index, element):
 
 @cache
 def encode_level(kind: str, bits: int):
-    """(address, thresholds, destination): the number of thresholds (2^bits - 1 ascending float32) that x reaches, ``bits`` wide, packed.
+    """(address, thresholds, destination): the number of thresholds (2^bits - 1 ascending float32) that x reaches,
+    ``bits`` wide, packed.
 
-    The code of element i takes bits [i * bits, (i + 1) * bits) of the little-endian result; NaN gives 0. bits is 2 or 4.
+    The code of element i takes bits [i * bits, (i + 1) * bits) of the little-endian result; NaN gives 0. bits is 2 or
+    4.
     """
 
     @intrinsic
@@ -251,7 +256,9 @@ def encode_level(kind: str, bits: int):
                 lower = [lane // (word // 2) * word + lane % (word // 2) for lane in range(half)]
                 undefined = ir.Constant(code.type, ir.Undefined)
                 picked = [
-                    builder.shuffle_vector(code, undefined, ir.Constant(ir.VectorType(_I32, half), [at + extra for at in lower]))
+                    builder.shuffle_vector(
+                        code, undefined, ir.Constant(ir.VectorType(_I32, half), [at + extra for at in lower])
+                    )
                     for extra in (0, word // 2)
                 ]
                 code = builder.or_(*picked)
@@ -265,7 +272,8 @@ def encode_level(kind: str, bits: int):
 
 @cache
 def apply_level(kind: str, bits: int):
-    """(gradient, codes, levels, destination): gradient times the float32 level (of 2^bits) that each code names. bits is 2 or 4."""
+    """(gradient, codes, levels, destination): gradient times the float32 level (of 2^bits) that each code names. bits
+    is 2 or 4."""
 
     @intrinsic
     def apply(typingctx, gradient, codes, levels, destination):
@@ -281,7 +289,9 @@ def apply_level(kind: str, bits: int):
             choices = [_broadcast(builder, args[2], i, _F32) for i in range(2**bits)]
             for bit in range(bits):  # a tree of selections, one bit of the code a level
                 is_set = builder.icmp_signed("!=", builder.and_(code, _const(_I32, 1 << bit)), _const(_I32, 0))
-                choices = [builder.select(is_set, odd, even) for even, odd in zip(choices[::2], choices[1::2], strict=True)]
+                choices = [
+                    builder.select(is_set, odd, even) for even, odd in zip(choices[::2], choices[1::2], strict=True)
+                ]
             product = builder.fmul(_load_float(builder, args[0], kind), choices[0])
             _store_rounded(builder, product, args[3], kind)
             return context.get_dummy_value()
@@ -318,13 +328,16 @@ def largest_normalised(kind: str):
 
 @cache
 def quantise_normalised(kind: str, bits: int):
-    """(address, mean, rstd, inverse, destination): round((x - mean) * rstd * inverse) to even, clamped, two's complement, 4 or 8 bits each."""
+    """(address, mean, rstd, inverse, destination): round((x - mean) * rstd * inverse) to even, clamped, two's
+    complement, 4 or 8 bits each."""
 
     @intrinsic
     def quantise(typingctx, address, mean, rstd, inverse, destination):
         def codegen(context, builder, signature, args):
             value = builder.fmul(_normalised(builder, args[0], args[1], args[2], kind), _splat(builder, args[3]))
-            rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_vec(_F32), [_vec(_F32)]), "llvm.rint.v16f32")
+            rint = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_vec(_F32), [_vec(_F32)]), "llvm.rint.v16f32"
+            )
             value = builder.call(rint, [value])
             for predicate, bound in (("<", float(2 ** (bits - 1) - 1)), (">", -float(2 ** (bits - 1) - 1))):
                 limit = _const(_F32, bound)
@@ -478,7 +491,8 @@ def round_even(typingctx, value):
     return types.float32(types.float32), codegen
 
 
-# Kinds as integers: a kernel's entry point passes one as a constant and LLVM prunes the other branches, so one source serves all.
+# Kinds as integers: a kernel's entry point passes one as a constant and LLVM prunes the other branches, so one source
+# serves all.
 F32, F16, BF16 = 0, 1, 2
 
 _compare_f32, _compare_f16, _compare_bf16 = (compare_magnitude(kind) for kind in ("f32", "f16", "bf16"))
@@ -566,7 +580,8 @@ def cast_load(kind, source, destination):
 
 @njit(forceinline=True)
 def tail_block(kind, source, n, block, spare):
-    """Address of 16 readable elements: the source's own, or for the last partial block a zero-padded copy at ``spare``."""
+    """Address of 16 readable elements: the source's own, or for the last partial block a zero-padded copy at
+    ``spare``."""
     start = block * LANES
     size = element_bytes(kind)
     if start + LANES <= n:

@@ -1,39 +1,79 @@
-"""Which implementation of the primitives runs: by device, or forced by the environment variable BACKRAZOR_KERNELS."""
+"""Which implementation of the primitives runs: by device, or forced by the environment variable BACKRAZOR_KERNELS.
+
+CUDA tensors take Triton, CPU tensors Numba; what neither covers (other devices, float64, a package that is missing)
+takes the reference.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
 
-_FORCED = ("reference", "numba")
+_MODULES = {"numba": "cpu", "triton": "triton", "interpret": "triton"}
+_DEVICES = {"numba": "cpu", "triton": "cuda", "interpret": "cpu"}
 _FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, and PyTorch imports Triton when the
+# first operator runs: no later than here.
+if os.environ.get("BACKRAZOR_KERNELS") == "interpret" and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @cache
 def forced() -> str | None:
-    """The value of BACKRAZOR_KERNELS, checked once; None if unset.
+    """The value of BACKRAZOR_KERNELS, checked once; None if unset. "interpret" has switched Triton's interpreter on for
+    this process.
 
     Raises:
-        ValueError: the value names no implementation.
+        ValueError: the value names no implementation, or one whose package is missing, or the interpreter comes too
+            late.
     """
     value = os.environ.get("BACKRAZOR_KERNELS") or None
-    if value is not None and value not in _FORCED:
-        raise ValueError(f"BACKRAZOR_KERNELS={value!r} is not known: unset it or use one of {', '.join(_FORCED)}")
+    if value is None or value == "reference":
+        return value
+    if value not in _MODULES:
+        raise ValueError(
+            f"BACKRAZOR_KERNELS={value!r} is not known: unset it or use one of reference, {', '.join(_MODULES)}"
+        )
+    package = "numba" if value == "numba" else "triton"
+    if not _installed(package):
+        raise ValueError(
+            f"BACKRAZOR_KERNELS={value!r} needs the package {package}, which is not installed: install it or unset the variable"
+        )
+    if value == "interpret" and not _INTERPRETED:
+        raise ValueError(
+            "BACKRAZOR_KERNELS='interpret' was set after triton or backrazor was imported: set it before starting Python"
+        )
     return value
 
 
-@cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
 def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
-    """The fast module of a kernel folder for this tensor, or None where the reference has to do."""
-    if forced() == "reference" or tensor.device.type != "cpu" or tensor.dtype not in _FAST_DTYPES or not _has_numba():
+    """The fast module of a kernel folder for this tensor, or None where the reference has to do.
+
+    Raises:
+        ValueError: BACKRAZOR_KERNELS is wrong, or forces an implementation that cannot run on the tensor's device.
+    """
+    choice, device = forced(), tensor.device.type
+    if choice is None:
+        choice = {"cpu": "numba", "cuda": "triton"}.get(device)
+        if choice is None or not _installed(choice):
+            return None
+    elif choice != "reference" and device != _DEVICES[choice]:
+        raise ValueError(
+            f"BACKRAZOR_KERNELS={choice!r} runs on {_DEVICES[choice]} tensors, not on {device}: unset it or move the model to {_DEVICES[choice]}"
+        )
+    if choice == "reference" or tensor.dtype not in _FAST_DTYPES:
         return None
-    return import_module(f"backrazor.kernels.{family}.cpu")
+    return import_module(f"backrazor.kernels.{family}.{_MODULES[choice]}")

@@ -38,8 +38,8 @@ def storage_key(tensor: Tensor) -> int:
 
 
 class Ledger:
-    """The saved tensors of one forward pass. Read it while the graph lives: before ``backward``, or at any time after leaving the context, when the
-    rows were taken."""
+    """The saved tensors of one forward pass. Read it while the graph lives: before ``backward``, or at any time after
+    leaving the context, when the rows were taken."""
 
     def __init__(self, model: nn.Module) -> None:
         self._resident = {storage_key(t): t for t in (*model.parameters(), *model.buffers())}
@@ -54,7 +54,8 @@ class Ledger:
         module = self._module[-1]
         if not reason and role == "dense":
             reason = f"saved by {self._types.get(module, 'the loss')}"
-        held = _Held(tensor, module, role, reason)
+        # Detached: a node that holds its own output through this hook would be a cycle that Python cannot collect.
+        held = _Held(tensor.detach(), module, role, reason)
         self._held.append(weakref.ref(held))
         return held
 
@@ -110,11 +111,15 @@ class Ledger:
         ordered = sorted(self.rows, key=lambda row: -row.bytes)
         shown = ordered if rows is None else ordered[:rows]
         lines = [f"{'MB':>10}  {'module':40} {'role':14} reason"]
-        lines += [f"{row.bytes / 1e6:10.3f}  {row.module or '(outside)':40} {row.role:14} {row.reason}" for row in shown]
+        lines += [
+            f"{row.bytes / 1e6:10.3f}  {row.module or '(outside)':40} {row.role:14} {row.reason}" for row in shown
+        ]
         if len(shown) < len(ordered):
             rest = sum(row.bytes for row in ordered[len(shown) :])
             lines.append(f"{rest / 1e6:10.3f}  {len(ordered) - len(shown)} smaller rows")
-        lines.append(f"{self.total_bytes / 1e6:10.3f}  saved in all; {self.parameter_bytes / 1e6:.3f} of parameters and buffers apart")
+        lines.append(
+            f"{self.total_bytes / 1e6:10.3f}  saved in all; {self.parameter_bytes / 1e6:.3f} of parameters and buffers apart"
+        )
         return "\n".join(lines)
 
 
@@ -133,8 +138,9 @@ def _leave(book: Ledger) -> None:
 def ledger(model: nn.Module) -> Iterator[Ledger]:
     """Record what autograd saves inside the context: ``with ledger(model) as book: loss = loss_fn(model(x), y)``.
 
-    Rows are taken when the context ends, or earlier when they are read. Tensors whose part of the graph was dropped in between do not count.
-    Under activation checkpointing the outer graph holds the blocks' inputs, and those are what is counted.
+    Rows are taken when the context ends, or earlier when they are read. Tensors whose part of the graph was dropped in
+    between do not count. Under activation checkpointing the outer graph holds the blocks' inputs, and those are what is
+    counted.
     """
     book = Ledger(model)
     with ExitStack() as stack:

@@ -1,9 +1,11 @@
 """The measured peak of a training step, and its time, in fresh processes.
 
-On the CPU the peak is the process's high-water mark during one step less its resident set just before, after full warm-up steps, with weights, gradients and
-optimizer state in place. glibc is told to return freed blocks at once (MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=65536, one arena): otherwise the
-high-water mark would include blocks that the allocator kept for later. That setting makes every large tensor pay page faults, so time is taken in processes
-of their own under the default allocator. On CUDA the peak is ``torch.cuda.max_memory_allocated`` less what was allocated before the step.
+On the CPU the peak is the process's high-water mark during one step less its resident set just before, after full
+warm-up steps, with weights, gradients and optimizer state in place. glibc is told to return freed blocks at once
+(MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=65536, one arena): otherwise the high-water mark would include
+blocks that the allocator kept for later. That setting makes every large tensor pay page faults, so time is taken in
+processes of their own under the default allocator. On CUDA the peak is ``torch.cuda.max_memory_allocated`` less what
+was allocated before the step.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-_STABLE_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "0"}
+_STABLE_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TOP_PAD_": "0",
+}
 WARM_UP_STEPS = 2
 
 
 class Step(NamedTuple):
-    """A training step: ``forward`` takes nothing and returns the scalar loss of ``model``; ``optimizer`` may be None."""
+    """A training step: ``forward`` takes nothing and returns the scalar loss of ``model``; ``optimizer`` may be
+    None."""
 
     model: nn.Module
     forward: Callable[[], Tensor]
@@ -41,8 +49,8 @@ class Step(NamedTuple):
 class Measurement:
     """Samples of one configuration; the properties are medians. Bytes and seconds.
 
-    peak_samples: above what is resident. process_samples: the whole process (CPU) or device allocator (CUDA). time_samples: (forward, backward,
-    optimizer) seconds of each timed step.
+    peak_samples: above what is resident. process_samples: the whole process (CPU) or device allocator (CUDA).
+        time_samples: (forward, backward, optimizer) seconds of each timed step.
     """
 
     peak_samples: tuple[int, ...] = ()
@@ -79,11 +87,17 @@ class Measurement:
 
 
 def measure_step(
-    factory: Callable[[], Step], repeats: int = 3, steps: int = 5, what: tuple[str, ...] = ("peak", "time"), threads: int | None = None
+    factory: Callable[[], Step],
+    repeats: int = 3,
+    steps: int = 5,
+    what: tuple[str, ...] = ("peak", "time"),
+    threads: int | None = None,
 ) -> Measurement:
-    """Measure the training step that ``factory`` builds: ``repeats`` fresh processes for the peak and as many, of ``steps`` steps each, for the time.
+    """Measure the training step that ``factory`` builds: ``repeats`` fresh processes for the peak and as many, of
+    ``steps`` steps each, for the time.
 
-    ``factory`` must be picklable (a module-level function, or ``functools.partial`` of one) and is called in the fresh process.
+    ``factory`` must be picklable (a module-level function, or ``functools.partial`` of one) and is called in the fresh
+    process.
 
     Raises:
         RuntimeError: the step failed in its process; the message carries its traceback.
@@ -98,10 +112,13 @@ def measure_steps(
     what: tuple[str, ...] = ("peak", "time"),
     threads: int | None = None,
 ) -> dict[str, Measurement]:
-    """``measure_step`` for several configurations in turn, A B C A B C ..., so that a drifting machine does not favour one of them."""
+    """``measure_step`` for several configurations in turn, A B C A B C ..., so that a drifting machine does not favour
+    one of them."""
     unknown = set(what) - {"peak", "time"}
     if unknown or repeats < 1 or steps < 1:
-        raise ValueError(f"what={what!r}, repeats={repeats}, steps={steps}: use 'peak' and 'time', and at least one repeat and step")
+        raise ValueError(
+            f"what={what!r}, repeats={repeats}, steps={steps}: use 'peak' and 'time', and at least one repeat and step"
+        )
     threads = torch.get_num_threads() if threads is None else threads
     peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in factories}
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in factories}
@@ -112,12 +129,14 @@ def measure_steps(
             if "time" in what:
                 times[name].extend(in_fresh_process(_times_of, factory, threads, steps))
     return {
-        name: Measurement(tuple(p for p, _ in peaks[name]), tuple(w for _, w in peaks[name]), tuple(times[name])) for name in factories
+        name: Measurement(tuple(p for p, _ in peaks[name]), tuple(w for _, w in peaks[name]), tuple(times[name]))
+        for name in factories
     }
 
 
 def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False):
-    """``function(*arguments)`` in a new interpreter; with ``stable_malloc`` freed memory returns to the system at once (glibc)."""
+    """``function(*arguments)`` in a new interpreter; with ``stable_malloc`` freed memory returns to the system at once
+    (glibc)."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments), daemon=False)
@@ -134,7 +153,9 @@ def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool
         succeeded, answer = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"the measuring process died with exit code {process.exitcode}; out of memory if it is -9") from None
+        raise RuntimeError(
+            f"the measuring process died with exit code {process.exitcode}; out of memory if it is -9"
+        ) from None
     finally:
         receiver.close()
     process.join()
@@ -223,7 +244,9 @@ def reset_high_water_mark() -> int:
         OSError: not Linux, or the kernel refuses to reset the mark.
     """
     if not sys.platform.startswith("linux"):
-        raise OSError(f"peak memory on the CPU is read from Linux's /proc, which {sys.platform} lacks: measure on Linux or on CUDA")
+        raise OSError(
+            f"peak memory on the CPU is read from Linux's /proc, which {sys.platform} lacks: measure on Linux or on CUDA"
+        )
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes()

@@ -1,4 +1,5 @@
-"""Memory predicted from shapes: the step runs on fake tensors, which have shapes and storages but no data, and never touches a kernel."""
+"""Memory predicted from shapes: the step runs on fake tensors, which have shapes and storages but no data, and never
+touches a kernel."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ ORIGINAL = "_backrazor_original"  # where a drop-in keeps the class it replaced
 
 @dataclass(frozen=True)
 class Prediction:
-    """saved_bytes: held by autograd at the end of forward. peak_bytes: highest during forward and backward above weights, gradients, optimizer state and
-    the input batch. rows: as the ledger's. The official formula knows a peak only and gives no saved bytes (None)."""
+    """saved_bytes: held by autograd at the end of forward. peak_bytes: highest during forward and backward above
+    weights, gradients, optimizer state and the input batch. rows: as the ledger's. The official formula knows a peak
+    only and gives no saved bytes (None)."""
 
     saved_bytes: int | None
     peak_bytes: int
@@ -38,13 +40,16 @@ def predict(
     loss_fn: Callable[[Tensor], Tensor] | None = None,
     autocast: torch.dtype | None = None,
 ) -> Prediction:
-    """Predict the memory of a training step of ``model``, razored or not, on an input of (batch_size, *input_size) float32.
+    """Predict the memory of a training step of ``model``, razored or not, on an input of (batch_size, *input_size)
+    float32.
 
-    No activation is allocated and the model is not changed. ``loss_fn`` maps the model's output to a scalar; by default cross-entropy for logits (B,
-    classes), the mean otherwise. ``autocast`` gives the type of an autocast region around the forward.
+    No activation is allocated and the model is not changed. ``loss_fn`` maps the model's output to a scalar; by default
+    cross-entropy for logits (B, classes), the mean otherwise. ``autocast`` gives the type of an autocast region around
+    the forward.
 
     Args:
-        rule: "exact", our own, equal to the ledger to the byte; or "official", the formula of the paper's released code, which is kept for comparison only.
+        rule: "exact", our own, equal to the ledger to the byte; or "official", the formula of the paper's released
+            code, which is kept for comparison only.
 
     Raises:
         ValueError: the rule is unknown, or the official formula does not cover this kind of model.
@@ -75,7 +80,11 @@ def predict(
 
 def _official(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> OfficialMemory:
     """The formula on a plain copy of the model: weights are shared, and a razored model lends its sparsity."""
-    razored = [module for module in model.modules() if ORIGINAL in module.__dict__ and isinstance(module, (nn.Linear, nn.Conv2d))]
+    razored = [
+        module
+        for module in model.modules()
+        if ORIGINAL in module.__dict__ and isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     if not razored:
         return official_formula(model, input_size=input_size, batch_size=batch_size)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -123,7 +132,9 @@ class _Allocations(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        before = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

@@ -1,7 +1,8 @@
 """Drop-in modules, and the one table that says which class each of them replaces.
 
-The key is the qualified name of the exact class (a subclass may compute something else, so it needs a line of its own); the value names the
-drop-in, or is "sdpa" for attention classes that call F.scaled_dot_product_attention. Names keep libraries unimported until a model brings one of their classes.
+The key is the qualified name of the exact class (a subclass may compute something else, so it needs a line of its own);
+the value names the drop-in, or is "sdpa" for attention classes that call F.scaled_dot_product_attention. Names keep
+libraries unimported until a model brings one of their classes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ DROP_INS: dict[str, str] = {
     "timm.models._efficientnet_blocks.SqueezeExcite": "timm_layers.RazorEfficientNetSqueezeExcite",
 }
 
-# Attention over windows: index 0 of what is inside counts windows, not images, so pruning a sample would mean something else there.
+# Attention over windows: index 0 of what is inside counts windows, not images, so pruning a sample would mean something
+# else there.
 WINDOWED = (
     "timm.models.swin_transformer.WindowAttention",
     "timm.models.swin_transformer_v2.WindowAttention",

@@ -111,4 +111,3 @@ class RazorHardswish(RazorSmooth, nn.Hardswish):
     """Hardswish by the activation rule."""
 
     _function = "hardswish"
-

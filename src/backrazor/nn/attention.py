@@ -1,7 +1,8 @@
 """Drop-ins for attention.
 
-Most implementations end in ``F.scaled_dot_product_attention``; their drop-in runs the original forward with that one function replaced. Where the
-call has a form that the pruned operator does not have, PyTorch's own runs and attention stays dense for that call.
+Most implementations end in ``F.scaled_dot_product_attention``; their drop-in runs the original forward with that one
+function replaced. Where the call has a form that the pruned operator does not have, PyTorch's own runs and attention
+stays dense for that call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What every drop-in has: the resolved rules of its layer, a flag for bad numbers, and the class it came from.
 
-A drop-in is a subclass of the layer it replaces, put in place by changing the object's class. Parameters, buffers, hooks, mode, names and every reference
-to the module stay as they are; the way back is the same assignment.
+A drop-in is a subclass of the layer it replaces, put in place by changing the object's class. Parameters, buffers,
+hooks, mode, names and every reference to the module stay as they are; the way back is the same assignment.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class DropIn(nn.Module):
     razor: LayerRules
     packs: ClassVar[bool] = True  # whether it has a flag for non-finite values and overflow
     prunes: ClassVar[bool] = False  # whether it prunes its input a sample
-    link: ClassVar[str | None] = None  # its part in a chain that runs as one operator: "conv", "norm" or "activation" (see fusion.py)
+    link: ClassVar[str | None] = (
+        None  # its part in a chain that runs as one operator: "conv", "norm" or "activation" (see fusion.py)
+    )
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:

@@ -14,7 +14,8 @@ from .norm import batch_norm
 
 
 class RazorConvolution(DropIn):
-    """Keeps the input pruned, before padding. Where the norm that follows is frozen, runs it and the activation too (see fusion.py)."""
+    """Keeps the input pruned, before padding. Where the norm that follows is frozen, runs it and the activation too
+    (see fusion.py)."""
 
     link = "conv"
     prunes = True
@@ -50,5 +51,7 @@ class RazorConv2d(RazorConvolution, nn.Conv2d):
     def _spec(self, x: Tensor) -> ConvSpec:
         spec = ConvSpec(self.stride, self.padding, self.dilation, self.groups)
         if self.padding_mode != "zeros":
-            spec = spec._replace(padding=(0, 0), pad=tuple(self._reversed_padding_repeated_twice), pad_mode=self.padding_mode)
+            spec = spec._replace(
+                padding=(0, 0), pad=tuple(self._reversed_padding_repeated_twice), pad_mode=self.padding_mode
+            )
         return spec

@@ -1,9 +1,11 @@
-"""Chains of modules that run as one operator: a convolution, the BatchNorm that alone consumes its output and perhaps an activation; or a Linear and
-its activation.
+"""Chains of modules that run as one operator: a convolution, the BatchNorm that alone consumes its output and perhaps
+an activation; or a Linear and its activation.
 
-The first drop-in computes the whole chain and the others hand their input through. That is right only where nothing else sees the values in
-between, which no module can tell by itself: ``CHAINS`` names the classes whose forward is known, by their attributes in order. A plain Sequential is known by
-construction. Whether a chain runs fused is decided at every call, by the norm's state, and both ends ask the same question.
+The first drop-in computes the whole chain and the others hand their input through. That is right only where nothing
+else sees the values in
+between, which no module can tell by itself: ``CHAINS`` names the classes whose forward is known, by their attributes in
+order. A plain Sequential is known by construction. Whether a chain runs fused is decided at every call, by the norm's
+state, and both ends ask the same question.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _TIMM_RESNET = "timm.models.resnet"
 _VISION_RESNET = "torchvision.models.resnet"
 
-# (convolution, norm[, activation]) or (linear, activation) attributes. timm's norm layers carry their activation inside.
+# (convolution, norm[, activation]) or (linear, activation) attributes. timm's norm layers carry their activation
+# inside.
 CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_TIMM_BLOCKS}.ConvBnAct": (("conv", "bn1"),),
     f"{_TIMM_BLOCKS}.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
@@ -69,9 +72,11 @@ def original_type(module: nn.Module) -> type:
 
 
 def link_chains(model: nn.Module) -> int:
-    """Link the chains of ``model`` whose members all became drop-ins, carry no hooks and take part once; returns how many.
+    """Link the chains of ``model`` whose members all became drop-ins, carry no hooks and take part once; returns how
+    many.
 
-    The convolution learns its followers; each follower learns the norm, whose state decides whether it hands its input through.
+    The convolution learns its followers; each follower learns the norm, whose state decides whether it hands its input
+    through.
     """
     found = list(chains(model))
     uses = Counter(member for members in found for member in members)
@@ -97,4 +102,6 @@ def link_chains(model: nn.Module) -> int:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

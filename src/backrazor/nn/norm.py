@@ -53,7 +53,9 @@ class _RazorBatchNorm(DropIn):
             return input
         self._check_input_dim(input)
         if self.training and input.dim() > 1 and input.numel() == input.shape[1]:
-            return torch.nn.functional.batch_norm(input, None, None, training=True)  # raises PyTorch's own error: one value a channel
+            return torch.nn.functional.batch_norm(
+                input, None, None, training=True
+            )  # raises PyTorch's own error: one value a channel
         return batch_norm(self, input)
 
 
@@ -89,4 +91,6 @@ class RazorGroupNorm(DropIn, nn.GroupNorm):
     keeps = RazorLayerNorm.keeps
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, self.razor.norm, self._flag)
+        return functional.group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, self.razor.norm, self._flag
+        )

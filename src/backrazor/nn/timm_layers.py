@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from timm.layers import BatchNormAct2d, Conv2dSame, GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d, LayerScale, SqueezeExcite
+from timm.layers import (
+    BatchNormAct2d,
+    Conv2dSame,
+    GroupNorm,
+    GroupNorm1,
+    LayerNorm,
+    LayerNorm2d,
+    LayerScale,
+    SqueezeExcite,
+)
 from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models._efficientnet_blocks import SqueezeExcite as EfficientNetSqueezeExcite
 from torch import Tensor, nn
 
 from .. import functional
 from ..functional.conv import ConvSpec
+from .activation import RazorSmooth
 from .base import UNKNOWN, DropIn, LayerRules
 from .conv import RazorConvolution
-from .activation import RazorSmooth
 from .norm import RazorGroupNorm, RazorLayerNorm, batch_norm, norm_words
 
 
@@ -25,7 +34,8 @@ class RazorConv2dSame(RazorConvolution, Conv2dSame):
 
     def _spec(self, x: Tensor) -> ConvSpec:
         height, width = (
-            _same_padding(*item) for item in zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
+            _same_padding(*item)
+            for item in zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
         )
         pad = (width // 2, width - width // 2, height // 2, height - height // 2)
         return ConvSpec(self.stride, (0, 0), self.dilation, self.groups, pad=pad)

@@ -88,6 +88,7 @@ BACKBONES: dict[str, Callable[[], BackboneSpec]] = {
         ),
     ),
     "mobilenetv2": lambda: _released("mobilenetv2_100.ra_in1k"),
+    "mobilenetv2_140": lambda: _released("mobilenetv2_140.ra_in1k"),
     "proxylessnas": proxylessnas_spec,
     "resnet18": lambda: _released("resnet18.tv_in1k"),
     "resnet50": lambda: _released("resnet50.tv_in1k"),

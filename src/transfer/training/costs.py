@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import backrazor as br
+from transfer.models.frozen_storage import coded_weights
 from transfer.training.network import Network, assemble
 from transfer.training.optimisation import make_optimizer
 
@@ -61,6 +62,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def weight_bytes(network: Network) -> int:
+    """Bytes that parameters and buffers of the network take, frozen ones as they are stored."""
+    tensors = (*network.model.parameters(), *network.model.buffers())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def step_loss(network: Network, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> Tensor:
     """The training loss of normalised ``images``, as the loop computes it."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config["trainer"]["precision"] == "bfloat16"):
@@ -95,6 +102,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     columns = {
         "batch_size": batch,
         "image_size": size,
+        "weight_bytes": weight_bytes(network),
         "saved_bytes": ledger.total_bytes,
         "saved_by_role": ledger.by_role(),
         "predicted_bytes": None,
@@ -118,9 +126,10 @@ def _criterion(logits: Tensor, labels: Tensor, config: Mapping[str, Any]) -> Ten
 
 def _official(network: Network, shape: Mapping[str, Any]) -> int | None:
     try:
-        return br.memory.predict(network.model, rule="official", **shape).peak_bytes
+        total = br.memory.predict(network.model, rule="official", **shape).peak_bytes
     except ValueError:
         return None
+    return total + coded_weights(network.model)  # codes are no parameters, but the formula counts a byte for each
 
 
 def measured_columns(result: Any, rows: int) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from transfer.models.tinytl import LiteResidual
+
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
@@ -36,11 +38,26 @@ def _bias(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
 
 
+def _tinytl_l(model: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.lite.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, LiteResidual)
+        for name, _ in module.lite.named_parameters()
+    }
+
+
+def _tinytl_lb(model: nn.Module) -> set[str]:
+    return _tinytl_l(model) | _bias(model)
+
+
 METHODS: dict[str, Callable[[nn.Module], set[str]]] = {
     "full": _full,
     "last": _last,
     "norm_last": _norm_last,
     "bias": _bias,
+    "tinytl_l": _tinytl_l,
+    "tinytl_lb": _tinytl_lb,
 }
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import backrazor as br
 from transfer.errors import UserError
 from transfer.models import Backbone, build_backbone
+from transfer.models.frozen_storage import store_frozen_at_8_bits
+from transfer.models.tinytl import insert_lite_residuals
 from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
@@ -76,10 +78,15 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
 
     Raises:
-        UserError: as ``build_backbone``, ``apply_checkpointing`` and ``razor_config``.
+        UserError: as ``build_backbone``, ``insert_lite_residuals``, ``apply_checkpointing`` and ``razor_config``.
     """
     backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"])
-    frozen = apply_method(backbone.model, backbone.head, config["method"])
+    method = config["method"]
+    if method["name"].startswith("tinytl"):
+        insert_lite_residuals(backbone.model)
+    frozen = apply_method(backbone.model, backbone.head, method)
+    if method["frozen_bits"] is not None:
+        store_frozen_at_8_bits(backbone.model)
     razor = razor_config(config["razor"])
     report = ""
     if razor is not None:

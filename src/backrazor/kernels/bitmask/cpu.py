@@ -1,4 +1,5 @@
-"""One-bit masks on the CPU: a compare and a 16-bit store for 16 elements, and back. Work is cut in runs of 64 Ki elements of a sample."""
+"""One-bit masks on the CPU: a compare and a 16-bit store for 16 elements, and back. Work is cut in runs of 64 Ki
+elements of a sample."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from ..topk.reference import pack_bits, unpack_bits
 
 
 def encode(x: Tensor, low: float, high: float) -> Tensor:
-    """(B, n) -> uint8 (B, ceil(n / 8)): 1 where not (x <= low or x >= high), so NaN gives 1; ``high`` NaN means no upper bound."""
+    """(B, n) -> uint8 (B, ceil(n / 8)): 1 where not (x <= low or x >= high), so NaN gives 1; ``high`` NaN means no
+    upper bound."""
     return pack_bits(~((x <= low) | (x >= high)))
 
 

@@ -1,4 +1,5 @@
-"""Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons, 8 bits by a guess on the even grid that the thresholds correct."""
+"""Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons, 8 bits by a guess on the even grid that the
+thresholds correct."""
 
 from __future__ import annotations
 
@@ -141,7 +142,9 @@ def _apply_worker(kind, bits, block):
         row = codes + sample * ((n * bits + 7) // 8)
         for i in range(start, min(start + RUN, n), 16):
             if i + 16 <= n:
-                _apply_block(kind, bits, grad + shift + i * size, row + i * bits // 8, levels, out + shift + i * size, spare)
+                _apply_block(
+                    kind, bits, grad + shift + i * size, row + i * bits // 8, levels, out + shift + i * size, spare
+                )
             else:
                 tail = tail_block(kind, grad + shift, n, i // 16, spare)
                 copy_bytes(row + i * bits // 8, spare + 64, ((n - i) * bits + 7) // 8)

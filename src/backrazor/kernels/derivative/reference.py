@@ -1,7 +1,7 @@
 """Quantised derivative of an elementwise function, in plain PyTorch.
 
-The derivative is stored as the number of the interval of x it belongs to: 2^bits - 1 ascending thresholds cut the line, and each interval has one level. A
-comparison with a float is exact everywhere, so all backends agree to the bit.
+The derivative is stored as the number of the interval of x it belongs to: 2^bits - 1 ascending thresholds cut the line,
+and each interval has one level. A comparison with a float is exact everywhere, so all backends agree to the bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 (B, n) below 2^bits -> uint8 (B, ceil(n * bits / 8)); element i in the low bits of its byte first. bits is 2, 4 or 8."""
+    """uint8 (B, n) below 2^bits -> uint8 (B, ceil(n * bits / 8)); element i in the low bits of its byte first. bits is
+    2, 4 or 8."""
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).view(codes.shape[0], -1, per_byte)
     packed = padded[:, :, 0].clone()
@@ -27,7 +28,8 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
 
 
 def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
-    """(B, n), thresholds (2^bits - 1,) float32 ascending -> packed codes: how many thresholds x reaches (x >= t); NaN reaches none."""
+    """(B, n), thresholds (2^bits - 1,) float32 ascending -> packed codes: how many thresholds x reaches (x >= t); NaN
+    reaches none."""
     codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     for threshold in thresholds:
         codes += x.float() >= threshold
@@ -35,6 +37,7 @@ def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
 
 
 def apply(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
-    """(B, n), packed codes, levels (2^bits,) float32 -> grad times the level of each element, in float32, rounded to grad's dtype."""
+    """(B, n), packed codes, levels (2^bits,) float32 -> grad times the level of each element, in float32, rounded to
+    grad's dtype."""
     level = levels[unpack_codes(codes, grad.shape[1], bits).long()]
     return (grad.float() * level).to(grad.dtype)

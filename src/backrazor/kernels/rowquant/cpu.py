@@ -1,4 +1,5 @@
-"""Row-wise quantisation on the CPU: one pass for the row's largest magnitude, one to quantise while the row is in the cache."""
+"""Row-wise quantisation on the CPU: one pass for the row's largest magnitude, one to quantise while the row is in the
+cache."""
 
 from __future__ import annotations
 

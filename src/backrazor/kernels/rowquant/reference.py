@@ -1,7 +1,7 @@
 """Rows quantised with a scale of their own, in plain PyTorch: what normalisation layers keep of their input.
 
-A row r of m elements is stored as q = round(((x - mean_r) * rstd_r) / scale_r), two's complement in 8 or 4 bits, with scale_r = largest magnitude / 127 or / 7
-as float16. All arithmetic is float32, in this order.
+A row r of m elements is stored as q = round(((x - mean_r) * rstd_r) / scale_r), two's complement in 8 or 4 bits, with
+scale_r = largest magnitude / 127 or / 7 as float16. All arithmetic is float32, in this order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from ..derivative.reference import pack_codes, unpack_codes
 
 
 def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(R, m), mean and rstd (R,) float32 -> codes uint8 (R, ceil(m * bits / 8)), scales (R,) float16. A row that is not finite gets a scale of NaN or Inf."""
+    """(R, m), mean and rstd (R,) float32 -> codes uint8 (R, ceil(m * bits / 8)), scales (R,) float16. A row that is not
+    finite gets a scale of NaN or Inf."""
     normalised = (x.float() - mean.unsqueeze(1)) * rstd.unsqueeze(1)
     limit = 2 ** (bits - 1) - 1
     scales = (normalised.abs().amax(dim=1) / limit).to(torch.float16) if x.shape[1] else mean.to(torch.float16)

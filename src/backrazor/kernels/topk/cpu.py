@@ -1,9 +1,10 @@
 """Top-K selection, packing and unpacking on the CPU: one thread a sample, vector blocks of 16 elements.
 
-Selecting costs two passes over the sample. A small deterministic sample of magnitudes gives an interval [low, high] that holds the K-th largest
-with near certainty; the first pass counts what lies above and collects what lies strictly inside (a few per cent); the K-th largest follows exactly from
-those. The second pass emits. When the interval misses (or ties flood it), an exact radix selection over the whole sample takes its place: the
-result never depends on the guess.
+Selecting costs two passes over the sample. A small deterministic sample of magnitudes gives an interval [low, high]
+that holds the K-th largest with near certainty; the first pass counts what lies above and collects what lies strictly
+inside (a few per cent); the K-th largest follows exactly from those. The second pass emits. When the interval misses
+(or ties flood it), an exact radix selection over the whole sample takes its place: the result never depends on the
+guess.
 
 Shape legend: n elements a sample, K kept, T = ceil(n / 256) tiles.
 """
@@ -53,14 +54,15 @@ from .layout import TILE, Stored
 MIN_SAMPLED = 4096  # below this the selection scans the sample itself
 BIN_BITS = 11
 BINS = 1 << BIN_BITS
-# Scratch of one thread, in bytes: a histogram; one tile of staged float32 with the slack of a vector store and two vectors aside; a tail block;
-# for packing, a buffer of collected magnitudes follows.
+# Scratch of one thread, in bytes: a histogram; one tile of staged float32 with the slack of a vector store and two
+# vectors aside; a tail block; for packing, a buffer of collected magnitudes follows.
 STAGE_AT = BINS * 4
 SPARE_AT = STAGE_AT + (TILE + 64) * 4
 BUFFER_AT = SPARE_AT + 64
 NON_FINITE, OVERFLOW = 1, 2
 NO_INDEX, BITMAP, TILES = 0, 1, 2
 INT8 = 3
+
 
 @njit(forceinline=True)
 def _magnitude(kind, source, i):
@@ -85,8 +87,9 @@ def _count(histogram, digit):
 def _kth_largest_int(values, count, rank, low, high, histogram):
     """(value, ties) of the rank-th largest of ``count`` int32 in [low, high] at ``values``; reorders the buffer.
 
-    Radix selection from the highest bit that the interval leaves open, keeping only the matching entries after each digit. What is left
-    of ``rank`` at the end is how many of the entries equal to the value belong to the ``rank`` largest.
+    Radix selection from the highest bit that the interval leaves open, keeping only the matching entries after each
+    digit. What is left of ``rank`` at the end is how many of the entries equal to the value belong to the ``rank``
+    largest.
     """
     bits = 1
     while (high - low) >> bits:
@@ -114,7 +117,8 @@ def _kth_largest_int(values, count, rank, low, high, histogram):
 
 @njit(forceinline=True)
 def _kth_largest_scan(kind, source, n, rank, histogram):
-    """(value, ties) of the rank-th largest magnitude by radix selection over the whole sample: three passes, no buffer."""
+    """(value, ties) of the rank-th largest magnitude by radix selection over the whole sample: three passes, no
+    buffer."""
     prefix = 0
     shift = 31
     while shift > 0:
@@ -148,7 +152,8 @@ def _bin_at_rank(histogram, rank, shift):
 
 @njit(forceinline=True)
 def _guess(kind, source, n, keep, histogram):
-    """(low, high): an interval of magnitudes that almost surely holds the keep-th largest, from a fixed pseudo-random sample."""
+    """(low, high): an interval of magnitudes that almost surely holds the keep-th largest, from a fixed pseudo-random
+    sample."""
     size = min(max(n >> 6, 1024), 4096)
     shift = (31 if kind == F32 else 15) - BIN_BITS
     _clear(histogram)
@@ -158,7 +163,8 @@ def _guess(kind, source, n, keep, histogram):
         _count(histogram, _magnitude(kind, source, (state * n) >> 31) >> shift)
     share = keep / n
     centre = share * size
-    # the rank of the true threshold in the sample is binomial: three and a half standard deviations, and a little for tiny shares
+    # the rank of the true threshold in the sample is binomial: three and a half standard deviations, and a little for
+    # tiny shares
     spread = 3.5 * (centre * (1.0 - share)) ** 0.5 + 3.0
     high = 0x7FFFFFFF if centre - spread < 1.0 else _bin_at_rank(histogram, int(centre - spread), shift) + 1
     low = 0 if centre + spread >= size else _bin_at_rank(histogram, int(centre + spread) + 1, shift)
@@ -167,7 +173,8 @@ def _guess(kind, source, n, keep, histogram):
 
 @njit(forceinline=True)
 def _threshold(kind, source, n, keep, histogram, buffer, capacity, spare):
-    """(threshold, ties): the keep-th largest magnitude, and how many elements equal to it are kept (the first by index)."""
+    """(threshold, ties): the keep-th largest magnitude, and how many elements equal to it are kept (the first by
+    index)."""
     if n < MIN_SAMPLED:
         return _kth_largest_scan(kind, source, n, keep, histogram)
     low, high = _guess(kind, source, n, keep, histogram)
@@ -250,7 +257,9 @@ def _store_values(value_kind, stage, count, values, scales, position):
 
 
 @njit(forceinline=True)
-def _emit(kind, value_kind, index_kind, source, n, keep, threshold, ties, stage, spare, values, scales, index, counts, full):
+def _emit(
+    kind, value_kind, index_kind, source, n, keep, threshold, ties, stage, spare, values, scales, index, counts, full
+):
     """Write the kept values and their index; returns the status bits."""
     status = 0
     staged = 0
@@ -325,9 +334,7 @@ def _pack_worker(kind, block):
         at = source + sample * n * element_bytes(kind)
         threshold, ties = -1, 0
         if keep < n:
-            threshold, ties = _threshold(
-                kind, at, n, keep, scratch, scratch + BUFFER_AT, capacity, scratch + SPARE_AT
-            )
+            threshold, ties = _threshold(kind, at, n, keep, scratch, scratch + BUFFER_AT, capacity, scratch + SPARE_AT)
         status = _emit(
             kind,
             value_kind,
@@ -371,7 +378,7 @@ def _decode(kind, value_kind, values, scales, position, count, stage):
         cast_load(F16, spare + 64, spare)
         scale = get_f32(spare)
         for i in range(count):
-            put_f32(stage + i * 4, numpy.float32(((get_u8(values + position + i) ^ 128) - 128)) * scale)
+            put_f32(stage + i * 4, numpy.float32((get_u8(values + position + i) ^ 128) - 128) * scale)
     else:
         size = element_bytes(value_kind)
         spill = stage + (TILE + 48) * 4
@@ -382,7 +389,9 @@ def _decode(kind, value_kind, values, scales, position, count, stage):
                 at = spill
             cast_load(value_kind, at, stage + block * 64)
     if kind != F32:
-        for block in range((count + 15) // 16):  # in place: block b lands at half its address, behind what is still to be read
+        for block in range(
+            (count + 15) // 16
+        ):  # in place: block b lands at half its address, behind what is still to be read
             cast_store(kind, stage + block * 64, stage + block * 32)
 
 
@@ -487,7 +496,8 @@ _UNPACK = {F32: _unpack_f32, F16: _unpack_f16, BF16: _unpack_bf16}
 
 
 def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
-    """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in ``flag`` (int32)."""
+    """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in
+    ``flag`` (int32)."""
     batch, n = x.shape
     threads = threads_for(batch)
     capacity = n // 8 + 1024

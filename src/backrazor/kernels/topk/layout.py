@@ -13,8 +13,9 @@ TILE = 256
 class Stored(NamedTuple):
     """The packed form of a (B, n) tensor; unused parts are empty.
 
-    values (B, K): float32, float16, bfloat16 or int8. scales (B, ceil(K / 256)) float16: int8 only. index uint8: "bitmap"
-    (B, ceil(n / 8)) or "tile" (B, K). counts (B, T) and full (B, ceil(T / 8)) uint8: "tile" only, T = ceil(n / 256).
+    values (B, K): float32, float16, bfloat16 or int8. scales (B, ceil(K / 256)) float16: int8 only. index uint8:
+    "bitmap" (B, ceil(n / 8)) or "tile" (B, K). counts (B, T) and full (B, ceil(T / 8)) uint8: "tile" only, T = ceil(n /
+    256).
     """
 
     values: Tensor
@@ -43,8 +44,12 @@ def allocate(batch: int, n: int, keep: int, values: torch.dtype, index: str, dev
     tiles = -(-n // TILE)
     return Stored(
         values=new(batch, keep, dtype=values),
-        scales=new(batch, -(-keep // TILE), dtype=torch.float16) if values == torch.int8 else new(0, dtype=torch.float16),
-        index={"none": lambda: new(0), "bitmap": lambda: new(batch, -(-n // 8)), "tile": lambda: new(batch, keep)}[index](),
+        scales=new(batch, -(-keep // TILE), dtype=torch.float16)
+        if values == torch.int8
+        else new(0, dtype=torch.float16),
+        index={"none": lambda: new(0), "bitmap": lambda: new(batch, -(-n // 8)), "tile": lambda: new(batch, keep)}[
+            index
+        ](),
         counts=new(batch, tiles) if index == "tile" else new(0),
         full=new(batch, -(-tiles // 8)) if index == "tile" else new(0),
     )

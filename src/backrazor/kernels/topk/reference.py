@@ -1,7 +1,8 @@
 """Top-K packing in plain PyTorch: the definition that the fast versions must equal bit for bit.
 
-Of a sample's n elements the K of the largest magnitude are kept, ties by the lowest index. The order of magnitudes is that of the bits
-without the sign, so infinity and NaN come first and are never hidden. Values are stored in the order of their index.
+Of a sample's n elements the K of the largest magnitude are kept, ties by the lowest index. The order of magnitudes is
+that of the bits without the sign, so infinity and NaN come first and are never hidden. Values are stored in the order
+of their index.
 
 Shape legend: B samples, n elements a sample, K kept, T = ceil(n / 256) tiles, V = ceil(K / 256) value tiles.
 """
@@ -13,7 +14,12 @@ from torch import Tensor
 
 TILE = 256
 NON_FINITE, OVERFLOW = 1, 2  # status bits
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def magnitude_order(x: Tensor) -> Tensor:
@@ -31,13 +37,16 @@ def kept_indices(x: Tensor, keep: int) -> Tensor:
 def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
     """(B, K) -> stored values (B, K), scales (B, V) float16 (empty but for int8), status bits.
 
-    int8: each run of 256 kept values shares a scale, its largest magnitude / 127 in float16; q = round(v / scale) to even.
+    int8: each run of 256 kept values shares a scale, its largest magnitude / 127 in float16; q = round(v / scale) to
+        even.
     """
     status = 0 if bool(torch.isfinite(kept).all()) else NON_FINITE
     if values != "int8":
         stored = kept.to(getattr(torch, values))
         if stored.element_size() == 2:
-            stored = stored.masked_fill(stored.isnan(), torch.nan)  # casts differ in the NaN they make: one form for all
+            stored = stored.masked_fill(
+                stored.isnan(), torch.nan
+            )  # casts differ in the NaN they make: one form for all
         if bool((torch.isinf(stored) & torch.isfinite(kept)).any()):
             status |= OVERFLOW
         return stored, kept.new_empty(0, dtype=torch.float16), status
@@ -80,8 +89,9 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
 def pack(x: Tensor, keep: int, values: str, index: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """(B, n) -> stored values (B, K), scales, index, counts, full, status bits.
 
-    index "none": nothing (K = n); "bitmap": (B, ceil(n / 8)) uint8; "tile": offsets in their 256-element tile (B, K) uint8, counts (B, T) uint8 and,
-    since a count of 256 does not fit, one bit a tile that says "full" (B, ceil(T / 8)) uint8.
+    index "none": nothing (K = n); "bitmap": (B, ceil(n / 8)) uint8; "tile": offsets in their 256-element tile (B, K)
+    uint8, counts (B, T) uint8 and, since a count of 256 does not fit, one bit a tile that says "full" (B, ceil(T / 8))
+    uint8.
     """
     batch, n = x.shape
     empty = x.new_empty(0, dtype=torch.uint8)
@@ -99,7 +109,14 @@ def pack(x: Tensor, keep: int, values: str, index: str) -> tuple[Tensor, Tensor,
 
 
 def unpack(
-    stored: Tensor, scales: Tensor, index: Tensor, counts: Tensor, full: Tensor, n: int, index_kind: str, dtype: torch.dtype
+    stored: Tensor,
+    scales: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    full: Tensor,
+    n: int,
+    index_kind: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The dense (B, n) of ``dtype``: kept values at their places, zero elsewhere."""
     values = decode_values(stored, scales, dtype)

@@ -1,0 +1,241 @@
+"""The Triton kernels that pack: selection of each sample's K-th largest magnitude, compaction, quantisation.
+
+The threshold is found by radix selection over the bits of |x|, the highest digit first. A program owns a *chunk* of one
+sample, a sample has as many chunks as fill the device, and a launch depends only on what earlier launches have written:
+
+    count_digits   once a digit: counts a chunk's elements by their digit, of those that share the digits found so far
+        with the threshold. The first thing
+                   a program does is to find the previous digit from the sample's counts: all its programs find the
+                   same.
+    tally          the last digit; how many elements of each chunk are larger than the threshold, and how many equal
+    emit           compaction: where a chunk's values go follows from the tallies of the chunks before it
+
+The last digit is counted a chunk at a time, and the elements above the digits before it are counted alongside, so that
+the tallies cost no further read of
+the tensor: float32 is read 3 times to select (digits of 11, 11 and 9 bits) and once to emit, 16-bit types 2 times (8
+and 7 bits) and once.
+
+Races: the only memory that two programs of one launch write is the samples' digit counts, the status flag and nothing
+else. Both are atomic, integer, and commutative (a sum, an or), so the order of programs cannot show. Prefix and rank
+pass from launch to launch in a slot of their own, written by the sample's first chunk alone and read only by later
+launches. A value's place is counted, not drawn from an atomic counter, so it is the same in every run.
+
+Shape legend: B samples, n elements a sample, K kept, C chunks a sample, S = 3 slots of state.
+"""
+
+import triton
+import triton.language as tl
+
+from .._triton import (
+    INFINITY,
+    NON_FINITE,
+    OVERFLOW,
+    TILE,
+    from_float32,
+    magnitude,
+    quantise,
+    scale_of,
+    sum_before,
+    to_float32,
+)
+
+SLOTS: tl.constexpr = tl.constexpr(3)
+NO_INDEX: tl.constexpr = tl.constexpr(0)
+BITMAP: tl.constexpr = tl.constexpr(1)
+TILES: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def _pick(histogram, rank, BINS: tl.constexpr):
+    """(digit, rank inside it) of the ``rank``-th largest of the elements that ``histogram`` counts by digit."""
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram + bins)
+    reaching = tl.sum(counts, axis=0) - tl.cumsum(counts, 0) + counts  # elements with this digit or a larger
+    digit = tl.sum((reaching >= rank).to(tl.int32), axis=0) - 1
+    larger = tl.sum(tl.where(bins == digit, reaching - counts, 0), axis=0)
+    return digit, rank - larger
+
+
+@triton.jit
+def count_digits(
+    x,  # (B, n) int32 or int16: the float's bits
+    n,
+    keep,
+    chunk,
+    chunks,
+    state,  # (B, S, 2) int32: prefix and rank after each digit
+    before,  # (B, BEFORE_BINS) int32: counts of the digit before
+    counts,  # (B, BINS) int32, zero at first
+    chunk_counts,  # (B, C, BINS) int32: written with the last digit
+    chunk_larger,  # (B, C) int32: written with the last digit
+    DIGIT: tl.constexpr,
+    LAST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    BEFORE_BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sample, number = (program // chunks).to(tl.int64), program % chunks
+    prefix = 0
+    if DIGIT > 0:
+        rank = keep
+        if DIGIT > 1:
+            slot = state + (sample * SLOTS + (DIGIT - 2)) * 2
+            prefix = tl.load(slot)
+            rank = tl.load(slot + 1)
+        digit, rank = _pick(before + sample * BEFORE_BINS, rank, BEFORE_BINS)
+        prefix = prefix * BEFORE_BINS + digit
+        if number == 0:
+            slot = state + (sample * SLOTS + (DIGIT - 1)) * 2
+            tl.store(slot, prefix)
+            tl.store(slot + 1, rank)
+    histogram = tl.zeros((BINS,), tl.int32)
+    larger = tl.zeros((BLOCK,), tl.int32)
+    start = number * chunk
+    for first in range(start, tl.minimum(start + chunk, n), BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < n
+        key = magnitude(tl.load(x + sample * n + at, mask=inside, other=0)) >> SHIFT
+        if DIGIT > 0:
+            if LAST:
+                larger += (inside & (key // BINS > prefix)).to(tl.int32)
+            inside = inside & (key // BINS == prefix)
+        histogram += tl.histogram(key & (BINS - 1), BINS, mask=inside)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(counts + sample * BINS + bins, histogram, mask=histogram > 0, sem="relaxed")
+    if LAST:
+        tl.store(chunk_counts + program.to(tl.int64) * BINS + bins, histogram)
+        tl.store(chunk_larger + program, tl.sum(larger, axis=0))
+
+
+@triton.jit
+def tally(state, counts, chunk_counts, chunk_larger, chunk_equal, chunks, DIGITS: tl.constexpr, BINS: tl.constexpr):
+    """The last digit, so the threshold, and what each chunk holds above it and at it; slot DIGITS - 1 gets (threshold,
+    ties to keep)."""
+    program = tl.program_id(0)
+    sample = (program // chunks).to(tl.int64)
+    slot = state + (sample * SLOTS + (DIGITS - 2)) * 2
+    prefix = tl.load(slot)
+    digit, ties = _pick(counts + sample * BINS, tl.load(slot + 1), BINS)
+    bins = tl.arange(0, BINS)
+    own = tl.load(chunk_counts + program.to(tl.int64) * BINS + bins)
+    larger = tl.load(chunk_larger + program) + tl.sum(tl.where(bins > digit, own, 0), axis=0)
+    tl.store(chunk_larger + program, larger)
+    tl.store(chunk_equal + program, tl.sum(tl.where(bins == digit, own, 0), axis=0))
+    if program % chunks == 0:
+        tl.store(slot + 2, prefix * BINS + digit)
+        tl.store(slot + 3, ties)
+
+
+@triton.jit
+def _status_of(value, stored, kept):
+    """Status bits of float32 values and what became of them, int32."""
+    finite = magnitude(value) < INFINITY
+    overflowed = finite & (magnitude(to_float32(stored)) == INFINITY)
+    return tl.where(kept, tl.where(finite, tl.where(overflowed, OVERFLOW, 0), NON_FINITE), 0)
+
+
+@triton.jit
+def _raise_flag(flag, seen):
+    """Or the status bits of all elements into the flag; touches it only where there are any."""
+    status = tl.max(seen & NON_FINITE, axis=0) | tl.max(seen & OVERFLOW, axis=0)
+    tl.atomic_or(flag, status, mask=status != 0, sem="relaxed")
+
+
+@triton.jit
+def emit(
+    x,  # (B, n)
+    n,
+    keep,
+    chunk,
+    chunks,
+    state,  # (B, S, 2)
+    chunk_larger,  # (B, C)
+    chunk_equal,  # (B, C)
+    values,  # (B, K)
+    index,  # by INDEX, as ``Stored`` says; counts and full likewise
+    counts,
+    full,
+    flag,
+    SLOT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write a chunk's kept values and their index. Of the elements equal to the threshold the first ``ties`` of the
+    sample are kept."""
+    program = tl.program_id(0)
+    sample, number = (program // chunks).to(tl.int64), program % chunks
+    threshold = tl.load(state + (sample * SLOTS + SLOT) * 2)
+    ties = tl.load(state + (sample * SLOTS + SLOT) * 2 + 1)
+    equal_before = sum_before(chunk_equal + sample * chunks, number)
+    written = sum_before(chunk_larger + sample * chunks, number) + tl.minimum(equal_before, ties)
+    ties = tl.maximum(ties - equal_before, 0)
+    seen = tl.zeros((BLOCK,), tl.int32)
+    start = number * chunk
+    for first in range(start, tl.minimum(start + chunk, n), BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < n
+        value = tl.load(x + sample * n + at, mask=inside, other=0)
+        key = magnitude(value)
+        larger = (inside & (key > threshold)).to(tl.int32)
+        equal = (inside & (key == threshold)).to(tl.int32)
+        both = (larger << 16) + equal  # one scan for two counts: a block has fewer than 2^15 elements
+        running = tl.cumsum(both, 0)
+        equal_rank = (running & 0xFFFF) - equal
+        kept = tl.where(equal_rank < ties, larger | equal, larger)
+        place = written + (running >> 16) - larger + tl.minimum(equal_rank, ties)
+        exact = to_float32(value)
+        stored = from_float32(exact, values.dtype.element_ty)
+        seen |= _status_of(exact, stored, kept == 1)
+        tl.store(values + sample * keep + place, stored, mask=kept == 1)
+        if INDEX == BITMAP:
+            byte = first // 8 + tl.arange(0, BLOCK // 8)
+            packed = tl.sum(tl.reshape(kept, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
+            length = (n + 7) // 8
+            tl.store(index + sample * length + byte, packed.to(tl.uint8), mask=byte < length)
+        if INDEX == TILES:
+            tl.store(index + sample * keep + place, (at % TILE).to(tl.uint8), mask=kept == 1)
+            tiles = (n + TILE - 1) // TILE
+            tile = first // TILE + tl.arange(0, BLOCK // TILE)
+            count = tl.sum(tl.reshape(kept, (BLOCK // TILE, TILE)), axis=1)
+            tl.store(counts + sample * tiles + tile, count.to(tl.uint8), mask=tile < tiles)
+            whole = tl.sum(
+                (count == TILE).to(tl.int32) << (tile % 8), axis=0
+            )  # a block is eight tiles: one byte of flags
+            tl.store(full + sample * ((tiles + 7) // 8) + first // BLOCK, whole.to(tl.uint8))
+        total = tl.sum(both, axis=0)
+        written += (total >> 16) + tl.minimum(total & 0xFFFF, ties)
+        ties = tl.maximum(ties - (total & 0xFFFF), 0)
+    _raise_flag(flag, seen)
+
+
+@triton.jit
+def cast(x, values, flag, total, BLOCK: tl.constexpr):
+    """All elements are kept: values = x in another type."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = tl.arange(0, BLOCK)
+    inside = at < total - first
+    exact = to_float32(tl.load(x + first + at, mask=inside, other=0))
+    stored = from_float32(exact, values.dtype.element_ty)
+    tl.store(values + first + at, stored, mask=inside)
+    _raise_flag(flag, _status_of(exact, stored, inside))
+
+
+@triton.jit
+def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
+    """(B, K) -> int8 (B, K) and a float16 scale for each run of 256. A program owns ``RUNS`` whole runs of one
+    sample."""
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    run = (program % blocks) * RUNS + tl.arange(0, RUNS)
+    at = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    inside = at < keep
+    value = to_float32(tl.load(x + sample * keep + at, mask=inside, other=0))
+    largest = tl.max(magnitude(value), axis=1)
+    scale, inverse = scale_of(largest, 127.0)
+    quantised = quantise(value, inverse[:, None], 127.0, 0.0)
+    tl.store(values + sample * keep + at, quantised.to(tl.int8), mask=inside)
+    runs = (keep + TILE - 1) // TILE
+    tl.store(scales + sample * runs + run, scale, mask=run < runs)
+    _raise_flag(flag, _status_of(largest.to(tl.float32, bitcast=True), scale, run < runs))

@@ -1,0 +1,172 @@
+"""Top-K packing on CUDA: the host's side, which allocates scratch and launches. See ``_triton_pack`` and
+``_triton_unpack`` for the kernels.
+
+Nothing here waits for the device, and the launches and bytes depend on shapes alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._triton import chunks_of, launch
+from . import _triton_pack, _triton_unpack
+from .layout import TILE, Stored
+
+BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
+WARPS = 4
+RUNS = 8  # runs of 256 that a program quantises
+STAGED_BYTES = 32 << 20  # kept values on their way to int8 never take more than this, or one sample's worth
+DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
+_INDEX = {"none": 0, "bitmap": 1, "tile": 2}
+_BITS = {4: torch.int32, 2: torch.int16}
+
+
+class _Selection(NamedTuple):
+    """What ``emit`` needs to know of a batch: the threshold of each sample, what each chunk holds above it and at
+    it."""
+
+    chunk: int
+    chunks: int
+    slot: int
+    state: Tensor
+    larger: Tensor
+    equal: Tensor
+
+
+def _select(x: Tensor, keep: int) -> _Selection:
+    """Thresholds for the contiguous (B, n) ``x``."""
+    batch, n = x.shape
+    digits = DIGITS[x.element_size()]
+    chunk, chunks = chunks_of(batch, n, BLOCK)
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=x.device)
+
+    state, larger, equal = new(batch, _triton_pack.SLOTS.value, 2), new(batch, chunks), new(batch, chunks)
+    per_chunk = new(batch, chunks, 1 << digits[-1])
+    bins = [1 << bits for bits in digits]
+    counts = torch.zeros(batch * sum(bins), dtype=torch.int32, device=x.device).split([batch * size for size in bins])
+    shift = sum(digits)
+    for digit, size in enumerate(bins):
+        shift -= digits[digit]
+        launch(
+            _triton_pack.count_digits,
+            batch * chunks,
+            x.view(_BITS[x.element_size()]),
+            n,
+            keep,
+            chunk,
+            chunks,
+            state,
+            counts[digit - 1],
+            counts[digit],
+            per_chunk,
+            larger,
+            DIGIT=digit,
+            LAST=digit == len(bins) - 1,
+            SHIFT=shift,
+            BINS=size,
+            BEFORE_BINS=bins[digit - 1],
+            BLOCK=BLOCK,
+            warps=WARPS,
+        )
+    arguments = state, counts[-1], per_chunk, larger, equal, chunks
+    launch(_triton_pack.tally, batch * chunks, *arguments, DIGITS=len(bins), BINS=bins[-1], warps=WARPS)
+    return _Selection(chunk, chunks, len(bins) - 1, state, larger, equal)
+
+
+def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stored, flag: Tensor) -> None:
+    """Select and write the kept values, as the type of ``values``, and their index."""
+    chosen = _select(x, keep)
+    launch(
+        _triton_pack.emit,
+        x.shape[0] * chosen.chunks,
+        x,
+        x.shape[1],
+        keep,
+        chosen.chunk,
+        chosen.chunks,
+        chosen.state,
+        chosen.larger,
+        chosen.equal,
+        values,
+        stored.index,
+        stored.counts,
+        stored.full,
+        flag,
+        SLOT=chosen.slot,
+        INDEX=_INDEX[index_kind],
+        BLOCK=BLOCK,
+        warps=WARPS,
+    )
+
+
+def _quantise(kept: Tensor, stored: Stored, flag: Tensor) -> None:
+    batch, keep = kept.shape
+    blocks = -(-keep // (RUNS * TILE))
+    launch(
+        _triton_pack.quantise_runs,
+        batch * blocks,
+        kept,
+        stored.values,
+        stored.scales,
+        flag,
+        keep,
+        blocks,
+        RUNS=RUNS,
+        warps=WARPS,
+    )
+
+
+def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
+    """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in
+    ``flag`` (int32).
+
+    Raises:
+        ValueError: a sample has 2^31 elements or nearly so.
+    """
+    batch, n = x.shape
+    int8 = stored.values.dtype == torch.int8
+    if keep == n and index_kind == "none":
+        if int8:
+            _quantise(x, stored, flag)
+        else:
+            launch(
+                _triton_pack.cast, -(-x.numel() // BLOCK), x, stored.values, flag, x.numel(), BLOCK=BLOCK, warps=WARPS
+            )
+        return
+    if not int8:
+        _compact(x, keep, index_kind, stored.values, stored, flag)
+        return
+    # a run of 256 kept values spans chunks, so its scale is known only once they lie side by side
+    together = max(STAGED_BYTES // (keep * x.element_size()), 1)
+    for start in range(0, batch, together):
+        rows = Stored(*(tensor[start : start + together] for tensor in stored))
+        kept = x.new_empty(rows.values.shape)
+        _compact(x[start : start + together], keep, index_kind, kept, rows, flag)
+        _quantise(kept, rows, flag)
+
+
+def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
+    """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``."""
+    batch, keep = stored.values.shape
+    if index_kind == "none":
+        blocks = -(-keep // BLOCK)
+        launch(
+            _triton_unpack.decode,
+            batch * blocks,
+            stored.values,
+            stored.scales,
+            out,
+            keep,
+            blocks,
+            BLOCK=BLOCK,
+            warps=WARPS,
+        )
+        return
+    chunk, chunks = chunks_of(batch, n, BLOCK)
+    counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
+    constants = {"INDEX": _INDEX[index_kind], "BLOCK": BLOCK, "warps": WARPS}
+    launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants)
+    launch(_triton_unpack.expand, batch * chunks, *stored, out, n, keep, chunk, chunks, counts, **constants)

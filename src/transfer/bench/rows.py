@@ -1,0 +1,104 @@
+"""What is compared: the rows of the step benchmark, as plain picklable values that build a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import backrazor as br
+from transfer.models import build_backbone
+from transfer.training.checkpointing import apply_checkpointing
+from transfer.training.methods import apply_method, set_train_mode
+
+BATCH = {"vit_b16": 16}  # images a step; 8 for the convolutional networks
+CLASSES = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the step of one backbone.
+
+    razor: None for the plain network, else (preset, sparsity). micro: images a micro-batch, None for the whole batch at
+        once. bn: "frozen" (affine and statistics, as in the paper's recipes) or "train".
+    """
+
+    backbone: str
+    label: str
+    razor: tuple[str, float] | None = None
+    checkpointing: str = "none"
+    micro: int | None = None
+    bn: str = "frozen"
+    precision: str = "float32"
+    image: int = 224
+    batch: int | None = None
+
+    @property
+    def images(self) -> int:
+        return self.batch or BATCH.get(self.backbone, 8)
+
+    def build(self) -> br.memory.Step:
+        """The training step: random weights (memory and time do not depend on them), SGD with momentum,
+        cross-entropy."""
+        torch.manual_seed(0)
+        config = {"name": self.backbone, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "zero"}
+        backbone = build_backbone(config, CLASSES, "pretrain")
+        model = backbone.model
+        state = {"frozen": "frozen", "train": "train"}[self.bn]
+        statistics = "frozen" if self.bn == "frozen" else "batch"
+        frozen = apply_method(model, backbone.head, {"name": "full", "bn_affine": state, "bn_stats": statistics})
+        if self.razor is not None:
+            preset, sparsity = self.razor
+            br.razor_(model, getattr(br.RazorConfig, preset)(sparsity))
+        apply_checkpointing(model, backbone.stages, self.checkpointing)
+        set_train_mode(model, frozen)
+        images = torch.randn(self.images, 3, self.image, self.image)
+        labels = torch.randint(CLASSES, (self.images,))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
+
+        def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+                logits = model(x)
+            return F.cross_entropy(logits.float(), y)
+
+        def forward() -> torch.Tensor:
+            if self.micro is None:
+                return loss_of(images, labels)
+            *first, last = zip(images.split(self.micro), labels.split(self.micro), strict=True)
+            for x, y in first:  # all micro-batches but the last do their backward here
+                (loss_of(x, y) * len(y) / self.images).backward()
+            x, y = last
+            return loss_of(x, y) * len(y) / self.images
+
+        return br.memory.Step(model, forward, optimizer)
+
+    def saved_bytes(self) -> int:
+        """What autograd holds after the forward of this row (of one micro-batch, where there are several)."""
+        step = self.build()
+        with br.memory.ledger(step.model) as ledger:
+            loss = step.forward()
+        del loss
+        return ledger.total_bytes
+
+
+def rows_of(backbone: str, precision: str = "float32", micro: int = 1) -> list[Row]:
+    """All rows of one backbone. ``micro`` sizes the micro-batch rival: the largest whose peak is at most that of
+    compact 0.9."""
+    shared = {"backbone": backbone, "precision": precision}
+    rows = [
+        Row(label="dense", **shared),
+        Row(label="checkpointing by block", checkpointing="block", **shared),
+        Row(label="checkpointing by stage", checkpointing="stage", **shared),
+        Row(label=f"micro-batches of {micro}", micro=micro, **shared),
+        Row(label="int8", razor=("int8", 0.0), **shared),
+        Row(label="paper 0.9", razor=("paper", 0.9), **shared),
+        Row(label="paper 0.97", razor=("paper", 0.97), **shared),
+        Row(label="compact 0.9", razor=("compact", 0.9), **shared),
+        Row(label="compact 0.95", razor=("compact", 0.95), **shared),
+        Row(label="compact 0.97", razor=("compact", 0.97), **shared),
+        Row(label="compact 0.9 + checkpointing", razor=("compact", 0.9), checkpointing="block", **shared),
+    ]
+    if backbone != "vit_b16":
+        rows.insert(1, Row(label="dense, BN trained", bn="train", **shared))
+    return rows

@@ -1,0 +1,97 @@
+"""Lite residual modules of TinyTL (Cai, Gan, Zhu, Han; NeurIPS 2020, arXiv 2007.11622).
+
+The backbone stays frozen; beside the main path of every inverted residual block a small branch trains at a quarter of
+the block's output positions:
+
+    y = block(x) + upsample(norm(conv1x1(relu(norm(groupconv5x5(avgpool2(x)))))))
+
+Group norm and weight standardisation take batch norm's place in it, since it trains at batch 8. Its last norm starts at
+zero, so that a fresh branch leaves the pretrained network's function as it is.
+
+Shapes: x (N, C, H, W), the branch (N, C', about H/2s, about W/2s) for a block of stride s, y as the block's output.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from timm.layers import StdConv2d
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from torch import Tensor, nn
+
+from transfer.errors import UserError
+
+POOL = 2
+KERNEL_SIZE = 5
+CONV_GROUPS = 2
+CHANNELS_PER_GROUP = 8  # of group norm
+
+
+class LiteResidual(nn.Module):
+    """A frozen main path with a trained lite branch beside it.
+
+    Args:
+        main: (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
+        in_channels, out_channels, stride: those of ``main``.
+    """
+
+    def __init__(self, main: nn.Module, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.main = main
+        self.lite = nn.Sequential(
+            nn.AvgPool2d(POOL, ceil_mode=True),  # ceil: a 1x1 map still has something to pool
+            StdConv2d(in_channels, in_channels, KERNEL_SIZE, stride, KERNEL_SIZE // 2, groups=CONV_GROUPS),
+            nn.GroupNorm(in_channels // CHANNELS_PER_GROUP, in_channels),
+            nn.ReLU(inplace=True),
+            StdConv2d(in_channels, out_channels, 1),
+            nn.GroupNorm(out_channels // CHANNELS_PER_GROUP, out_channels),
+        )
+        nn.init.zeros_(self.lite[-1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output plus the upsampled branch."""
+        y = self.main(x)
+        return y + F.interpolate(self.lite(x), size=y.shape[2:], mode="bilinear", align_corners=False)
+
+
+def insert_lite_residuals(model: nn.Module) -> tuple[str, ...]:
+    """Put a ``LiteResidual`` around the convolutional path of every inverted residual block, in place.
+
+    Knows ofa's blocks (ProxylessNAS) and timm's (MobileNetV2, EfficientNet). A block that the architecture search
+    reduced to its shortcut has no such path and gets no branch: 20 of ProxylessNAS-Mobile's 22 blocks have one.
+
+    Returns:
+        Names of the modules put in.
+
+    Raises:
+        UserError: the network has no inverted residual blocks, or channels that group norm's groups do not divide.
+    """
+    inserted = []
+    for name, module in list(model.named_modules()):
+        shape = _shape(module)
+        if shape is None:
+            continue
+        if any(channels % CHANNELS_PER_GROUP for channels in shape[:2]):
+            raise UserError(
+                f"method=tinytl: {name} has {shape[0]} to {shape[1]} channels, which are no multiples of "
+                f"{CHANNELS_PER_GROUP}, the channels of a norm group; choose another model"
+            )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LiteResidual(module, *shape))
+        inserted.append(name)
+    if not inserted:
+        raise UserError(
+            f"method=tinytl is not possible for {type(model).__name__}: it has no inverted residual blocks; choose "
+            "model=proxylessnas, mobilenetv2 or efficientnet_lite0, or another method"
+        )
+    return tuple(inserted)
+
+
+def _shape(module: nn.Module) -> tuple[int, int, int] | None:
+    """Input channels, output channels and stride of an inverted residual block's path; None for anything else."""
+    if isinstance(module, InvertedResidual):
+        return module.conv_pw.in_channels, module.conv_pwl.out_channels, module.conv_dw.stride[0]
+    if isinstance(module, DepthwiseSeparableConv):
+        return module.conv_dw.in_channels, module.conv_pw.out_channels, module.conv_dw.stride[0]
+    if type(module).__name__ == "MBConvLayer":  # by name: ofa takes seconds to import
+        return module.in_channels, module.out_channels, module.stride
+    return None
