@@ -1,7 +1,7 @@
-"""Independent formulas that gradients are held to. Everything here is plain PyTorch in float64, and knows nothing of how the library computes.
+"""Independent formulas that gradients are held to: plain PyTorch in float64 that knows nothing of how the library computes.
 
-Lossy operators have one oracle: the vector-Jacobian product of the dense operator at x_hat, what the codec gives back of the input. Norms and activations keep something
-else than an input; their formulas stand here.
+Lossy operators have one oracle: the vector-Jacobian product of the dense operator at x_hat, what the codec gives back of the
+input. Norms and activations keep something else than an input; their formulas stand here.
 
 Shape legend: B samples, C channels, * positions.
 """
@@ -43,7 +43,10 @@ def clamp_gradient(x: Tensor, low: float, high: float, grad: Tensor) -> Tensor:
 def activation_gradient(
     function: nn.Module, x: Tensor, kept: str, table: tuple[Tensor, Tensor], grad: Tensor
 ) -> Tensor:
-    """Of a smooth activation. "dense": at x; "float16": at x rounded; else grad times the level of x's interval in ``table`` (thresholds, levels)."""
+    """Of a smooth activation.
+
+    "dense": at x; "float16": at x rounded; else grad times the level of x's interval in ``table`` (thresholds, levels).
+    """
     if kept in ("dense", "float16"):
         point = (x.half() if kept == "float16" else x).detach().double().requires_grad_()
         return torch.autograd.grad(function(point), point, grad.double())[0]
@@ -57,8 +60,8 @@ def normalised(
 ) -> Tensor:
     """What the backward of a norm reads instead of (x - mean) / sqrt(variance + eps).
 
-    ``mean`` and ``variance`` broadcast to x. "pruned": x_hat in place of x; "bfloat16": x rounded; "int8" and "int4": the normalised values of each row (the
-    dimensions ``rows``) as integers times the float16 of their largest magnitude / 127 or / 7.
+    ``mean`` and ``variance`` broadcast to x. "pruned": x_hat in place of x; "bfloat16": x rounded; "int8" and "int4": the
+    normalised values of each row (the dimensions ``rows``) as integers times the float16 of their largest magnitude / 127 or / 7.
     """
     x, rstd = x.detach().double(), (variance.double() + eps).rsqrt()
     if rule == "pruned":
@@ -83,7 +86,10 @@ def frozen_batch_norm_gradient(
 
 
 def batch_norm_gradient(z: Tensor, variance: Tensor, weight: Tensor, eps: float, grad: Tensor) -> dict[str, Tensor]:
-    """y = weight * z + bias on batch statistics (Ioffe and Szegedy 2015, section 3): the means of grad and of grad * z are taken out."""
+    """y = weight * z + bias on batch statistics: the means of grad and of grad * z are taken out.
+
+    Ioffe and Szegedy 2015, section 3.
+    """
     channel, sums = (1, -1, *(1,) * (grad.dim() - 2)), (0, *range(2, grad.dim()))
     grad, scale = grad.double(), weight.detach().double() * (variance.double() + eps).rsqrt()
     centred = grad - grad.mean(sums, keepdim=True) - z * (grad * z).mean(sums, keepdim=True)
