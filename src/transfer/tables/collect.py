@@ -30,7 +30,8 @@ def load_runs(folder: Path) -> pd.DataFrame:
 
     Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
     protocol, measured_batch, measured_size``, accuracies in percent (``test_top1, test_top5, val_top1``),
-    ``saved_by_role`` (role to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with several configurations the newest alone counts.
+    ``saved_by_role`` (role to bytes, or None), ``MEMORY`` in bytes and seconds. What a record
+    does not have is NaN. Of an experiment with several configurations the newest alone counts.
 
     Raises:
         UserError: no record there, or a damaged one.
