@@ -24,7 +24,7 @@ def text(recipe: Recipe) -> str:
         figure = "not published here"
     else:
         figure = (
-            f"published: {recipe.published.accuracy[recipe.data]}% top-1, {recipe.published.memory_mb:g} MB by formula at "
+            f"published: {recipe.published.accuracy[recipe.data]}%, {recipe.published.memory_mb:g} MB by formula, "
             f"batch 8 ({recipe.row.published}, TinyTL, arXiv 2007.11622, table 2, mean of 5 runs)"
         )
     lines = [
