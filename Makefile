@@ -3,19 +3,34 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := outputs/demo
+PRESET ?= full
+SEEDS ?=
+DATA ?=
+LAUNCHER ?= basic
+TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA)) \
+	--launcher $(LAUNCHER)
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench demo test lint tensorboard clean
+.PHONY: help bench demo reproduce-table1 reproduce-table2 reproduce-table3 test lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## Fine-tune a pretrained network on digits four ways and print the table
 	$(RUN) train.py -m experiment=$(DEMO_ROWS) trainer.resume=never
 	$(RUN) scripts/measure_runs.py $(DEMO)
 	$(RUN) scripts/make_tables.py $(DEMO) --expect demo
+
+reproduce-table1: $(VENV)/.installed ## ProxylessNAS, seven methods, eight data sets; PRESET=smoke, DRY=1, DATA=pets, SEEDS=0
+	$(RUN) scripts/reproduce.py table1 $(TABLE_OPTIONS)
+
+reproduce-table2: $(VENV)/.installed ## ViT-B/16, eight methods, eight data sets; PRESET=smoke, DRY=1, DATA=pets, SEEDS=0
+	$(RUN) scripts/reproduce.py table2 $(TABLE_OPTIONS)
+
+reproduce-table3: $(VENV)/.installed ## Memory of every backbone, sparsity and preset; PRESET=smoke, DRY=1
+	$(RUN) scripts/table3.py --preset $(PRESET) $(if $(DRY),--dry)
 
 test: $(VENV)/.installed-dev ## Run the test suite
 	$(RUN) -m pytest

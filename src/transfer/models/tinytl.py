@@ -26,6 +26,18 @@ CONV_GROUPS = 2
 CHANNELS_PER_GROUP = 8  # of group norm
 
 
+class AveragePool(nn.Module):
+    """``nn.AvgPool2d(2)`` that keeps nothing for backward, where torch's keeps its whole input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H // 2, W // 2); a map of a single row or column is left as it is."""
+        height, width = (size // POOL for size in x.shape[2:])
+        if not height or not width:
+            return x
+        cropped = x[..., : height * POOL, : width * POOL]
+        return cropped.unflatten(3, (width, POOL)).unflatten(2, (height, POOL)).mean((3, 5))
+
+
 class LiteResidual(nn.Module):
     """A frozen main path with a trained lite branch beside it.
 
@@ -38,7 +50,7 @@ class LiteResidual(nn.Module):
         super().__init__()
         self.main = main
         self.lite = nn.Sequential(
-            nn.AvgPool2d(POOL, ceil_mode=True),  # ceil: a 1x1 map still has something to pool
+            AveragePool(),
             StdConv2d(in_channels, in_channels, KERNEL_SIZE, stride, KERNEL_SIZE // 2, groups=CONV_GROUPS),
             nn.GroupNorm(in_channels // CHANNELS_PER_GROUP, in_channels),
             nn.ReLU(inplace=True),

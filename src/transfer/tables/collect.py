@@ -29,8 +29,9 @@ def load_runs(folder: Path) -> pd.DataFrame:
     """Return one row for each record below ``folder``.
 
     Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
-    measured_batch, measured_size``, accuracies in percent (``test_top1, test_top5, val_top1``), ``MEMORY`` in bytes and
-    seconds. What a record does not have is NaN. Of an experiment with several configurations the newest alone counts.
+    protocol, measured_batch, measured_size``, accuracies in percent (``test_top1, test_top5, val_top1``),
+    ``saved_by_role`` (role to bytes, or None), ``MEMORY`` in bytes and seconds. What a record
+    does not have is NaN. Of an experiment with several configurations the newest alone counts.
 
     Raises:
         UserError: no record there, or a damaged one.
@@ -56,10 +57,12 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "razor": config["razor"]["name"],
         "sparsity": config["razor"]["sparsity"],
         "checkpointing": config["trainer"]["checkpointing"],
+        "protocol": config["data"].get("protocol"),
         "measured_batch": memory.get("batch_size"),
         "measured_size": memory.get("image_size"),
         "test_top1": record["test"]["top1"],
         "test_top5": record["test"]["top5"],
         "val_top1": record["val"]["top1"],
+        "saved_by_role": memory.get("saved_by_role"),
         **{name: memory.get(name, float("nan")) for name in MEMORY},
     }

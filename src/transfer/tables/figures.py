@@ -1,7 +1,8 @@
-"""Figures from a summary."""
+"""Figures from summaries and records."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -11,10 +12,23 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SMALLEST_SPAN = 4.0  # points of accuracy that the vertical axis shows at least
+DPI = 150
+
+
+def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of ``points`` that no other row beats in both ``peak_mb`` and ``accuracy``, by rising peak."""
+    ordered = points.sort_values(["peak_mb", "accuracy"], ascending=[True, False])
+    best_before = ordered["accuracy"].cummax().shift(fill_value=-float("inf"))
+    return ordered[ordered["accuracy"] > best_before]
 
 
 def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
-    """Draw test accuracy over measured peak, one point a row, its spread over seeds as a bar; None without a peak."""
+    """Draw test accuracy over measured peak, one point a row, its spread over seeds as a bar, the Pareto front as a
+    dashed line through ringed points; None without a peak.
+
+    Args:
+        summary: with columns ``method, accuracy, accuracy_std, peak_mb``.
+    """
     drawn = summary.dropna(subset=["accuracy", "peak_mb"])
     if drawn.empty:
         return None
@@ -22,6 +36,15 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     for _, row in drawn.iterrows():
         spread = None if pd.isna(row["accuracy_std"]) else row["accuracy_std"]
         axes.errorbar(row["peak_mb"], row["accuracy"], yerr=spread, fmt="o", capsize=3, label=row["method"])
+    front = pareto_front(drawn)
+    axes.plot(
+        *(front["peak_mb"], front["accuracy"], "--o"),
+        color="black",
+        linewidth=0.8,
+        markerfacecolor="none",
+        markersize=11,
+        label="Pareto front",
+    )
     axes.set_xlim(left=0)
     # No closer than this: on a small test split a single image would fill the axis.
     low, high = axes.get_ylim()
@@ -31,6 +54,68 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    return _save(figure, path)
+
+
+def memory_by_role(roles: Mapping[str, Mapping[str, float]], path: Path) -> Path | None:
+    """Draw what autograd holds after a forward, one bar a row, stacked by the role of the tensors; None without rows.
+
+    Args:
+        roles: label of the row -> role -> bytes, as ``saved_by_role`` of a record.
+    """
+    if not roles:
+        return None
+    table = pd.DataFrame(roles).fillna(0.0).T * 1e-6
+    table = table[table.sum().sort_values(ascending=False).index]
+    figure, axes = plt.subplots(figsize=(6.8, 1.2 + 0.4 * len(table)), layout="constrained")
+    table.iloc[::-1].plot.barh(stacked=True, ax=axes)
+    axes.set_xlabel("held by autograd after a forward, MB")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", title="role")
+    return _save(figure, path)
+
+
+def memory_curves(table: pd.DataFrame, x: str, xlabel: str, path: Path) -> Path | None:
+    """Draw memory over ``x``, a panel for each model, a line for each preset and column; None without rows.
+
+    Args:
+        table: columns ``model, preset``, ``x`` and any of ``peak_mb, predicted_peak_mb, saved_mb, official_mb``.
+    """
+    if table.empty:
+        return None
+    models = list(dict.fromkeys(table["model"]))
+    across = min(3, len(models))
+    down = -(-len(models) // across)
+    figure, panels = plt.subplots(down, across, figsize=(4.2 * across, 3.2 * down), layout="constrained", squeeze=False)
+    styles = {"peak_mb": "o-", "predicted_peak_mb": "x:", "saved_mb": "s--", "official_mb": "-."}
+    names = {
+        "peak_mb": "measured peak",
+        "predicted_peak_mb": "predicted peak",
+        "saved_mb": "saved",
+        "official_mb": "official formula",
+    }
+    presets = list(dict.fromkeys(table["preset"]))
+    for panel, model in zip(panels.flat, models, strict=False):
+        for preset, lines in table[table["model"] == model].groupby("preset", sort=False):
+            ordered = lines.sort_values(x)
+            for column, style in styles.items():
+                if column in ordered and ordered[column].notna().any():
+                    color = f"C{presets.index(preset)}"
+                    label = f"{preset}, {names[column]}"
+                    panel.plot(ordered[x], ordered[column], style, color=color, markersize=4, label=label)
+        panel.set_title(model)
+        panel.set_yscale("log")
+        panel.set_xlabel(xlabel)
+        panel.set_ylabel("MB")
+        panel.grid(alpha=0.3, which="both")
+    for panel in list(panels.flat)[len(models) :]:
+        panel.remove()
+    panels.flat[0].legend(fontsize="x-small")
+    return _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path

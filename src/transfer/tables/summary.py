@@ -8,7 +8,7 @@ import pandas as pd
 
 METRICS = {"test_top1": 1.0, "saved_bytes": 1e-6, "peak_bytes": 1e-6, "step_seconds": 1.0}  # scale to what is shown
 SHOWN = {"test_top1": "accuracy", "saved_bytes": "saved_mb", "peak_bytes": "peak_mb", "step_seconds": "step_s"}
-METHOD_ORDER = ("last", "bias", "norm_last", "full")
+METHOD_ORDER = ("last", "bias", "tinytl_l", "tinytl_lb", "norm_last", "full")
 
 
 def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:

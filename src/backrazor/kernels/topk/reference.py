@@ -75,7 +75,7 @@ def decode_values(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 def pack_bits(mask: Tensor) -> Tensor:
     """bool (B, n) -> uint8 (B, ceil(n / 8)); element i is bit i % 8 of byte i // 8."""
     batch, n = mask.shape
-    padded = torch.nn.functional.pad(mask, (0, -n % 8)).view(batch, -1, 8).to(torch.uint8)
+    padded = torch.nn.functional.pad(mask, (0, -n % 8)).view(batch, -(-n // 8), 8).to(torch.uint8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     return (padded * weights).sum(dim=2, dtype=torch.uint8)
 
