@@ -76,7 +76,7 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
     try:
         if resume:
             trainer.resume()
-        with Monitor(folder, trainer.step) if world.main else SilentMonitor() as monitor:
+        with Monitor(folder, trainer.step, trainer.epoch) if world.main else SilentMonitor() as monitor:
             if world.main:
                 _log_beginning(network, data, config, folder, trainer)
             fitted = trainer.fit(monitor)
