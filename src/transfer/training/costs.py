@@ -42,7 +42,8 @@ class StepFactory:
             torch.set_num_threads(settings["threads"])
         device = pick_device(settings["device"])
         torch.manual_seed(self.config["seed"])
-        network = assemble(self.config, self.num_classes)
+        data = {**self.config["data"], "image_size": self.image_size}
+        network = assemble({**self.config, "data": data}, self.num_classes)
         network.model.to(device)
         images = torch.randn(self.batch_size, 3, self.image_size, self.image_size).to(device)
         labels = torch.randint(self.num_classes, (self.batch_size,)).to(device)
