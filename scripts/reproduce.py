@@ -1,8 +1,9 @@
-"""Run table 1 or 2: say what it needs, run the cells that have no record yet, write its tables and figures.
+"""Run table 1, table 2 or the table on digits: say what it needs, run the cells that have no record yet, write its tables and figures.
 
     python scripts/reproduce.py table1 --dry                what it needs, what is missing, how long it takes
     python scripts/reproduce.py table1 --data pets --seeds 0
     python scripts/reproduce.py table2 --preset smoke       the same on embedded digits, in minutes
+    python scripts/reproduce.py digits                      every method on few digits; peak: scripts/measure_runs.py
 
 Interrupted, the same command goes on with what is missing. Further arguments (key=value) go to train.py.
 """
@@ -33,7 +34,7 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("table1", "table2"))
+    parser.add_argument("table", choices=("table1", "table2", "digits"))
     parser.add_argument("--preset", choices=("full", "smoke"), default="full", help="smoke: embedded digits")
     parser.add_argument("--data", help=f"data sets, comma-separated; default all of {','.join(DATA)}")
     parser.add_argument("--seeds", default=None, help="comma-separated; default 0,1,2, smoke 0")
@@ -50,7 +51,7 @@ def wanted(options: argparse.Namespace) -> list[Recipe]:
     Raises:
         UserError: an unknown data set.
     """
-    if options.preset == "smoke":
+    if options.preset == "smoke" or options.table == "digits":
         names = (SMOKE_DATA,)
     else:
         names = tuple(options.data.split(",")) if options.data else DATA

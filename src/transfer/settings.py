@@ -197,7 +197,13 @@ KEYS: tuple[Key, ...] = (
         "memory columns: none, saved (in this process) or all (fresh processes, too)",
         ("none", "saved", "all"),
     ),
-    Key("trainer.measure.batch_size", int, "images in the measured step; null is a forward's", low=1, optional=True),
+    Key(
+        "trainer.measure.batch_size",
+        int,
+        "images in the measured step; null is trainer.batch_size",
+        low=1,
+        optional=True,
+    ),
     Key(
         "trainer.measure.image_size",
         int,

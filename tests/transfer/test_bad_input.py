@@ -57,6 +57,11 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (("model=timm", "model.name=resnet19"), ("model.name=resnet19", "did you mean"), None),
     (("model=timm",), ("model.name must be given",), None),
     (
+        (*TINY, "model.name=test_vit.r160_in1k", "trainer.measure.image_size=64"),
+        ("trainer.measure.image_size=64 is not possible", "data.image_size=64"),
+        None,
+    ),
+    (
         ("model=resnet18", "razor=none"),
         ("resnet18-f37072fd.pth", "pretrain/fetch.py resnet18", "model.pretrained=false"),
         None,
