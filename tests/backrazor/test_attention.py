@@ -1,4 +1,4 @@
-"""Attention: the forward beside the unfused formula and SDPA, the gradients beside their oracles, under every form of mask."""
+"""Attention: the forward beside the unfused formula and SDPA, the gradients beside their oracles, under every mask."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_attention(rule: str, shape: tuple[int, ...], form: str, flag: Tensor) -> None:
-    b, h, n, m, d, _ = shape
+    _, _, n, m, d, _ = shape
     q, k, v = _inputs(shape)
     mask, causal, scale = _mask(form, *shape[:4]), form == "causal", d**-0.5
     out = functional.attention(q, k, v, mask, 0.0, causal, scale, AttentionCodec(rule, PRUNED), flag)
@@ -90,7 +90,8 @@ def _read(rule: str, q: Tensor, k: Tensor, v: Tensor, flag: Tensor) -> list[Tens
 
 
 def _paper_gradients(q, k, v, bias, scale, grad, hats, flag) -> list[Tensor]:
-    """The softmax's backward from its pruned output, the products from pruned q, k and v; the last is the gradient of the scores' addend."""
+    """The softmax's backward from its pruned output, the products from pruned q, k and v; the last is the gradient of
+    the scores' addend."""
     q_hat, k_hat, v_hat = (x.double() for x in hats)
     scores = (q * scale) @ k.transpose(-2, -1)
     p = (scores if bias is None else scores + bias).softmax(-1).detach()
@@ -120,6 +121,17 @@ def test_dropout_draws_as_the_unfused_formula(rule: str, flag: Tensor) -> None:
     dense = F.dropout(((hats[0] * 0.25) @ hats[1].transpose(-2, -1)).softmax(-1), 0.3) @ hats[2]
     for name, x, oracle in zip("qkv", (q, k, v), torch.autograd.grad(dense, hats, grad), strict=True):
         assert_close(f"gradient of {name}", x.grad, oracle, 1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_scaled_scores_are_the_formula_that_scales_them(rule: str, flag: Tensor) -> None:
+    q, k, v = _inputs((2, 3, 8, 9, 12, 12))
+    codec, scale = AttentionCodec(rule, PRUNED), 0.3
+    outs = [functional.attention(q, k, v, None, 0.0, False, scale, codec, flag, late) for late in (True, False)]
+    assert_same_bits("output", outs[0], ((q @ k.transpose(-2, -1)) * scale).softmax(-1) @ v)
+    grads = [torch.autograd.grad(out, (q, k, v), torch.ones_like(out)) for out in outs]
+    for name, scores, query in zip("qkv", *grads, strict=True):
+        assert_close(f"gradient of {name}", scores, query, 1e-5)
 
 
 def test_gradcheck_of_the_dense_limit(flag: Tensor) -> None:
