@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import backrazor as br
 from backrazor.nn.attention import RazorMultiheadAttention, SdpaDropIn
 
-from .compare import assert_close, assert_same_bits
+from .compare import LIMITS, assert_close, assert_same_bits
 
 DENSE_LIMIT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="pruned")
 CONFIGS = {"compact": br.RazorConfig(0.9), "paper": br.RazorConfig.paper(0.9), "int8": br.RazorConfig.int8()}
@@ -260,6 +261,34 @@ def test_an_encoder_keeps_less_than_dense() -> None:
     assert sizes[0] > 7 * sizes[1]
     br.razor_(encoder, br.RazorConfig(0.9))
     assert br.memory.predict(encoder, (32, 64), 4).saved_bytes == sizes[1]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_checkpointing_gives_the_same_gradients(config: str) -> None:
+    plain = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.2, activation="gelu", batch_first=True)
+    ours, x = razored(plain, CONFIGS[config]), torch.randn(3, 6, 32, requires_grad=True)
+    _, direct = run(copy.deepcopy(ours), lambda model: model(x))
+    _, recomputed = run(ours, lambda model: checkpoint(model, x, use_reentrant=False))
+    for name, gradient in direct.items():
+        assert_same_bits(name, recomputed[name], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    plain = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation="gelu", batch_first=True)
+    x = torch.randn(3, 6, 32, requires_grad=True)
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return model(x).float()
+
+    out, dense = run(copy.deepcopy(plain), forward)
+    exact, gradients = run(razored(plain, DENSE_LIMIT), forward)
+    assert_close("output", exact, out, LIMITS[dtype])
+    for name, gradient in dense.items():
+        if not name.endswith("bias"):  # a sum of many small terms that cancel
+            assert gradients[name].dtype == gradient.dtype
+            assert F.cosine_similarity(gradients[name].flatten(), gradient.flatten(), dim=0) > 0.999, name
 
 
 def bert(implementation: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
