@@ -14,6 +14,7 @@ from .config import RazorConfig
 from .functional import AttentionCodec
 from .kernels.topk.reference import NON_FINITE, OVERFLOW
 from .nn import DROP_INS, STAYS, WINDOWED, drop_in_for, qualified_name
+from .nn.attention import RazorMultiheadAttention, SdpaDropIn
 from .nn.base import FLAG, DropIn, LayerRules, attach, detach
 from .nn.fusion import link_chains
 
@@ -91,6 +92,7 @@ def razor_(
     report = Report(config)
     head = _head_name(model)
     has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    ends = transformer_ends(model)
     windowed = _windowed(model)
     for name, module in list(model.named_modules()):
         cls = drop_in_for(module)
@@ -100,8 +102,10 @@ def razor_(
         elif filter_fn is not None and not filter_fn(name, module):
             reason = "left out by filter_fn"
         else:
-            rules = _rules(config, module, is_head=name == head, cnn=has_convolution)
+            rules = _rules(config, module, is_head=name == head, is_end=name in ends, cnn=has_convolution and not ends)
             reason = cls.refusal(module, rules)
+            if name in ends and config.values == "paper":
+                reason = "the paper leaves both ends of a transformer dense"
             if id(module) in windowed and config.sparsity > 0 and (cls.prunes or rules.attention.rule == "pruned"):
                 reason = reason or "inside window attention: index 0 counts windows, not images"
             if reason is None:
@@ -165,6 +169,24 @@ def _head_name(model: nn.Module) -> str | None:
     return names[-1] if names else None
 
 
+def transformer_ends(model: nn.Module) -> set[str]:
+    """Names of the patch convolution, the final norm and the classifier of a network with attention; else empty.
+
+    The first sees images, the last one token or their mean: together below 2% of the bytes, and most of the gradient,
+    so neither is pruned (docs/gradients.md).
+    """
+    modules = dict(model.named_modules())
+    made = {name: drop_in_for(module) for name, module in modules.items()}
+    if not any(cls is not None and issubclass(cls, (SdpaDropIn, RazorMultiheadAttention)) for cls in made.values()):
+        return set()
+    stem = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
+    # of the model itself or of a part of it, which is no layer with a drop-in of its own
+    outer = [name for name in modules if name.count(".") <= 1 and made[name.rpartition(".")[0]] is None and name]
+    classifier = next((name for name in reversed(outer) if isinstance(modules[name], nn.Linear)), None)
+    norm = next((name for name in reversed(outer) if isinstance(modules[name], nn.LayerNorm)), None)
+    return {name for name in (stem, norm, classifier) if name is not None}
+
+
 def _windowed(model: nn.Module) -> set[int]:
     """Ids of the modules whose inputs are windows, not images."""
     found = ((module, WINDOWED.get(qualified_name(type(module)))) for module in model.modules())
@@ -191,9 +213,9 @@ def _is_attention(cls: type[nn.Module]) -> bool:
     return "Attention" in cls.__name__ or "Attn" in cls.__name__
 
 
-def _rules(config: RazorConfig, module: nn.Module, is_head: bool, cnn: bool) -> LayerRules:
-    """The configuration resolved for one layer."""
-    sparsity = config.sparsity
+def _rules(config: RazorConfig, module: nn.Module, is_head: bool, is_end: bool, cnn: bool) -> LayerRules:
+    """The configuration resolved for one layer; ``is_end``: one of ``transformer_ends``."""
+    sparsity = 0.0 if is_end else config.sparsity
     if is_head and config.head_sparsity is not None:
         sparsity = config.head_sparsity
     values = config.values
