@@ -402,3 +402,34 @@ def test_hundred_steps_beside_dense() -> None:
     assert_close("losses", steps[:, 1], steps[:, 0], 1e-3)
     for (name, expected), got in zip(plain.named_parameters(), ours.parameters(), strict=True):
         assert_close(name, got, expected, 1e-3)
+
+
+def test_a_transformer_keeps_both_ends_whole() -> None:
+    """Patch convolution and classifier: few bytes, most of the gradient."""
+    pytest.importorskip("timm")
+    model = small_vit()
+    rows = {row.name: row.keeps for row in br.razor_(model, br.RazorConfig(0.9)).replaced}
+    assert rows["patch_embed.proj"] == rows["head"] == "input, all of it, int8"
+    assert "0.9" in rows["blocks.0.attn.proj"]
+    left = {row.name: row.reason for row in br.razor_(model, br.RazorConfig.paper(0.9)).left}
+    assert set(left) == {"patch_embed.proj", "norm", "head"}
+    assert model.blocks[0].mlp.fc1.razor.pruned.values == "float16"
+    assert set(left.values()) == {"the paper leaves both ends of a transformer dense"}
+    br.razor_(model, br.RazorConfig(0.9, head_sparsity=0.5))
+    assert model.head.razor.pruned.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1, enable_nested_tensor=False),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)),
+    ],
+    ids=["a layer", "an encoder", "a convolutional network"],
+)
+def test_what_has_no_ends_is_pruned_throughout(model: nn.Module) -> None:
+    br.razor_(model, br.RazorConfig(0.9))
+    pruned = [module.razor.pruned.sparsity for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert pruned == [0.9] * len(pruned)
+    assert pruned
