@@ -18,6 +18,8 @@ from .nn.attention import RazorMultiheadAttention, SdpaDropIn
 from .nn.base import FLAG, DropIn, LayerRules, attach, detach
 from .nn.fusion import link_chains
 
+_ATTENTION = (SdpaDropIn, RazorMultiheadAttention)
+
 
 @dataclass(frozen=True)
 class Replaced:
@@ -175,16 +177,23 @@ def transformer_ends(model: nn.Module) -> set[str]:
     The first sees images, the last one token or their mean: together below 2% of the bytes, and most of the gradient,
     so neither is pruned (docs/gradients.md).
     """
-    modules = dict(model.named_modules())
-    made = {name: drop_in_for(module) for name, module in modules.items()}
-    if not any(cls is not None and issubclass(cls, (SdpaDropIn, RazorMultiheadAttention)) for cls in made.values()):
+    names, modules = zip(*model.named_modules(), strict=True)
+    drop_ins = dict(zip(names, map(drop_in_for, modules), strict=True))
+    attention = [i for i, cls in enumerate(drop_ins.values()) if cls and issubclass(cls, _ATTENTION)]
+    if not attention:
         return set()
-    stem = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
-    # of the model itself or of a part of it, which is no layer with a drop-in of its own
-    outer = [name for name in modules if name.count(".") <= 1 and made[name.rpartition(".")[0]] is None and name]
-    classifier = next((name for name in reversed(outer) if isinstance(modules[name], nn.Linear)), None)
-    norm = next((name for name in reversed(outer) if isinstance(modules[name], nn.LayerNorm)), None)
-    return {name for name in (stem, norm, classifier) if name is not None}
+    ends = [
+        name for name, module in zip(names, modules[: attention[0]], strict=False) if isinstance(module, nn.Conv2d)
+    ][:1]
+    # behind the last attention: a part of the model, or of a part of it that is no layer with a drop-in of its own
+    behind = [
+        (name, module)
+        for name, module in zip(names[attention[-1] :], modules[attention[-1] :], strict=True)
+        if name.count(".") <= 1 and name and drop_ins[name.rpartition(".")[0]] is None
+    ]
+    for kind in (nn.LayerNorm, nn.Linear):
+        ends += [name for name, module in behind if isinstance(module, kind)][-1:]
+    return set(ends)
 
 
 def _windowed(model: nn.Module) -> set[int]:
