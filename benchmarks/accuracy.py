@@ -17,27 +17,24 @@ from pathlib import Path
 
 import pandas as pd
 from _circumstances import append_rows, circumstances
-from _digits import Digits, accuracy, fit, from_scratch, load
+from _digits import SCRATCH_EPOCHS, Digits, accuracy, fit, from_scratch, load
 
 import backrazor as br
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.csv"
-WEIGHTS = ROOT / "outputs/accuracy"  # of the first stage, so that an interrupted run goes on
 CONFIGS = {
     "dense": None,
     "compact 0.9": br.RazorConfig.compact(0.9),
     "compact 0.97": br.RazorConfig.compact(0.97),
     "paper 0.9": br.RazorConfig.paper(0.9),
 }
-SCRATCH_EPOCHS, SCRATCH_RATE = 40, 1e-3
 TUNING_EPOCHS, TUNING_RATE = 25, 5e-4
 
 
 def tune(seed: int, name: str, digits: Digits) -> dict[str, object]:
     """One row: accuracies before and after fine-tuning to the turned digits."""
-    file = WEIGHTS / f"seed{seed}.pt"
-    model = from_scratch(8, 192, digits, SCRATCH_EPOCHS, SCRATCH_RATE, seed, file)
+    model = from_scratch(digits, seed)
     x, test_x = (images.rot90(1, (2, 3)) for images in (digits.x, digits.test_x))
     row = {
         "configuration": name,
