@@ -106,7 +106,8 @@ def test_layer_norm_in_16_bits(rule: str, dtype: torch.dtype) -> None:
     got = torch.autograd.grad(out, (x, ours.weight, ours.bias), grad)
     expected = oracle(plain, x, rule, grad)
     for key, gradient in zip(("input", "weight", "bias"), got, strict=True):
-        assert_close(key, gradient, expected[key].view(gradient.shape), LIMITS[dtype])
+        limit = min(2 * LIMITS[dtype], 1e-2)  # PyTorch's kernel adds up in the input's own type
+        assert_close(key, gradient, expected[key].view(gradient.shape), limit)
 
 
 @pytest.mark.parametrize("rule", ["int8", "int4"])
