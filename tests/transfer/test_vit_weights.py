@@ -11,6 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from transfer.errors import UserError
+from transfer.models import check_image_size
 from transfer.models.weights import load_weights
 
 WIDTH, HEADS, DEPTH = 24, 3, 2
@@ -71,3 +72,10 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", **tensors)
     with pytest.raises(UserError, match=r"other\.npz cannot be read as vision transformer weights"):
         load_weights(network(classes=3, seed=1), tmp_path / "other.npz", "head")
+
+
+def test_images_of_another_size_are_refused() -> None:
+    model = network(classes=3, seed=0)
+    check_image_size("vit", model, 16)
+    with pytest.raises(UserError, match=r"data\.image_size=64 does not fit model=vit: choose data\.image_size=16"):
+        check_image_size("vit", model, 64)

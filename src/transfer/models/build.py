@@ -95,6 +95,18 @@ def _head_name(model: nn.Module) -> str:
     raise AttributeError("its classifier is not a module of it")
 
 
+def check_image_size(name: str, model: nn.Module, size: int) -> None:
+    """Refuse images of a size that the network, such as a transformer with a fixed grid of patches, does not take.
+
+    Raises:
+        UserError: ``size`` is not the network's.
+    """
+    patches = getattr(model, "patch_embed", None)
+    wanted = getattr(patches, "img_size", None)
+    if wanted is not None and getattr(patches, "strict_img_size", False) and tuple(wanted) != (size, size):
+        raise UserError(f"data.image_size={size} does not fit model={name}: choose data.image_size={wanted[0]}")
+
+
 def find_stages(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the names of the network's stages and of the blocks in each.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import backrazor as br
 from transfer.errors import UserError
-from transfer.models import Backbone, build_backbone
+from transfer.models import Backbone, build_backbone, check_image_size
 from transfer.models.frozen_storage import store_frozen_at_8_bits
 from transfer.models.tinytl import insert_lite_residuals
 from transfer.training.checkpointing import apply_checkpointing
@@ -78,9 +78,11 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
 
     Raises:
-        UserError: as ``build_backbone``, ``insert_lite_residuals``, ``apply_checkpointing`` and ``razor_config``.
+        UserError: as ``build_backbone``, ``check_image_size``, ``insert_lite_residuals``, ``apply_checkpointing`` and
+            ``razor_config``.
     """
     backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"])
+    check_image_size(config["model"]["name"], backbone.model, config["data"]["image_size"])
     method = config["method"]
     if method["name"].startswith("tinytl"):
         insert_lite_residuals(backbone.model)
