@@ -1,6 +1,6 @@
 """GELU and LayerNorm forward by the library's rules beside PyTorch's own forward.
 
-    python benchmarks/activations.py          # appends to benchmarks/results/activations.csv
+    python benchmarks/activations.py --threads 1        # appends to benchmarks/results/activations.csv
 
 ``forward`` is what a training step runs: the operator itself and what it keeps (under grad mode, for an input that
 needs a gradient); ``plain`` is F.gelu or F.layer_norm alone, without grad mode; ``encode`` the kernel that makes the
@@ -89,14 +89,16 @@ def measure(operator: str, rule: str, threads: int, repeats: int) -> dict[str, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
+    threads_words = " ".join(map(str, options.threads))
     rows = []
-    for threads in (1, 2):
+    for threads in options.threads:
         for operator, (_, rules) in CASES.items():
             for rule in rules:
                 rows.append({"encode_ms": "", **measure(operator, rule, threads, options.repeats)})
                 print(rows[-1], flush=True)
-    append_rows(RESULTS, rows, circumstances("python benchmarks/activations.py"))
+    append_rows(RESULTS, rows, circumstances(f"python benchmarks/activations.py --threads {threads_words}"))
 
 
 if __name__ == "__main__":
