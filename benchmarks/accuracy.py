@@ -63,7 +63,7 @@ def markdown(table: pd.DataFrame) -> str:
             {
                 "configuration": name,
                 "seeds": len(part),
-                "accuracy, %": f"{after.mean():.2f} ± {after.std():.2f}",
+                "accuracy, %": f"{after.mean():.2f}" + (f" ± {after.std():.2f}" if len(after) > 1 else ""),
                 "by seed": ", ".join(f"{value:.1f}" for value in after.sort_index()),
                 "minus dense, points": f"{(after - dense).mean():+.2f}",
             }
