@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from transfer.errors import UserError
 from transfer.records import find_records, read_record
 
 MEMORY = ("saved_bytes", "predicted_bytes", "official_bytes", "peak_bytes", "process_peak_bytes", "step_seconds")
@@ -36,11 +37,18 @@ def load_runs(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: no record there, or a damaged one.
     """
-    frame = pd.DataFrame([_row(read_record(path)) for path in find_records(folder)])
+    frame = pd.DataFrame([_checked_row(path) for path in find_records(folder)])
     named = frame[frame["experiment"].notna()].sort_values("date")
     newest = dict(zip(named["experiment"], named["config_hash"], strict=True))
     current = [newest.get(row.experiment, row.config_hash) == row.config_hash for row in frame.itertuples()]
     return frame[current].reset_index(drop=True)
+
+
+def _checked_row(path: Path) -> dict[str, Any]:
+    try:
+        return _row(read_record(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is an incomplete record ({error!r}): remove it and run its row again") from error
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
