@@ -31,7 +31,7 @@ def load_runs(folder: Path) -> pd.DataFrame:
 
     Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
     protocol, measured_batch, measured_size``, accuracies in percent (``test_top1, test_top5, val_top1``),
-    ``saved_by_role`` (role to bytes, or None), ``MEMORY`` in bytes and seconds. What a record
+    ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record
     does not have is NaN. Of an experiment with several configurations the newest alone counts.
 
     Raises:
@@ -72,5 +72,6 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "test_top5": record["test"]["top5"],
         "val_top1": record["val"]["top1"],
         "saved_by_role": memory.get("saved_by_role"),
+        "saved_by_layer": memory.get("saved_by_layer"),
         **{name: memory.get(name, float("nan")) for name in MEMORY},
     }

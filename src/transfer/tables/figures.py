@@ -75,6 +75,37 @@ def memory_by_role(roles: Mapping[str, Mapping[str, float]], path: Path) -> Path
     return _save(figure, path)
 
 
+def layer_bars(rows: Mapping[str, Mapping[str, float]], axes: plt.Axes, most: int = 25) -> None:
+    """Draw what each layer keeps for backward, largest first, a bar for each row; the smaller layers share one.
+
+    Args:
+        rows: label of the row -> layer -> bytes, as ``saved_by_layer`` of a record; the first row sets the order.
+        most: layers shown.
+    """
+    table = pd.DataFrame(rows).fillna(0.0) * 1e-6
+    table = table.sort_values(list(table.columns), ascending=False).rename(index={"": "(loss)"})
+    if len(table) > most:
+        rest = table.iloc[most:].sum().rename(f"{len(table) - most} smaller layers")
+        table = pd.concat([table.iloc[:most], rest.to_frame().T])
+    table.iloc[::-1].plot.barh(ax=axes, width=0.8)
+    axes.set_xlabel("held by autograd after a forward, MB")
+    axes.tick_params(axis="y", labelsize="small")
+    axes.grid(axis="x", alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    sums = [f"{label}: {total:.1f} MB in all" for label, total in table.sum().items()]
+    assert len(labels) == len(sums)
+    axes.legend(handles, sums, fontsize="small", loc="lower right")
+
+
+def memory_by_layer(rows: Mapping[str, Mapping[str, float]], path: Path) -> Path | None:
+    """Draw ``layer_bars`` of several rows, so that a layer's bars lie beside each other; None without rows."""
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(7.5, 7.5), layout="constrained")
+    layer_bars(rows, axes)
+    return _save(figure, path)
+
+
 def memory_curves(table: pd.DataFrame, x: str, xlabel: str, path: Path) -> Path | None:
     """Draw memory over ``x``, a panel for each model, a line for each preset and column; None without rows.
 

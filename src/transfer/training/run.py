@@ -23,6 +23,8 @@ from transfer.training.costs import StepFactory, measured_columns, pick_device, 
 from transfer.training.loop import Fitted, Trainer
 from transfer.training.monitor import LOGGER, Monitor
 from transfer.training.network import Network, assemble
+from transfer.training.pictures import layer_figure, sample_figure
+from transfer.training.watch import watched_layers
 
 
 def execute(config: Mapping[str, Any], experiment: str | None = None) -> dict[str, Any]:
@@ -58,11 +60,14 @@ def execute(config: Mapping[str, Any], experiment: str | None = None) -> dict[st
         trainer.resume()
     with Monitor(folder, trainer.step) as monitor:
         _log_beginning(network, data, config, folder, trainer)
-        fitted = trainer.fit(monitor)
+        with watched_layers(network.model, trainer, monitor):
+            fitted = trainer.fit(monitor)
         record = _record(config, experiment, digest, fitted, len(data.class_names))
         record["circumstances"] = circumstances(str(device), torch.get_num_threads())
         record["memory"] = _memory(network, trainer, config, len(data.class_names))
         record["wall_seconds"] = time.perf_counter() - start
+        monitor.figure("memory_by_layer", layer_figure(record["memory"]), trainer.step)
+        monitor.figure("test_images", sample_figure(network, data), trainer.step)
         monitor.finish(config, _final_metrics(record))
         write_record(folder / "record.json", record)
         LOGGER.info(
@@ -169,6 +174,8 @@ def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     metrics = {f"final/{split}_{name}": record[split][name] for split in ("val", "test") for name in ("top1", "top5")}
     memory = record["memory"]
     metrics |= {
-        f"memory/{name}": memory[name] for name in ("saved_bytes", "peak_bytes") if memory.get(name) is not None
+        f"memory/{name}": memory[name]
+        for name in ("saved_bytes", "predicted_peak_bytes", "peak_bytes")
+        if memory.get(name) is not None
     }
     return metrics
