@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := outputs/demo
 PRESET ?= full
+RUNS ?= outputs
 SEEDS ?=
 DATA ?=
 LAUNCHER ?= basic
@@ -12,7 +13,7 @@ TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SE
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench demo reproduce-table1 reproduce-table2 reproduce-table3 test lint tensorboard clean
+.PHONY: help bench demo reproduce-table1 reproduce-table2 reproduce-table3 report test lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -31,6 +32,9 @@ reproduce-table2: $(VENV)/.installed ## ViT-B/16, eight methods, eight data sets
 
 reproduce-table3: $(VENV)/.installed ## Memory of every backbone, sparsity and preset; PRESET=smoke, DRY=1
 	$(RUN) scripts/table3.py --preset $(PRESET) $(if $(DRY),--dry)
+
+report: $(VENV)/.installed ## Write one HTML page from the records below outputs/ (RUNS=outputs/demo: of those)
+	$(RUN) scripts/make_report.py $(RUNS)
 
 test: $(VENV)/.installed-dev ## Run the test suite
 	$(RUN) -m pytest
