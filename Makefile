@@ -42,15 +42,16 @@ test: $(VENV)/.installed-dev ## Run the test suite
 bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one in minutes)
 	$(RUN) scripts/benchmark.py $(if $(QUICK),--backbones efficientnet_lite0 --quick)
 
-lint: $(VENV)/.installed-dev ## Check style
+lint: $(VENV)/.installed-dev ## Check style, and the types of the public interface
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 tensorboard: $(VENV)/.installed ## Show the runs below outputs/ in the browser
 	$(VENV)/bin/tensorboard --logdir outputs
 
 clean: ## Remove .venv, caches and build folders; runs in outputs/ stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

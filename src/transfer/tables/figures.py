@@ -76,7 +76,7 @@ def memory_by_role(roles: Mapping[str, Mapping[str, float]], path: Path) -> Path
 
 
 def layer_bars(rows: Mapping[str, Mapping[str, float]], axes: plt.Axes, most: int = 25) -> None:
-    """Draw what each layer keeps for backward, largest first, a bar for each row; the smaller layers share one.
+    """Draw what each layer keeps for backward, largest first, a bar a row; the legend has the sums of all layers.
 
     Args:
         rows: label of the row -> layer -> bytes, as ``saved_by_layer`` of a record; the first row sets the order.
@@ -84,16 +84,14 @@ def layer_bars(rows: Mapping[str, Mapping[str, float]], axes: plt.Axes, most: in
     """
     table = pd.DataFrame(rows).fillna(0.0) * 1e-6
     table = table.sort_values(list(table.columns), ascending=False).rename(index={"": "(loss)"})
-    if len(table) > most:
-        rest = table.iloc[most:].sum().rename(f"{len(table) - most} smaller layers")
-        table = pd.concat([table.iloc[:most], rest.to_frame().T])
-    table.iloc[::-1].plot.barh(ax=axes, width=0.8)
-    axes.set_xlabel("held by autograd after a forward, MB")
+    smaller = len(table) - most
+    table.iloc[:most].iloc[::-1].plot.barh(ax=axes, width=0.8)
+    more = f"; {smaller} layers with less are not drawn" if smaller > 0 else ""
+    axes.set_xlabel(f"held by autograd after a forward, MB{more}")
     axes.tick_params(axis="y", labelsize="small")
     axes.grid(axis="x", alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    sums = [f"{label}: {total:.1f} MB in all" for label, total in table.sum().items()]
-    assert len(labels) == len(sums)
+    sums = [f"{label}: {table[label].sum():.1f} MB in all" for label in labels]
     axes.legend(handles, sums, fontsize="small", loc="lower right")
 
 
