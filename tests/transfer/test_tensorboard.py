@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import TINY, compose_plain
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import backrazor as br
 from transfer.records import read_record, run_directory
 from transfer.training import watch
 from transfer.training.run import execute
@@ -82,3 +84,30 @@ def test_pictures_are_there(events: EventAccumulator) -> None:
         (picture,) = events.Images(tag)
         assert picture.step == 40 and min(picture.width, picture.height) > 300
         assert len(Image.open(io.BytesIO(picture.encoded_image_string)).convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_one_forward_of_a_step_in_training_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "POINTS", 2)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 4))
+    br.razor_(model)
+    course, seen = SimpleNamespace(step=0, total_steps=4), []
+    curves = SimpleNamespace(scalar=lambda name, value, step: seen.append((name, step)))
+    with watch.watched_layers(model, course, curves):
+        for course.step in range(6):  # two more than the run has: what is measured afterwards is no part of it
+            for _ in range(3):  # micro-batches
+                model(torch.randn(2, 32))
+            with torch.no_grad():
+                model(torch.randn(2, 32))
+            model.eval()(torch.randn(2, 32))
+            model.train()
+    assert seen == [(f"{name}/0", step) for step in (1, 3) for name in ("sparsity", "kept_energy")]
+    assert not model._forward_hooks and not model._forward_pre_hooks and not model[0]._forward_hooks
+
+
+def test_a_forward_that_fails_leaves_nothing_behind() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 4))
+    br.razor_(model)
+    course, curves = SimpleNamespace(step=0, total_steps=1), SimpleNamespace(scalar=lambda *_: None)
+    with watch.watched_layers(model, course, curves), pytest.raises(RuntimeError):
+        model(torch.randn(2, 31))
+    assert not model[0]._forward_hooks
