@@ -167,7 +167,7 @@ KEYS: tuple[Key, ...] = (
         optional=True,
     ),
     Key("optim.name", str, "optimizer", ("adam", "adamw", "sgd")),
-    Key("optim.lr", float, "peak learning rate", low=0, high=1000, open_low=True),
+    Key("optim.lr", float, "peak learning rate", low=0, high=1e38, open_low=True),
     Key("optim.weight_decay", float, "weight decay", low=0, high=1000),
     Key("optim.momentum", float, "momentum of sgd", low=0, high=1, open_high=True),
     Key("optim.head_lr_multiplier", float, "the head's learning rate, times optim.lr", low=0, high=1000, open_low=True),
