@@ -47,7 +47,8 @@ class GradientComparison:
         totals: dict[str, tuple[float, float, float]] = {}
         for name, sums in self._sums.items():
             key = group(name)
-            totals[key] = tuple(a + b for a, b in zip(totals.get(key, (0.0, 0.0, 0.0)), sums, strict=True))
+            before = totals.get(key, (0.0, 0.0, 0.0))
+            totals[key] = before[0] + sums[0], before[1] + sums[1], before[2] + sums[2]
         return tuple(_row(name, sums) for name, sums in totals.items())
 
     def table(self) -> str:
