@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..codecs import Pruned, mark, pack, pack_rows, unpack, unpack_rows
 from ..codecs.roles import DENSE, MASK
-from ..kernels import mask_apply, mask_encode
+from ..kernels import fused_softmax, mask_apply, mask_encode, softmax_backward
 from .common import autocast_dtype, needs_grad, sample_chunks
 
 
@@ -133,14 +133,19 @@ class _Attention(torch.autograd.Function):
                 torch.matmul(dropped.transpose(-2, -1), part, out=grads[2][start:stop])
             del dropped
             grad_p = part @ v.transpose(-2, -1)
-            if kept is not None:
-                grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            fused = fused_softmax(grad_p) and not need_bias  # the bias takes the gradient before the scale
+            if fused:
+                grad_scores = softmax_backward(grad_p, p, kept, saved.keep_scale, ctx.scale)
+            else:
+                if kept is not None:
+                    grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             del grad_p, p
             if need_bias:
                 addend = grad_scores.sum_to_size(_of_samples(bias, start, stop).shape)
                 _of_samples(grad_bias, start, stop).add_(addend)
-            grad_scores.mul_(ctx.scale)
+            if not fused:
+                grad_scores.mul_(ctx.scale)
             if need_q:
                 torch.matmul(grad_scores, k, out=grads[0][start:stop])
             if need_k:

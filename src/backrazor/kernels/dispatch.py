@@ -60,7 +60,8 @@ def forced() -> str | None:
 
 
 def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
-    """The fast module of a kernel folder for this tensor, or None where the reference has to do.
+    """The fast module of a kernel folder for this tensor, or None where the reference has to do: some folders have no
+    version for the CPU.
 
     Raises:
         ValueError: BACKRAZOR_KERNELS is wrong, or forces an implementation that cannot run on the tensor's device.
@@ -77,4 +78,9 @@ def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
         )
     if choice == "reference" or tensor.dtype not in _FAST_DTYPES:
         return None
-    return import_module(f"backrazor.kernels.{family}.{_MODULES[choice]}")
+    return _module(f"backrazor.kernels.{family}.{_MODULES[choice]}")
+
+
+@cache
+def _module(name: str) -> ModuleType | None:
+    return import_module(name) if importlib.util.find_spec(name) else None

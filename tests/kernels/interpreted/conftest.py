@@ -1,5 +1,5 @@
-"""These tests need Triton's interpreter, which is chosen before Python imports Triton: ``tests/kernels/test_interpreted.py``
-runs them in a process of their own."""
+"""These tests need Triton's interpreter, which is chosen before Python imports Triton: ``test_interpreted.py`` beside
+this folder runs them in a process of their own."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def _strict_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(interpreter, "GridExecutor", StrictExecutor)
     monkeypatch.setattr(StrictExecutor, "order", "forward")
     monkeypatch.setattr(StrictExecutor, "launches", 0)
+    monkeypatch.setattr(StrictExecutor, "programs", 0)
     torch.manual_seed(0)
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -1,8 +1,9 @@
 """Triton's interpreter, made strict: guard bands around every buffer of every launch, programs in an order of choice.
 
-A kernel never sees a caller's tensor: each launch gets copies that lie between two bands of 0xFF bytes (NaN as any float
-type, -1 or 255 as an integer), and the copies go back when all programs have run. A store outside a buffer damages a band
-and is an error; a load outside one brings NaN or the largest integer, which a comparison with the reference shows.
+A kernel never sees a caller's tensor: each launch gets copies that lie between two bands of 0xFF bytes (NaN as any
+float type, -1 or 255 as an integer), and the copies go back when all programs have run. A store outside a buffer harms
+a band and is an error; a load outside one brings NaN or the largest integer, which a comparison with the reference
+shows.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ class _Guarded:
         Raises:
             MemoryError: a band is not as it was.
         """
-        for where, band in (("before", self._room[:BAND_BYTES]), ("past", self._room[BAND_BYTES:][len(self._inside) :])):
+        bands = {"before": self._room[:BAND_BYTES], "past": self._room[BAND_BYTES + len(self._inside) :]}
+        for where, band in bands.items():
             if not bool((band == 0xFF).all()):
                 raise MemoryError(f"a program stored {where} {name} of shape {tuple(self.tensor.shape)}")
-        self._original.copy_(self.tensor)
+        before = self._original.detach().reshape(-1).view(torch.uint8)
+        if not torch.equal(before, self._inside):  # what was only read keeps its version: autograd watches it
+            self._original.copy_(self.tensor)
 
 
 def _permutation(order: str, programs: int, seed: int) -> list[int]:
