@@ -54,7 +54,8 @@ def forced() -> str | None:
         )
     if value == "interpret" and not _INTERPRETED:
         raise ValueError(
-            "BACKRAZOR_KERNELS='interpret' was set after triton or backrazor was imported: set it before Python starts"
+            "BACKRAZOR_KERNELS='interpret' came after triton was imported: set it before Python starts, and "
+            "TRITON_INTERPRET=1 too"
         )
     return value
 
