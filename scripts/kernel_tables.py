@@ -3,9 +3,10 @@
     python scripts/kernel_tables.py resources   # registers, shared memory, occupancy; compiles for sm_80, sm_90, sm_100
     BACKRAZOR_KERNELS=interpret TRITON_INTERPRET=1 python scripts/kernel_tables.py roofline  # steps on three GPUs
 
-The roofline runs a step on fake tensors, which have shapes but no data, along the path of CUDA, and adds up, operator by operator, the
-larger of its arithmetic at the device's peak rate and its bytes at the device's bandwidth, and never less than a
-launch takes. It knows nothing of caches, of how near a kernel comes to either peak, or of the host: a prediction.
+The roofline runs a step on fake tensors, which have shapes but no data, along the path of CUDA. It adds up, operator
+by operator, the larger of its arithmetic at the device's peak rate and its bytes at the device's bandwidth, and never
+less than a launch takes. It knows nothing of caches, of how near a kernel comes to either peak, or of the host: a
+prediction.
 """
 
 from __future__ import annotations
