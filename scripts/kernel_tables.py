@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import backrazor as br
+from backrazor.functional import common
 from backrazor.kernels import _ahead, dispatch
 from transfer.bench.rows import CLASSES
 from transfer.models import build_backbone
@@ -144,6 +145,7 @@ def _fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def roofline() -> None:
+    common.CHUNK_BYTES = common.CUDA_CHUNK_BYTES  # the fake tensors are of the CPU
     print("| step | GPU | dense, ms | compact 0.9, ms | overhead | of it our kernels, ms | pack, ms |")
     print("|---|---|---|---|---|---|---|")
     for backbone, batch, dtype in STEPS:
@@ -161,14 +163,23 @@ def roofline() -> None:
 
 
 def resources() -> None:
-    print("| kernel and configuration | registers | shared bytes | occupancy, sm_80 / sm_90 / sm_100 |")
-    print("|---|---|---|---|")
     wanted = _ahead.configurations()
-    compiled = [_ahead.compile_all(wanted, capability, os.cpu_count() or 1) for capability in (80, 90, 100)]
-    for binaries in zip(*compiled, strict=True):
-        registers, shared = max(b.registers for b in binaries), max(b.shared_bytes for b in binaries)
-        share = " / ".join(f"{b.occupancy:.2f}" for b in binaries)
-        print(f"| {binaries[0].name.replace('|', ' ')} | {registers} | {shared} | {share} |")
+    capabilities = (80, 90, 100)
+    binaries = [b for capability in capabilities for b in _ahead.compile_all(wanted, capability, os.cpu_count() or 1)]
+    kernels = dict.fromkeys((b.configuration.family, b.configuration.kernel) for b in binaries)
+    print("| kernel | binaries | spilled bytes | registers | shared bytes | occupancy sm_80 | sm_90 | sm_100 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for family, kernel in kernels:
+        own = [b for b in binaries if (b.configuration.family, b.configuration.kernel) == (family, kernel)]
+        shares = [_span([b.occupancy for b in own if b.capability == capability], ".2f") for capability in capabilities]
+        sizes = _span([b.registers for b in own], "d"), _span([b.shared_bytes for b in own], "d")
+        cells = f"{family}.{kernel.lstrip('_')}", len(own), max(b.local_bytes for b in own), *sizes, *shares
+        print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def _span(values: list, style: str) -> str:
+    low, high = format(min(values), style), format(max(values), style)
+    return low if low == high else f"{low} to {high}"
 
 
 def main() -> int:

@@ -96,7 +96,7 @@ class _Attention(torch.autograd.Function):
             noise = F.dropout(q.new_ones(batch, heads, queries, keys), dropout_p, True)
         packs_probabilities = keeps and codec.rule == "pruned"
         probabilities = []
-        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size()):
+        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
             p = _probabilities(q[start:stop], k[start:stop], scale, _of_samples(bias, start, stop))
             if packs_probabilities:
                 probabilities.append(pack(p, codec.pruned, flag))
@@ -120,7 +120,7 @@ class _Attention(torch.autograd.Function):
             for shape, need in zip(saved.shapes, (need_q, need_k, need_v), strict=True)
         ]
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size()):
+        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size(), grad.device):
             q, k, v, p = saved.read(start, stop, grad.dtype)
             part = grad[start:stop]
             kept = saved.noise(start, stop)

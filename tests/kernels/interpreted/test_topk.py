@@ -14,7 +14,7 @@ from tests.backrazor.samples import DATA, layouts, sample
 from tests.kernels.interpreted.harness import ORDERS, StrictExecutor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SIZES = (1, 2, 7, 8, 9, 123, 255, 256, 257, 2047, 2048, 2049, 5000)
+SIZES = (1, 2, 7, 8, 123, 256, 257, 2048, 2049, 4100)
 KEEPS = {
     "one": lambda n: 1,
     "a tenth": lambda n: max(n // 10, 1),
@@ -80,7 +80,7 @@ def test_one_large_sample_fills_the_device() -> None:
     assert _triton.chunks_of(128, 600_000, 2048)[1] * 128 <= 5 * _triton.FILLING_PROGRAMS
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (2, 3, 123)])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (2, 3, 123)])
 def test_any_layout(shape: tuple[int, ...]) -> None:
     for layout, x in layouts(sample("small integers", shape)).items():
         check(x, x[0].numel() // 3, "int8", "tile", layout)
@@ -99,12 +99,12 @@ def test_a_sample_too_large_for_32_bit_positions_is_refused() -> None:
 
 def test_the_normalising_epilogue_is_equal_to_the_reference() -> None:
     axes = {
-        "data": ("normal", "small integers", "NaN and Inf"),
+        "data": ("normal", "NaN and Inf"),
         "values": ("float32", "bfloat16", "int8"),
         "index": ("bitmap", "tile", "none"),
         "as": DTYPES,
         "rows": (1, 3, 20),
-        "row": (1, 7, 256),
+        "row": (1, 7, 130),
         "order": ORDERS,
     }
     for number, row in enumerate(pairwise(axes)):
