@@ -13,7 +13,7 @@ TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SE
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench demo reproduce-table1 reproduce-table2 reproduce-table3 report test lint tensorboard clean
+.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 report test lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -41,6 +41,9 @@ test: $(VENV)/.installed-dev ## Run the test suite
 
 bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one in minutes)
 	$(RUN) scripts/benchmark.py $(if $(QUICK),--backbones efficientnet_lite0 --quick)
+
+bench-gpu: $(VENV)/.installed-dev ## Measure a training step on one CUDA device: ViT-B/16 and ProxylessNAS (QUICK=1: main rows)
+	$(RUN) scripts/benchmark_gpu.py $(if $(QUICK),--quick)
 
 lint: $(VENV)/.installed-dev ## Check style, and the types of the public interface
 	$(VENV)/bin/ruff check .

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..codecs import Pruned, mark, pack, pack_rows, unpack, unpack_rows
 from ..codecs.roles import DENSE, MASK
-from ..kernels import mask_apply, mask_encode
+from ..kernels import fused_softmax, mask_apply, mask_encode, softmax_backward
 from .common import autocast_dtype, needs_grad, sample_chunks
 
 
@@ -113,7 +113,7 @@ class _Attention(torch.autograd.Function):
             noise = F.dropout(q.new_ones(batch, heads, queries, keys), dropout_p, True)
         packs_probabilities = keeps and codec.rule == "pruned"
         probabilities = []
-        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size()):
+        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
             p = _probabilities(q[start:stop], k[start:stop], scale, _of_samples(mask, start, stop), is_causal)
             if packs_probabilities:
                 probabilities.append(pack(p, codec.pruned, flag))
@@ -137,7 +137,7 @@ class _Attention(torch.autograd.Function):
             for shape, need in zip(saved.shapes, (need_q, need_k, need_v), strict=True)
         ]
         grad_mask = torch.zeros_like(mask) if need_mask else None
-        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size()):
+        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size(), grad.device):
             q, k, v, p = saved.read(start, stop, grad.dtype)
             part = grad[start:stop]
             kept = saved.noise(start, stop)
@@ -150,14 +150,19 @@ class _Attention(torch.autograd.Function):
                 torch.matmul(dropped.transpose(-2, -1), part, out=grads[2][start:stop])
             del dropped
             grad_p = part @ v.transpose(-2, -1)
-            if kept is not None:
-                grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
+            if fused:
+                grad_scores = softmax_backward(grad_p, p, kept, saved.keep_scale, ctx.scale.factor)
+            else:
+                if kept is not None:
+                    grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             del grad_p, p
             if need_mask:
                 part_mask = _of_samples(grad_mask, start, stop)
                 part_mask.add_(grad_scores.sum_to_size(part_mask.shape))
-            grad_scores.mul_(ctx.scale.factor)
+            if not fused:
+                grad_scores.mul_(ctx.scale.factor)
             if need_q:
                 torch.matmul(grad_scores, k, out=grads[0][start:stop])
             if need_k:
