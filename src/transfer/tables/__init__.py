@@ -2,7 +2,7 @@
 
 from transfer.tables.collect import load_runs
 from transfer.tables.figures import accuracy_against_peak, memory_by_role, memory_curves
-from transfer.tables.grid import cells, pivot, to_latex, write_grid
+from transfer.tables.grid import cells, pivot, title, to_latex, write_grid
 from transfer.tables.render import to_terminal, write_tables
 from transfer.tables.summary import summarise
 
@@ -14,6 +14,7 @@ __all__ = [
     "memory_curves",
     "pivot",
     "summarise",
+    "title",
     "to_latex",
     "to_terminal",
     "write_grid",
