@@ -22,12 +22,14 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from transfer.errors import UserError, one_line
+from transfer.errors import Interrupted, RankLost, UserError, one_line
 from transfer.settings import BY_PATH, help_text
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "experiment")
-WRONG_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130  # exit codes; 130 is the shell's for Ctrl-C
+# Exit codes; a signal that a run was stopped by gives 128 + its number, as in a shell: 130 Ctrl-C, 143 SIGTERM.
+WRONG_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
+EXPECTED = (UserError, FloatingPointError, RankLost, OmegaConfBaseException)
 
 
 def group_options() -> dict[str, list[str]]:
@@ -40,7 +42,7 @@ def group_options() -> dict[str, list[str]]:
     }
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """Return the one line that a wrong command line or configuration ends in."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").partition("/")
@@ -63,12 +65,21 @@ def refused_flag(arguments: list[str]) -> str | None:
     return None
 
 
+def refused_sweep(arguments: list[str]) -> str | None:
+    """Return why this sweep is not possible, None where it is or none is asked for."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"-m", "--multirun"} & set(arguments):
+        return "-m starts one run after another and torchrun several processes for one: leave one of them out"
+    return None
+
+
 def run_composed(composed: DictConfig) -> None:
     """Run the job that Hydra composed.
 
     Raises:
         UserError: a setting or file is wrong.
         FloatingPointError: the training's numbers are not finite.
+        Interrupted: a signal stopped it.
+        RankLost: another process of the job is gone.
     """
     from transfer.training.run import execute  # here, so that --help and a wrong command line answer at once
 
@@ -76,8 +87,19 @@ def run_composed(composed: DictConfig) -> None:
     if missing:
         meaning = BY_PATH[missing[0]].help if missing[0] in BY_PATH else "it has no default"
         raise UserError(f"{missing[0]} must be given ({meaning}): write {missing[0]}=...")
+    take_submitit_rank()
     config = OmegaConf.to_container(composed, resolve=True)
     execute(config, HydraConfig.get().runtime.choices.get("experiment"))
+
+
+def take_submitit_rank() -> None:
+    """Where submitit started several tasks for this job, set the variables that ``torchrun`` would set."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    import submitit
+
+    if submitit.JobEnvironment().num_tasks > 1:
+        submitit.helpers.TorchDistributedEnvironment().export()
 
 
 def hydra_app(problems: list[Exception]) -> Callable[[], None]:
@@ -90,7 +112,7 @@ def hydra_app(problems: list[Exception]) -> Callable[[], None]:
     def job(composed: DictConfig) -> None:
         try:
             run_composed(composed)
-        except (UserError, FloatingPointError, OmegaConfBaseException) as error:
+        except EXPECTED as error:
             if os.getpid() != process:
                 raise
             problems.append(error)
@@ -106,26 +128,42 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     problems: list[Exception] = []
     with console_log(), hydra_environment(arguments):
-        refused = refused_flag(arguments)
+        refused = refused_flag(arguments) or refused_sweep(arguments)
         if refused:
             problems.append(UserError(f"{refused}; `python train.py --help` shows what there is"))
         else:
             try:
                 hydra_app(problems)()
-            except (UserError, FloatingPointError, HydraException, OmegaConfBaseException) as error:
+            except (*EXPECTED, HydraException) as error:
                 problems.append(error)
+            except Interrupted as stop:
+                problems.append(stop)
             except KeyboardInterrupt:
-                print("train.py: interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
+                print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
                 return INTERRUPTED
             except SystemExit as stop:
                 return int(stop.code or 0)
     for problem in problems:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-            traceback.print_exception(problem)
-        print(f"train.py: {explain(problem)}", file=sys.stderr)
-    if not problems:
-        return 0
-    return NOT_FINITE if isinstance(problems[0], FloatingPointError) else WRONG_INPUT
+        say(problem)
+    return exit_code(problems[0]) if problems else 0
+
+
+def say(problem: BaseException) -> None:
+    """Print the one line about a problem, unless another process of the job has said or will say it."""
+    if getattr(problem, "spoken", int(os.environ.get("RANK", "0")) > 0):
+        return
+    if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+        traceback.print_exception(problem)
+    print(f"train.py: {explain(problem)}", file=sys.stderr)
+
+
+def exit_code(problem: BaseException) -> int:
+    """Return what a problem is told to the shell by."""
+    if isinstance(problem, Interrupted):
+        return problem.code
+    if isinstance(problem, FloatingPointError):
+        return NOT_FINITE
+    return RANK_LOST if isinstance(problem, RankLost) else WRONG_INPUT
 
 
 @contextlib.contextmanager

@@ -196,9 +196,7 @@ def _lowered(config: RazorConfig) -> list[str]:
     """Every precision that the configuration lowers, in words."""
     lines = []
     if config.values == "paper":
-        lines.append(
-            "kept values: float32 in convolutions, float16 in Linear and attention, int8 in the head of a CNN"
-        )
+        lines.append("kept values: float32 in convolutions, float16 in Linear and attention, int8 in the head of a CNN")
     elif config.values != "float32":
         lines.append(f"kept values are stored in {config.values}")
     if config.attention in ("int8", "int4"):

@@ -1,4 +1,6 @@
-"""The one exception that a wrong input ends in."""
+"""What a run may end in besides its record: a wrong input, a signal, another process's failure."""
+
+import signal
 
 
 class UserError(ValueError):
@@ -12,6 +14,21 @@ class UserError(ValueError):
         """Build the usual line, ``key=value is not allowed: allowed; advice``."""
         tail = f"; {advice}" if advice else ""
         return cls(f"{key}={value} is not allowed: {allowed}{tail}")
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop, and its state is saved. The exit code is 128 + the signal's number.
+
+    Not an ``Exception``, so that a sweep stops, too.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+        self.code = 128 + number
+
+
+class RankLost(RuntimeError):
+    """Another process of this job is gone, or has failed and said why."""
 
 
 def one_line(error: BaseException) -> str:

@@ -17,11 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from transfer.errors import UserError
+from transfer.files import atomic_write_text
 
 SCHEMA = 1
 PACKAGES = ("torch", "torchvision", "timm", "numba", "numpy", "hydra-core", "backrazor")
 # What a run's result does not depend on: the seed has a folder of its own.
-NOT_HASHED = ("seed", "paths", "trainer.resume", "trainer.progress", "trainer.workers", "trainer.measure")
+NOT_HASHED = (
+    "seed",
+    "paths",
+    "trainer.resume",
+    "trainer.save_every",
+    "trainer.keep",
+    "trainer.progress",
+    "trainer.workers",
+    "trainer.measure",
+)
+# Keys that came after the first runs: left out where they change nothing, so that those runs keep their folders.
+HASHED_UNLESS = {"trainer.nonfinite": "stop"}
+# What two equal runs differ in: dates, machines and clocks.
+MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")
+MEASURED_MEMORY = (
+    *("peak_bytes", "process_peak_bytes", "peak_samples", "time_samples", "circumstances"),
+    *("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"),
+)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -33,6 +51,10 @@ def config_hash(config: Mapping[str, Any]) -> str:
             kept[section].pop(key, None)
         else:
             kept.pop(section, None)
+    for path, default in HASHED_UNLESS.items():
+        section, _, key = path.partition(".")
+        if kept[section].get(key) == default:
+            del kept[section][key]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -43,7 +65,14 @@ def run_directory(config: Mapping[str, Any], experiment: str | None) -> Path:
     return Path(config["paths"]["outputs"]) / top / row / config_hash(config) / str(config["seed"])
 
 
-def circumstances(device: str, threads: int) -> dict[str, Any]:
+def outcome(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a record that configuration and seed decide: all but what a clock or the allocator says."""
+    kept = {key: value for key, value in record.items() if key not in MEASURED}
+    kept["memory"] = {key: value for key, value in record["memory"].items() if key not in MEASURED_MEMORY}
+    return kept
+
+
+def circumstances(device: str, threads: int, processes: int = 1) -> dict[str, Any]:
     """Return what a figure of this run depends on besides its configuration."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -54,6 +83,7 @@ def circumstances(device: str, threads: int) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "processes": processes,
     }
 
 
@@ -86,9 +116,7 @@ def _cpu_name() -> str:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write ``record`` as json: whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    atomic_write_text(path, json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:

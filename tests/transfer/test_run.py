@@ -26,8 +26,8 @@ def run(tmp_path: Path, *overrides: str) -> tuple[dict, Path]:
     return execute(config), run_directory(config, None)
 
 
-def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / f"{name}.pt", weights_only=True)["model"]
+def weights(folder: Path, kind: str = "step") -> dict[str, torch.Tensor]:
+    return torch.load(max(folder.glob(f"checkpoints/{kind}-*.pt")), weights_only=True)["model"]
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

@@ -58,7 +58,7 @@ def keep_normalised(
     row = _row_length(x, mean_rows.numel())
     if codec.kind in ("int8", "int4"):
         bits = int(codec.kind.removeprefix("int"))
-        codes, scales = row_encode(x.reshape(-1, row), mean_rows.contiguous(), rstd_rows.contiguous(), bits)
+        codes, scales = row_encode(x.reshape(mean_rows.numel(), row), mean_rows, rstd_rows, bits)
         batch = x.shape[0]
         stored = (mark(codes.view(batch, -1), QUANTISED), mark(scales.view(batch, -1), SCALES))
         return stored, NormLayout(tuple(x.shape), row, codec.kind)

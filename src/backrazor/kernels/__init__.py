@@ -3,7 +3,7 @@ without running them.
 
 Each folder holds ``reference.py`` (plain PyTorch, the definition) and the fast versions, equal to it bit for bit. Every
 primitive sees a sample as a
-row: (B, n), where row b is sample b in logical order.
+row: (B, n), where row b is sample b in logical order. Rows that do not lie contiguously are copied first.
 
     topk        keep the K largest magnitudes of each sample
     bitmask     one bit an element: the derivative of piecewise-linear functions
@@ -129,15 +129,17 @@ def _mask_encode_fake(x, low, high):
 
 @_operator("mask_encode(Tensor x, float low, float high) -> Tensor", _mask_encode_fake)
 def mask_encode(x: Tensor, low: float, high: float) -> Tensor:
-    """Contiguous (B, n) -> uint8 (B, ceil(n / 8)): 1 where not (x <= low or x >= high); a NaN ``high`` means no upper
+    """(B, n) -> uint8 (B, ceil(n / 8)): 1 where not (x <= low or x >= high); a NaN ``high`` means no upper
     bound."""
+    x = x.contiguous()
     fast = implementation("bitmask", x)
     return (fast or bitmask_reference).encode(x, low, high)
 
 
 @_operator("mask_apply(Tensor grad, Tensor bits) -> Tensor", lambda grad, bits: torch.empty_like(grad))
 def mask_apply(grad: Tensor, bits: Tensor) -> Tensor:
-    """Contiguous (B, n) and its bits -> grad where the bit is 1, zero elsewhere."""
+    """(B, n) and its bits -> grad where the bit is 1, zero elsewhere."""
+    grad, bits = grad.contiguous(), bits.contiguous()
     fast = implementation("bitmask", grad)
     return (fast or bitmask_reference).apply(grad, bits)
 
@@ -148,8 +150,9 @@ def _level_encode_fake(x, thresholds, bits):
 
 @_operator("level_encode(Tensor x, Tensor thresholds, int bits) -> Tensor", _level_encode_fake)
 def level_encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
-    """Contiguous (B, n), thresholds (2^bits - 1,) float32 ascending -> uint8 (B, ceil(n * bits / 8)): how many
+    """(B, n), thresholds (2^bits - 1,) float32 ascending -> uint8 (B, ceil(n * bits / 8)): how many
     thresholds x reaches."""
+    x = x.contiguous()
     fast = implementation("derivative", x)
     return (fast or derivative_reference).encode(x, thresholds, bits)
 
@@ -159,7 +162,8 @@ def level_encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
     lambda grad, codes, levels, bits: torch.empty_like(grad),
 )
 def level_apply(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
-    """Contiguous (B, n), codes, levels (2^bits,) float32 -> grad times each element's level."""
+    """(B, n), codes, levels (2^bits,) float32 -> grad times each element's level."""
+    grad, codes = grad.contiguous(), codes.contiguous()
     fast = implementation("derivative", grad)
     return (fast or derivative_reference).apply(grad, codes, levels, bits)
 
@@ -173,8 +177,9 @@ def _row_encode_fake(x, mean, rstd, bits):
 
 @_operator("row_encode(Tensor x, Tensor mean, Tensor rstd, int bits) -> (Tensor, Tensor)", _row_encode_fake)
 def row_encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Contiguous (R, m), mean and rstd (R,) float32 -> codes uint8 (R, ceil(m * bits / 8)) and scales (R,) float16 of
+    """(R, m), mean and rstd (R,) float32 -> codes uint8 (R, ceil(m * bits / 8)) and scales (R,) float16 of
     (x - mean) * rstd."""
+    x, mean, rstd = x.contiguous(), mean.contiguous(), rstd.contiguous()
     fast = implementation("rowquant", x)
     return (fast or rowquant_reference).encode(x, mean, rstd, bits)
 
@@ -186,5 +191,6 @@ def _row_decode_fake(codes, scales, m, bits, dtype):
 @_operator("row_decode(Tensor codes, Tensor scales, int m, int bits, ScalarType dtype) -> Tensor", _row_decode_fake)
 def row_decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype) -> Tensor:
     """The normalised rows, (R, m) of ``dtype``."""
+    codes, scales = codes.contiguous(), scales.contiguous()
     fast = implementation("rowquant", torch.empty(0, dtype=dtype, device=codes.device))
     return (fast or rowquant_reference).decode(codes, scales, m, bits, dtype)

@@ -14,6 +14,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import pickle
 import statistics
 import sys
 import time
@@ -101,6 +102,7 @@ def measure_step(
 
     Raises:
         RuntimeError: the step failed in its process; the message carries its traceback.
+        TypeError: ``factory`` cannot be pickled.
     """
     return measure_steps({"": factory}, repeats, steps, what, threads)[""]
 
@@ -119,6 +121,8 @@ def measure_steps(
         raise ValueError(
             f"what={what!r}, repeats={repeats}, steps={steps}: use 'peak' and 'time', and at least one repeat and step"
         )
+    for factory in factories.values():
+        _check_picklable(factory)
     threads = torch.get_num_threads() if threads is None else threads
     peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in factories}
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in factories}
@@ -132,6 +136,16 @@ def measure_steps(
         name: Measurement(tuple(p for p, _ in peaks[name]), tuple(w for _, w in peaks[name]), tuple(times[name]))
         for name in factories
     }
+
+
+def _check_picklable(factory: Callable[[], Step]) -> None:
+    try:
+        pickle.dumps(factory)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"the factory cannot be pickled for a fresh process ({error}): use a module-level function or "
+            "functools.partial of one"
+        ) from error
 
 
 def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False):

@@ -72,14 +72,15 @@ def original_type(module: nn.Module) -> type:
 
 
 def link_chains(model: nn.Module) -> int:
-    """Link the chains of ``model`` whose members all became drop-ins, carry no hooks and take part once; returns how
-    many.
+    """Link the chains of ``model`` whose members all became drop-ins, carry no hooks, take part once and have one place
+    in the model (what has two may be called from both); returns how many.
 
     The convolution learns its followers; each follower learns the norm, whose state decides whether it hands its input
     through.
     """
     found = list(chains(model))
     uses = Counter(member for members in found for member in members)
+    uses |= Counter(module for _, module in model.named_modules(remove_duplicate=False))
     linked = 0
     for members in found:
         links = tuple(link_of(member) for member in members)

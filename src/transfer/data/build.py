@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from transfer.data.images import CHECKED
 from transfer.data.registry import DATASETS
 from transfer.data.spec import LabelledImages
 from transfer.data.splits import stratified_holdout
@@ -60,8 +61,12 @@ class DataBundle:
     note: str
 
 
-def build_data(data: Mapping[str, Any], paths: Mapping[str, Any]) -> DataBundle:
+def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = True) -> DataBundle:
     """Load the data set that ``data.name`` names.
+
+    Args:
+        data, paths: those sections of the configuration.
+        check: decode its files first; False where another process of the job has done that.
 
     Raises:
         UserError: the data set is unknown, missing or damaged, or a class or split comes out empty.
@@ -69,7 +74,11 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any]) -> DataBundle:
     name = data["name"]
     if name not in DATASETS:
         raise UserError.value("data.name", name, "|".join(sorted(DATASETS)))
-    splits = DATASETS[name].load(data, paths)
+    token = CHECKED.set(not check)
+    try:
+        splits = DATASETS[name].load(data, paths)
+    finally:
+        CHECKED.reset(token)
     train, val, note = splits.train, splits.val, splits.note
     if data["protocol"] == "official":
         train, val = train + val, splits.test

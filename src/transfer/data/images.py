@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transfer.errors import UserError
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 MIN_SIDE = 8  # pixels; smaller than the smallest data set here, so most likely a stray icon
 CHECK_LIMIT = 20_000  # files that are decoded once before a run; a larger set is checked as it is read
+CHECKED: ContextVar[bool] = ContextVar("another process of the job has checked the files", default=False)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -65,12 +67,12 @@ class ImageFiles:
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """Decode every file once, so that a damaged one stops the run before it begins.
+    """Decode every file once, so that a damaged one stops the run before it begins; not where ``CHECKED`` is set.
 
     Raises:
         UserError: as ``read_image``, for the first damaged file in order.
     """
-    if len(paths) > CHECK_LIMIT:
+    if len(paths) > CHECK_LIMIT or CHECKED.get():
         return
 
     def size(path: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from transfer.training.distributed import World
 from transfer.training.network import Network
 
 
@@ -29,12 +31,27 @@ def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(network: Network, loader: DataLoader, device: torch.device, precision: str) -> Scores:
-    """Score the network on every image of ``loader``, in evaluation mode; the mode is set back afterwards."""
+def evaluate(
+    network: Network,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str,
+    world: World | None = None,
+    check: Callable[[], None] | None = None,
+) -> Scores:
+    """Score the network on every image of a split, in evaluation mode; the mode is set back afterwards.
+
+    Args:
+        loader: this process's share of the split.
+        world: the processes that share it; each image is counted once.
+        check: called before each batch; may raise.
+    """
     network.model.eval()
     top1 = top5 = count = 0
     loss = 0.0
     for images, labels in loader:
+        if check is not None:
+            check()
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = network.model(network.normalise(images))
@@ -44,4 +61,5 @@ def evaluate(network: Network, loader: DataLoader, device: torch.device, precisi
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         count += len(labels)
     network.train()
-    return Scores(100 * top1 / count, 100 * top5 / count, loss / count, count)
+    top1, top5, loss, count = (world or World()).sum([top1, top5, loss, count], device)
+    return Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

@@ -1,4 +1,4 @@
-"""The training loop: one plain PyTorch trainer for every method, data set and razor."""
+"""The training loop: one plain PyTorch trainer for every method, data set, razor and number of processes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import backrazor as br
 from transfer.data import DataBundle
-from transfer.training.evaluation import Scores, correct_in_top, evaluate
+from transfer.errors import Interrupted, UserError
+from transfer.training.distributed import World
+from transfer.training.evaluation import Scores, evaluate
 from transfer.training.monitor import LOGGER, Monitor
 from transfer.training.network import Network
+from transfer.training.numerics import bad_tensors
 from transfer.training.optimisation import Schedule, make_optimizer
-from transfer.training.state import load_state, random_state, save_state, set_random_state
-
-
-class EpochOrder(Sampler[int]):
-    """A random order that depends on the seed and the epoch alone, so that a resumed run sees the same one."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+from transfer.training.sampling import BatchOrder, eval_loader, fetched, train_loader, worker_death
+from transfer.training.state import (
+    CannotWrite,
+    Checkpoints,
+    Damaged,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+)
+from transfer.training.step import Outcome, Stepper
+from transfer.training.stopping import StopSignals
 
 
 @dataclass
 class Tally:
-    """Sums over the steps of one epoch."""
+    """Sums over the steps of one epoch, over all processes."""
 
     loss: float = 0.0
     correct: int = 0
@@ -58,11 +53,11 @@ class Tally:
         self.seconds += seconds
 
     def row(self) -> dict[str, float]:
-        """Mean loss, accuracy in percent, images a second."""
+        """Mean loss, accuracy in percent, images a second; NaN where every step was skipped."""
         return {
-            "train_loss": self.loss / self.images,
-            "train_top1": 100 * self.correct / self.images,
-            "images_per_second": self.images / self.seconds,
+            "train_loss": self.loss / self.images if self.images else math.nan,
+            "train_top1": 100 * self.correct / self.images if self.images else math.nan,
+            "images_per_second": self.images / self.seconds if self.images else math.nan,
         }
 
 
@@ -74,6 +69,7 @@ class Fitted:
     test: Scores
     best_epoch: int
     steps: int
+    skipped_steps: int
     step_seconds: tuple[float, ...]
 
 
@@ -85,135 +81,208 @@ class Trainer:
         config: the validated configuration.
         folder: the run's folder; checkpoints go below it.
         config_hash: what a checkpoint must carry to be resumed from.
+        world: this process among those that share each batch.
     """
 
     def __init__(
-        self, network: Network, data: DataBundle, config: Mapping[str, Any], folder: Path, config_hash: str
+        self,
+        network: Network,
+        data: DataBundle,
+        config: Mapping[str, Any],
+        folder: Path,
+        config_hash: str,
+        world: World | None = None,
     ) -> None:
         settings = config["trainer"]
         self.network, self.config, self.settings = network, config, settings
+        self.world = world or World()
         self.device = next(network.model.parameters()).device
-        self.checkpoints = folder / "checkpoints"
-        self.config_hash = config_hash
-        self.order = EpochOrder(len(data.train), config["seed"])
-        batch = min(settings["batch_size"], len(data.train))
-        common = {"num_workers": settings["workers"], "pin_memory": self.device.type == "cuda"}
-        self.train_loader = DataLoader(data.train, batch, sampler=self.order, drop_last=True, **common)
-        self.val_loader = DataLoader(data.val, settings["eval_batch_size"], **common)
-        self.test_loader = DataLoader(data.test, settings["eval_batch_size"], **common)
-        self.total_steps = settings["steps"] or settings["epochs"] * len(self.train_loader)
-        self.epochs = math.ceil(self.total_steps / len(self.train_loader))
+        self.checkpoints = Checkpoints(folder / "checkpoints", config_hash, settings["keep"])
+        rank, size = self.world.rank, self.world.size
+        self.batch = min(settings["batch_size"], len(data.train))
+        if self.batch < size:
+            raise UserError.value("trainer.batch_size", self.batch, f"at least one image for each of {size} processes")
+        self.order = BatchOrder(len(data.train), self.batch, config["seed"], rank, size)
+        options = {"num_workers": settings["workers"], "pin_memory": self.device.type == "cuda"}
+        self.train_loader = train_loader(data.train, self.order, config["seed"], **options)
+        self.val_loader, self.test_loader = (
+            eval_loader(split, settings["eval_batch_size"], rank, size, **options) for split in (data.val, data.test)
+        )
+        self.total_steps = settings["steps"] or settings["epochs"] * len(self.order)
+        self.epochs = math.ceil(self.total_steps / len(self.order))
         self.optimizer = make_optimizer(network.model, network.backbone.head, config["optim"])
+        self.stepper = Stepper(network, self.optimizer, config, self.batch, self.world)
         self.schedule = Schedule(self.optimizer, config["optim"], self.total_steps)
-        self.epoch = self.step = 0
-        self.best: dict[str, float] = {"top1": -1.0, "loss": math.inf, "epoch": -1}
+        self.stop = StopSignals(announce=self.world.main)
+        self.epoch = self.step = self.skipped = 0
+        self.tally = Tally()
+        self.best: dict[str, float] = {"top1": -1.0, "loss": math.inf, "epoch": -1, "step": 0}
         self.step_seconds: list[float] = []
 
     def resume(self) -> None:
-        """Go on from the last epoch that was saved, if any."""
-        state = load_state(self.checkpoints / "last.pt", self.config_hash)
+        """Go on from the newest checkpoint that is whole, if there is any.
+
+        Raises:
+            UserError: as ``Checkpoints.newest``.
+        """
+        state = self.world.broadcast(self.checkpoints.newest() if self.world.main else None)
         if state is None:
             return
         self.network.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.step_seconds = state["step_seconds"]
-        set_random_state(state["random"])
+        self.epoch, self.step, self.skipped = state["epoch"], state["step"], state["skipped"]
+        self.best, self.tally = state["best"], Tally(**state["tally"])
+        self.step_seconds = state["step_seconds"].tolist()
+        if len(state["random"]) == self.world.size:
+            set_random_state(state["random"][self.world.rank])
+        elif self.world.main:
+            LOGGER.warning("saved by %d processes, now %d: dropout starts anew", len(state["random"]), self.world.size)
 
     def fit(self, monitor: Monitor) -> Fitted:
         """Train to the end, then score the best epoch's weights on validation and test.
 
         Raises:
-            FloatingPointError: loss or a kept activation is not finite; nothing of that step reaches the weights.
+            FloatingPointError: loss, gradient or a kept activation is not finite; nothing of that step reaches the
+                weights.
+            Interrupted: a signal asked for it; the state is saved.
+            UserError: a file of the data set or a data worker is gone, or nothing can be written.
         """
-        silent = None if self.settings["progress"] else True  # None: silent only where there is no terminal
+        # None: silent only where there is no terminal
+        silent = None if self.settings["progress"] and self.world.main else True
         bar = tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step", disable=silent, leave=False)
-        with bar, logging_redirect_tqdm([LOGGER]):
-            while self.step < self.total_steps:
-                self._one_epoch(monitor, bar)
-        best = load_state(self.checkpoints / "best.pt", self.config_hash)
-        assert best is not None, "the last epoch is always evaluated, so a best one exists"
-        self.network.model.load_state_dict(best["model"])
-        val, test = self._score(self.val_loader), self._score(self.test_loader)
-        return Fitted(val, test, int(self.best["epoch"]), self.step, tuple(self.step_seconds))
+        with self.stop, bar, logging_redirect_tqdm([LOGGER]):
+            try:
+                while self.epoch < self.epochs:
+                    self._one_epoch(monitor, bar)
+            except CannotWrite:
+                raise
+            except RuntimeError as error:
+                if (death := worker_death(error)) is None:
+                    raise
+                raise death from error  # noticed in the middle of a step: what to save is not whole
+            except (Interrupted, UserError) as error:
+                # All processes stop at one step by a signal; what fails in one of them leaves the others waiting.
+                if self.world.size == 1 or isinstance(error, Interrupted):
+                    self._save(monitor)
+                raise
+            self._load_best()
+            val, test = self._score(self.val_loader), self._score(self.test_loader)
+        return Fitted(val, test, int(self.best["epoch"]), self.step, self.skipped, tuple(self.step_seconds))
 
     def _one_epoch(self, monitor: Monitor, bar: tqdm) -> None:
-        self.order.epoch = self.epoch
-        tally = Tally()
-        rate = 0.0
-        for images, labels in self.train_loader:
+        for images, labels in self._batches():
             start = time.perf_counter()
             rate = self.schedule.set(self.step)
-            loss, correct = self._train_step(images.to(self.device), labels.to(self.device))
+            stop = self.stop.received or 0
+            outcome = self.stepper.take(images.to(self.device), labels.to(self.device), stop)
+            self._judge(outcome)
             self.step += 1
             seconds = time.perf_counter() - start
             self.step_seconds.append(seconds)
-            tally.add(loss, correct, len(labels), seconds)
-            monitor.scalar("train/step_loss", loss, self.step)
+            if outcome.problem is None:
+                self.tally.add(outcome.loss, outcome.correct, self.batch, seconds)
+                monitor.scalar("train/step_loss", outcome.loss, self.step)
             monitor.scalar("train/lr", rate, self.step)
-            row = tally.row()
+            row = self.tally.row()
             bar.update()
             bar.set_postfix_str(
                 f"loss {row['train_loss']:.3f}, accuracy {row['train_top1']:.1f}%, "
                 f"{row['images_per_second']:.0f} images/s"
             )
-            if self.step == self.total_steps:
-                break
-        self.epoch += 1
-        row = {"epoch": self.epoch, "step": self.step, "lr": rate, **tally.row()}
-        text = f"epoch {self.epoch}/{self.epochs}: loss {row['train_loss']:.4f}, train {row['train_top1']:.2f}%"
-        if self.epoch % self.settings["eval_every"] == 0 or self.step == self.total_steps:
+            if outcome.stop:
+                raise Interrupted(outcome.stop)
+            if self.step % self.settings["save_every"] == 0:
+                self._save(monitor)
+        self._end_epoch(monitor)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's shares of the batches that are left of the epoch."""
+        done = self.epoch * len(self.order)
+        self.order.epoch, self.order.first = self.epoch, self.step - done
+        self.order.last = min(len(self.order), self.total_steps - done)
+        return fetched(self.train_loader)
+
+    def _judge(self, outcome: Outcome) -> None:
+        """Report a step that was not taken, or stop because of it."""
+        if outcome.problem is None:
+            return
+        if self.settings["nonfinite"] == "skip":
+            self.skipped += 1
+            LOGGER.warning("step %d is skipped: %s", self.step + 1, outcome.problem)
+            return
+        raise FloatingPointError(
+            f"step {self.step + 1}: {outcome.problem}; {self._last_good()}; "
+            f"lower optim.lr={self.config['optim']['lr']}, set optim.grad_clip, or trainer.nonfinite=skip"
+        )
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint {self.checkpoints.last}" if self.checkpoints.last else "no checkpoint yet"
+
+    def _end_epoch(self, monitor: Monitor) -> None:
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": self.epoch + 1, "step": self.step, "lr": rate, **self.tally.row()}
+        text = f"epoch {row['epoch']}/{self.epochs}: loss {row['train_loss']:.4f}, train {row['train_top1']:.2f}%"
+        scores = None
+        if row["epoch"] % self.settings["eval_every"] == 0 or self.step == self.total_steps:
             scores = self._score(self.val_loader)
             row |= {f"val_{name}": getattr(scores, name) for name in ("loss", "top1", "top5")}
             text += f", validation {scores.top1:.2f}%"
+        self.epoch, self.tally = self.epoch + 1, Tally()
+        if scores is not None:
             self._keep_if_best(scores)
         monitor.epoch(row)
         LOGGER.info("%s, %.0f images/s", text, row["images_per_second"])
-        self._save()
-
-    def _train_step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """One optimizer step over one batch, in micro-batches; returns mean loss and right answers."""
-        self.optimizer.zero_grad(set_to_none=True)
-        micro = self.settings["micro_batch"] or len(labels)
-        total, correct = 0.0, 0
-        for x, y in zip(images.split(micro), labels.split(micro), strict=True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
-                logits = self.network.model(self.network.normalise(x))
-            smoothing = self.config["optim"]["label_smoothing"]
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing) * (len(y) / len(labels))
-            loss.backward()
-            total += float(loss.detach())
-            correct += correct_in_top(logits.detach(), y, 1)
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"step {self.step}: the loss is {total}; lower optim.lr={self.config['optim']['lr']}"
-                " or set optim.grad_clip"
-            )
-        if self.network.razored:
-            br.check_finite(self.network.model)
-        if self.config["optim"]["grad_clip"] is not None:
-            trained = [p for p in self.network.model.parameters() if p.requires_grad]
-            torch.nn.utils.clip_grad_norm_(trained, self.config["optim"]["grad_clip"])
-        self.optimizer.step()
-        return total, correct
+        self._save(monitor)
 
     def _score(self, loader: DataLoader) -> Scores:
-        return evaluate(self.network, loader, self.device, self.settings["precision"])
+        self.world.same_statistics(self.network.model)
+        # Several processes may not leave at different batches: they stop after the next step.
+        check = self.stop.check if self.world.size == 1 else None
+        return evaluate(self.network, loader, self.device, self.settings["precision"], self.world, check)
 
     def _keep_if_best(self, scores: Scores) -> None:
         """Keep the weights where validation accuracy is the highest so far; a tie goes to the lower loss."""
         if (scores.top1, -scores.loss) > (self.best["top1"], -self.best["loss"]):
-            self.best = {**asdict(scores), "epoch": self.epoch}
-            save_state(self.checkpoints / "best.pt", {"model": self.network.model.state_dict()}, self.config_hash)
+            self.best = {**asdict(scores), "epoch": self.epoch, "step": self.step}
+            if self.world.main:
+                self.checkpoints.save_best(self.step, self.network.model.state_dict())
 
-    def _save(self) -> None:
-        state = {
-            "model": self.network.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": self.best,
-            "step_seconds": self.step_seconds,
-            "random": random_state(),
-        }
-        save_state(self.checkpoints / "last.pt", state, self.config_hash)
+    def _load_best(self) -> None:
+        """Take up the weights of the best epoch: the last one is always evaluated, so there is one."""
+        path = self.checkpoints.best(int(self.best["step"]))
+        try:
+            model = read_checkpoint(path)["model"] if self.world.main else None
+        except Damaged as error:
+            raise UserError(f"{path} is damaged ({error}): trainer.resume=never starts the run over") from error
+        self.network.model.load_state_dict(self.world.broadcast(model))
+
+    def _save(self, monitor: Monitor) -> None:
+        """Save all that the run needs to go on from here; every process takes part.
+
+        Raises:
+            CannotWrite: as ``Checkpoints.save``.
+            FloatingPointError: a weight is not finite, which no step may have done: the checkpoints stay good.
+        """
+        random = self.world.gather(random_state())
+        if not self.world.main:
+            return
+        bad = bad_tensors(self.network.model.named_parameters())
+        if bad:
+            raise FloatingPointError(
+                f"step {self.step}: {bad[0]} is not finite after the optimizer's step; {self._last_good()}; "
+                f"lower optim.lr={self.config['optim']['lr']} or set optim.grad_clip"
+            )
+        monitor.flush()  # what a checkpoint counts as done is on the disk before it
+        self.checkpoints.save(
+            {
+                "model": self.network.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "skipped": self.skipped,
+                "tally": asdict(self.tally),
+                "best": self.best,
+                "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
+                "random": random,
+            }
+        )

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from transfer.files import atomic_write_text
 from transfer.settings import flatten
 
 LOGGER = logging.getLogger("transfer")
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_top1", "images_per_second", "val_loss", "val_top1", "val_top5")
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that does not swallow what stops it from being written, such as a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # the standard library calls this inside its except block
+
+
+class SilentMonitor:
+    """Stands for ``Monitor`` in every process but the main one: takes anything, writes nothing."""
+
+    def __enter__(self) -> SilentMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 class Monitor:
@@ -27,13 +50,13 @@ class Monitor:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.folder = folder
-        self.handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        self.handler = _LogFile(folder / "log.txt", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.setLevel(logging.INFO)
         LOGGER.addHandler(self.handler)
         self.metrics = folder / "metrics.csv"
         self._keep_rows_until(first_step)
-        self.writer = SummaryWriter(str(folder), purge_step=first_step if first_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def __enter__(self) -> Monitor:
         return self
@@ -44,23 +67,31 @@ class Monitor:
         self.handler.close()
 
     def _keep_rows_until(self, step: int) -> None:
-        rows = []
+        rows: list[dict[str, str]] = []
         if step and self.metrics.is_file():
             with self.metrics.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        with self.metrics.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+                whole = [line for line in file if line.endswith("\n")]  # a process that died may have left half a line
+            rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= step]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic_write_text(self.metrics, text.getvalue())
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """One point of a TensorBoard curve."""
         self.writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Bring every curve's points to the file: TensorBoard's writer keeps them for minutes."""
+        self.writer.flush()
+
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Append one row of ``COLUMNS`` to metrics.csv and its curves to TensorBoard."""
         with self.metrics.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
         for name in COLUMNS[3:]:
             if row.get(name) is not None:
                 part, _, what = name.partition("_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -17,75 +18,111 @@ import yaml
 import backrazor as br
 from transfer.data import DataBundle, build_data
 from transfer.errors import UserError
+from transfer.files import atomic_write_text
 from transfer.records import circumstances, config_hash, read_record, run_directory, write_record
 from transfer.settings import validate
 from transfer.training.costs import StepFactory, measured_columns, pick_device, saved_columns, step_shape
+from transfer.training.distributed import World, joined_world, own_gpu
 from transfer.training.loop import Fitted, Trainer
-from transfer.training.monitor import LOGGER, Monitor
+from transfer.training.monitor import LOGGER, Monitor, SilentMonitor
 from transfer.training.network import Network, assemble
+
+RANK_SEEDS = 1_000_003  # between the seeds of two processes
 
 
 def execute(config: Mapping[str, Any], experiment: str | None = None) -> dict[str, Any]:
     """Train what ``config`` describes and return its record.
 
     Everything is checked before the run's folder is made. With ``trainer.resume=auto`` a finished run is returned as it
-    stands and an interrupted one goes on.
+    stands and an interrupted one goes on. Where several processes share the job, as ``torchrun`` starts them, the main
+    one alone writes, and returns the record; the others return an empty dict.
 
     Args:
         config: the composed configuration as plain values.
         experiment: name of the experiment file, for the folder.
 
     Raises:
-        UserError: a setting or file is wrong.
+        UserError: a setting or file is wrong, or nothing can be written.
         FloatingPointError: the numbers of the training are not finite.
+        Interrupted: a signal stopped the run; its state is saved.
+        RankLost: another process of the job is gone.
     """
     validate(config)
+    with joined_world(pick_device(config["trainer"]["device"]).type) as world:
+        return _execute(config, experiment, world)
+
+
+def _execute(config: Mapping[str, Any], experiment: str | None, world: World) -> dict[str, Any]:
     folder = run_directory(config, experiment)
     resume = config["trainer"]["resume"] == "auto"
-    if resume and (folder / "record.json").is_file():
-        record = read_record(folder / "record.json")
-        LOGGER.info("%s is finished (%s); trainer.resume=never runs it again", folder, record["circumstances"]["date"])
+    record = world.broadcast(_finished(folder) if resume and world.main else None)
+    if record is not None:
+        if world.main:
+            date = record["circumstances"]["date"]
+            LOGGER.info("%s is finished (%s); trainer.resume=never runs it again", folder, date)
         return record
-    device = _prepare(config)
-    data = build_data(config["data"], config["paths"])
+    device = _prepare(config, world)
+    with world.one_at_first() as first:
+        data = build_data(config["data"], config["paths"], check=first)
     network = assemble(config, len(data.class_names))
     network.model.to(device)
+    if world.rank:
+        torch.manual_seed(config["seed"] + RANK_SEEDS * world.rank)  # each process's dropout draws its own masks
     start = time.perf_counter()
     digest = config_hash(config)
-    _make_folder(folder, config, keep=resume)
-    trainer = Trainer(network, data, config, folder, digest)
-    if resume:
-        trainer.resume()
-    with Monitor(folder, trainer.step) as monitor:
-        _log_beginning(network, data, config, folder, trainer)
-        fitted = trainer.fit(monitor)
-        record = _record(config, experiment, digest, fitted, len(data.class_names))
-        record["circumstances"] = circumstances(str(device), torch.get_num_threads())
-        record["memory"] = _memory(network, trainer, config, len(data.class_names))
-        record["wall_seconds"] = time.perf_counter() - start
-        monitor.finish(config, _final_metrics(record))
-        write_record(folder / "record.json", record)
-        LOGGER.info(
-            "test accuracy %.2f%% (top-5 %.2f%%), epoch %d selected on validation; record in %s",
-            fitted.test.top1,
-            fitted.test.top5,
-            fitted.best_epoch,
-            folder,
-        )
+    if world.main:
+        _make_folder(folder, config, keep=resume)
+    trainer = Trainer(network, data, config, folder, digest, world)
+    try:
+        if resume:
+            trainer.resume()
+        with Monitor(folder, trainer.step) if world.main else SilentMonitor() as monitor:
+            if world.main:
+                _log_beginning(network, data, config, folder, trainer)
+            fitted = trainer.fit(monitor)
+            if not world.main:
+                return {}
+            record = _record(config, experiment, digest, fitted, len(data.class_names))
+            record["circumstances"] = circumstances(str(device), torch.get_num_threads(), world.size)
+            record["memory"] = _memory(network, trainer, config, len(data.class_names))
+            record["wall_seconds"] = time.perf_counter() - start
+            monitor.finish(config, _final_metrics(record))
+            write_record(folder / "record.json", record)
+            LOGGER.info(
+                "test accuracy %.2f%% (top-5 %.2f%%), epoch %d selected on validation; record in %s",
+                fitted.test.top1,
+                fitted.test.top5,
+                fitted.best_epoch,
+                folder,
+            )
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be written or read ({error.strerror or error}): make room or mend the "
+            "folder; the same command goes on from the last checkpoint"
+        ) from error
     return record
 
 
-def _prepare(config: Mapping[str, Any]) -> torch.device:
+def _finished(folder: Path) -> dict[str, Any] | None:
+    return read_record(folder / "record.json") if (folder / "record.json").is_file() else None
+
+
+def _prepare(config: Mapping[str, Any], world: World) -> torch.device:
     """Seed every generator and set what is global in torch."""
     settings = config["trainer"]
     device = pick_device(settings["device"])
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("trainer.device=cuda is not possible: torch sees no CUDA device; choose cpu or auto")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("trainer.device=cuda is not possible: torch sees no CUDA device; choose cpu or auto")
+        if world.size > 1:
+            device = own_gpu(world.local_rank)
     random.seed(config["seed"])
     np.random.seed(config["seed"] % 2**32)
     torch.manual_seed(config["seed"])
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
+    if settings["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for, before CUDA starts
     torch.use_deterministic_algorithms(settings["deterministic"])
     return device
 
@@ -95,7 +132,7 @@ def _make_folder(folder: Path, config: Mapping[str, Any], keep: bool) -> None:
         if folder.exists() and not keep:
             shutil.rmtree(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        atomic_write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     except OSError as error:
         raise UserError(f"paths.outputs={config['paths']['outputs']} cannot be written: {error}") from error
 
@@ -122,6 +159,8 @@ def _log_beginning(
         trained / 1e6,
         network.backbone.weights or "random",
     )
+    if trainer.world.size > 1:
+        LOGGER.info("%d processes share each batch of %d", trainer.world.size, trainer.batch)
     if trainer.step:
         LOGGER.info("resumed after epoch %d, step %d", trainer.epoch, trainer.step)
     if network.report:
@@ -145,6 +184,7 @@ def _record(
         "test": asdict(fitted.test),
         "best_epoch": fitted.best_epoch,
         "steps": fitted.steps,
+        "skipped_steps": fitted.skipped_steps,
         "train_step_seconds": dict(zip(names, np.quantile(times, (0.1, 0.5, 0.9)).tolist(), strict=True)),
     }
 
@@ -153,6 +193,7 @@ def _memory(network: Network, trainer: Trainer, config: Mapping[str, Any], class
     mode = config["trainer"]["measure"]["mode"]
     if mode == "none":
         return {}
+    config = _a_process_share(config, trainer.world.size)
     images, labels = next(iter(trainer.train_loader))
     columns = saved_columns(network, config, images.to(trainer.device), labels.to(trainer.device))
     if mode == "all":
@@ -163,6 +204,15 @@ def _memory(network: Network, trainer: Trainer, config: Mapping[str, Any], class
         result = br.memory.measure_step(factory, repeats=measure["repeats"], steps=measure["steps"])
         columns |= measured_columns(result, rows=1)
     return columns
+
+
+def _a_process_share(config: Mapping[str, Any], processes: int) -> Mapping[str, Any]:
+    """Return ``config`` with the measured step that of one process, where several share a batch."""
+    settings = config["trainer"]
+    if processes == 1 or settings["micro_batch"] or settings["measure"]["batch_size"]:
+        return config
+    measure = {**settings["measure"], "batch_size": -(-settings["batch_size"] // processes)}
+    return {**config, "trainer": {**settings, "measure": measure}}
 
 
 def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,112 @@
+"""One optimizer step: in micro-batches, shared by processes, with a look for bad numbers before the weights change."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfer.training.distributed import World
+from transfer.training.evaluation import correct_in_top
+from transfer.training.network import Network
+from transfer.training.numerics import HeldStatistics, bad_step
+
+STOPS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step, over all processes.
+
+    Args:
+        loss: mean over the batch, nats.
+        correct: right answers.
+        problem: why the weights are as they were before; None where the step was taken.
+        stop: the signal that some process was stopped by, 0 for none. Every process has the same.
+    """
+
+    loss: float
+    correct: int
+    problem: str | None
+    stop: int
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    Args:
+        network: what trains.
+        optimizer: over its parameters.
+        config: the validated configuration.
+        batch: images a step, over all processes.
+        world: this process among them.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        batch: int,
+        world: World,
+    ) -> None:
+        self.network, self.optimizer, self.batch, self.world = network, optimizer, batch, world
+        self.settings, self.optim = config["trainer"], config["optim"]
+        self.device = next(network.model.parameters()).device
+        self.shared = world.share(network.model, self.device)
+
+    def take(self, images: Tensor, labels: Tensor, stop: int = 0) -> Outcome:
+        """Take one step.
+
+        Args:
+            images, labels: this process's share of the batch, on its device: uint8 (n, 3, S, S) and classes (n,).
+            stop: the signal that this process was stopped by, 0 for none.
+        """
+        held = HeldStatistics(self.network.model) if self.settings["nonfinite"] == "skip" else None
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = images.split(self.settings["micro_batch"] or len(labels))
+        loss, correct = self._accumulate(parts, labels)
+        problem = bad_step(self.network, loss, lambda: (self._logits(self.network.model, x) for x in parts))
+        loss, correct, bad, *stopped = self.world.sum(
+            [loss, correct, float(problem is not None), *(float(stop == number) for number in STOPS)], self.device
+        )
+        if bad:
+            problem = next(text for text in self.world.gather(problem) if text)
+            if held is not None:
+                held.restore()
+        else:
+            self._update()
+        asked = [number for number, votes in zip(STOPS, stopped, strict=True) if votes]
+        return Outcome(loss, int(correct), problem, max(asked, default=0))
+
+    def _accumulate(self, parts: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int]:
+        """Add up the gradients of the share; returns its part of the batch's mean loss, and its right answers."""
+        total, correct = 0.0, 0
+        for number, (x, y) in enumerate(zip(parts, labels.split(len(parts[0])), strict=True)):
+            with self._gradients_stay_here(number < len(parts) - 1):
+                logits = self._logits(self.shared, x)
+                loss = F.cross_entropy(logits, y, label_smoothing=self.optim["label_smoothing"])
+                loss = loss * (len(y) / self.batch)
+                (loss * self.world.size).backward()  # the processes' gradients are averaged
+            total += float(loss.detach())
+            correct += correct_in_top(logits.detach(), y, 1)
+        return total, correct
+
+    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
+            return model(self.network.normalise(images)).float()
+
+    def _gradients_stay_here(self, more: bool) -> contextlib.AbstractContextManager[None]:
+        return self.shared.no_sync() if more and self.world.size > 1 else contextlib.nullcontext()
+
+    def _update(self) -> None:
+        if self.optim["grad_clip"] is not None:
+            trained = [p for p in self.network.model.parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(trained, self.optim["grad_clip"])
+        self.optimizer.step()
