@@ -18,7 +18,6 @@ from transfer.records import circumstances, find_records, read_record, write_rec
 from transfer.tables.collect import row_label
 from transfer.training.costs import StepFactory, measured_columns, step_shape
 
-
 COLUMN = {"peak": "peak_bytes", "time": "step_seconds"}
 
 

@@ -110,7 +110,8 @@ DIGITS_ROWS = (
 )
 
 
-DIGITS_LR = {"last": 1e-3, "bias": 1e-3, "norm_last": 1e-3, "full": 3e-4}  # by accuracy on validation
+# Of 1e-3, 3e-3 and 1e-2 the best on validation, seed 0; full: as in experiment/scarce.
+DIGITS_LR = {"last": 3e-3, "bias": 1e-2, "norm_last": 1e-2, "full": 3e-4}
 
 
 @dataclass(frozen=True)

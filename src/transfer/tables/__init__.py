@@ -2,7 +2,7 @@
 
 from transfer.tables.collect import load_runs
 from transfer.tables.figures import accuracy_against_peak, memory_by_layer, memory_by_role, memory_curves
-from transfer.tables.grid import cells, pivot, to_latex, write_grid
+from transfer.tables.grid import cells, pivot, title, to_latex, write_grid
 from transfer.tables.render import to_terminal, write_tables
 from transfer.tables.summary import summarise
 
@@ -15,6 +15,7 @@ __all__ = [
     "memory_curves",
     "pivot",
     "summarise",
+    "title",
     "to_latex",
     "to_terminal",
     "write_grid",

@@ -30,9 +30,10 @@ def load_runs(folder: Path) -> pd.DataFrame:
     """Return one row for each record below ``folder``.
 
     Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
-    protocol, measured_batch, measured_size``, accuracies in percent (``test_top1, test_top5, val_top1``),
-    ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record
-    does not have is NaN. Of an experiment with several configurations the newest alone counts.
+    protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
+    (``test_top1, test_top5, val_top1``), ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or None), ``MEMORY``
+    in bytes and seconds. What a record does not have is NaN. Of an experiment with several configurations the newest
+    alone counts.
 
     Raises:
         UserError: no record there, or a damaged one.
@@ -66,6 +67,10 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "sparsity": config["razor"]["sparsity"],
         "checkpointing": config["trainer"]["checkpointing"],
         "protocol": config["data"].get("protocol"),
+        "pretrained": config["model"].get("pretrained"),
+        "image_size": config["data"].get("image_size"),
+        "batch_size": config["trainer"].get("batch_size"),
+        "steps": record.get("steps"),
         "measured_batch": memory.get("batch_size"),
         "measured_size": memory.get("image_size"),
         "test_top1": record["test"]["top1"],
