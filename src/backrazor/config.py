@@ -62,7 +62,7 @@ class RazorConfig:
 
     @classmethod
     def compact(cls, sparsity: float = 0.9, **changes: Any) -> RazorConfig:
-        """The default: what this library recommends, chosen by the gradient table in docs/method.md."""
+        """The default: what this library recommends, chosen by the gradient table in docs/gradients.md."""
         return replace(cls(sparsity=sparsity), **changes)
 
     @classmethod
