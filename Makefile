@@ -12,7 +12,7 @@ TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SE
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench demo reproduce-table1 reproduce-table2 reproduce-table3 test lint tensorboard clean
+.PHONY: help bench demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits test lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -31,6 +31,11 @@ reproduce-table2: $(VENV)/.installed ## ViT-B/16, eight methods, eight data sets
 
 reproduce-table3: $(VENV)/.installed ## Memory of every backbone, sparsity and preset; PRESET=smoke, DRY=1
 	$(RUN) scripts/table3.py --preset $(PRESET) $(if $(DRY),--dry)
+
+reproduce-digits: $(VENV)/.installed ## Accuracy against memory on embedded digits, ten methods, three seeds
+	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS)) --launcher $(LAUNCHER)
+	$(RUN) scripts/measure_runs.py outputs/digits --missing
+	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS))
 
 test: $(VENV)/.installed-dev ## Run the test suite
 	$(RUN) -m pytest
