@@ -14,6 +14,7 @@ from typing import Any
 from transfer.errors import UserError
 
 MIN_IMAGE_SIZE = 32  # every backbone here reduces its input by 32
+MOST_IMAGES = 10**6  # in one batch; more is a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -166,25 +167,32 @@ KEYS: tuple[Key, ...] = (
         optional=True,
     ),
     Key("optim.name", str, "optimizer", ("adam", "adamw", "sgd")),
-    Key("optim.lr", float, "peak learning rate", low=0, open_low=True),
-    Key("optim.weight_decay", float, "weight decay", low=0),
+    Key("optim.lr", float, "peak learning rate", low=0, high=1e38, open_low=True),
+    Key("optim.weight_decay", float, "weight decay", low=0, high=1000),
     Key("optim.momentum", float, "momentum of sgd", low=0, high=1, open_high=True),
-    Key("optim.head_lr_multiplier", float, "the head's learning rate, times optim.lr", low=0, open_low=True),
+    Key("optim.head_lr_multiplier", float, "the head's learning rate, times optim.lr", low=0, high=1000, open_low=True),
     Key("optim.schedule", str, "learning rate by step", ("cosine", "constant")),
-    Key("optim.warmup_steps", int, "linear warm-up, optimizer steps", low=0),
+    Key("optim.warmup_steps", int, "linear warm-up, optimizer steps", low=0, high=10**9),
     Key("optim.label_smoothing", float, "label smoothing", low=0, high=1, open_high=True),
-    Key("optim.grad_clip", float, "largest gradient norm", low=0, open_low=True, optional=True),
-    Key("trainer.epochs", int, "passes over the training split", low=1),
-    Key("trainer.steps", int, "optimizer steps; overrides trainer.epochs", low=1, optional=True),
-    Key("trainer.batch_size", int, "images an optimizer step, over all processes", low=1),
-    Key("trainer.micro_batch", int, "images a forward (gradient accumulation); null is all", low=1, optional=True),
-    Key("trainer.eval_batch_size", int, "images a forward in evaluation", low=1),
-    Key("trainer.eval_every", int, "epochs between evaluations on the validation split", low=1),
+    Key("optim.grad_clip", float, "largest gradient norm", low=0, high=10**6, open_low=True, optional=True),
+    Key("trainer.epochs", int, "passes over the training split", low=1, high=10**6),
+    Key("trainer.steps", int, "optimizer steps; overrides trainer.epochs", low=1, high=10**9, optional=True),
+    Key("trainer.batch_size", int, "images an optimizer step, over all processes", low=1, high=MOST_IMAGES),
+    Key(
+        "trainer.micro_batch",
+        int,
+        "images a forward (gradient accumulation); null is all",
+        low=1,
+        high=MOST_IMAGES,
+        optional=True,
+    ),
+    Key("trainer.eval_batch_size", int, "images a forward in evaluation", low=1, high=MOST_IMAGES),
+    Key("trainer.eval_every", int, "epochs between evaluations on the validation split", low=1, high=10**6),
     Key("trainer.precision", str, "forward in float32 or under bfloat16 autocast", ("float32", "bfloat16")),
     Key("trainer.checkpointing", str, "recompute activations by block or stage", CHECKPOINTING),
     Key("trainer.resume", str, "auto: go on with this configuration's run; never: start it over", ("auto", "never")),
-    Key("trainer.save_every", int, "optimizer steps between checkpoints within an epoch", low=1),
-    Key("trainer.keep", int, "newest checkpoints that stay, besides the best weights", low=1),
+    Key("trainer.save_every", int, "optimizer steps between checkpoints within an epoch", low=1, high=10**9),
+    Key("trainer.keep", int, "newest checkpoints that stay, besides the best weights", low=1, high=1000),
     Key("trainer.nonfinite", str, "a step with NaN or Inf: end the run, or leave the step out", ("stop", "skip")),
     Key("trainer.deterministic", bool, "deterministic torch algorithms only"),
     Key("trainer.device", str, "device", ("auto", "cpu", "cuda")),
@@ -202,6 +210,7 @@ KEYS: tuple[Key, ...] = (
         int,
         "images in the measured step; null is trainer.batch_size",
         low=1,
+        high=10**6,
         optional=True,
     ),
     Key(

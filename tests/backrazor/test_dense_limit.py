@@ -50,8 +50,8 @@ def test_gradients_equal_dense_and_no_index_is_stored(name: str) -> None:
     assert not roles & {"index", "pruned values", "scales"}
     assert_close("input", inputs[1].grad, inputs[0].grad, 1e-5)
     for (key, expected), got in zip(plain.named_parameters(), ours.parameters(), strict=True):
-        # what a batch norm cancels (a bias before it, a scale before a convolution before it) has a gradient of rounding
-        # errors: its parts of order one sum up to less than 1e-3
+        # what a batch norm cancels (a bias before it, a scale before a convolution before it) has a gradient of
+        # rounding errors: its parts of order one sum up to less than 1e-3
         if expected.requires_grad and float(expected.grad.norm()) > 1e-3:
             assert_close(key, got.grad, expected.grad, 1e-5)
 

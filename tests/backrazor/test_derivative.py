@@ -99,7 +99,7 @@ def moments(function: np.ndarray, x: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_two_bits_beat_every_table_of_a_coarse_grid(name: str) -> None:
-    """Brute force: no triple of thresholds on a grid of 1/2, with its best levels, has a smaller error than the library's."""
+    """Brute force: no triple of thresholds on a grid of 1/2, with its best levels, errs less than the library's."""
     x = (np.arange(-6, 6, 1 / 64) + 1 / 128).round(6)
     value = ACTIVATIONS[name].derivative(x)
     weight = np.exp(-0.5 * (x / 1.5) ** 2) + 1e-6

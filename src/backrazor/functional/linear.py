@@ -58,7 +58,7 @@ def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -
     batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
     grad = grad.reshape(batch, math.prod(layout.shape[1:-1]), outputs)
     total = accumulator((outputs, inputs), grad)
-    for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size()):
+    for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size(), grad.device):
         x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
         add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
     return total.to(grad.dtype)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ def _check_picklable(factory: Callable[[], Step]) -> None:
         ) from error
 
 
-def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False):
+def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False) -> Any:
     """``function(*arguments)`` in a new interpreter; with ``stable_malloc`` freed memory returns to the system at once
     (glibc)."""
     context = multiprocessing.get_context("spawn")

@@ -38,7 +38,7 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_VISION_RESNET}.ResNet": (("conv1", "bn1"),),
     "timm.layers.mlp.Mlp": (("fc1", "act"),),
     "transformers.models.bert.modeling_bert.BertIntermediate": (("dense", "intermediate_act_fn"),),
-    "transformers.models.vit.modeling_vit.ViTIntermediate": (("dense", "intermediate_act_fn"),),
+    "transformers.models.vit.modeling_vit.ViTMLP": (("fc1", "activation_fn"),),
 }
 
 _FITTING = (("conv", "norm"), ("conv", "norm", "activation"), ("linear", "activation"))

@@ -115,6 +115,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         "weight_bytes": weight_bytes(network),
         "saved_bytes": ledger.total_bytes,
         "saved_by_role": ledger.by_role(),
+        "saved_by_layer": ledger.by_module(),
         "predicted_bytes": None,
         "official_bytes": None,
     }

@@ -78,7 +78,8 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
 
     Raises:
-        UserError: as ``build_backbone``, ``insert_lite_residuals``, ``apply_checkpointing`` and ``razor_config``.
+        UserError: as ``build_backbone``, ``insert_lite_residuals``, ``apply_checkpointing`` and
+            ``razor_config``.
     """
     size = config["data"]["image_size"]
     backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"], size)

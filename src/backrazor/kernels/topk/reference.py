@@ -130,3 +130,9 @@ def unpack(
     position = torch.arange(keep, device=stored.device).expand(batch, keep).contiguous()
     tile = torch.searchsorted(ends, position, right=True)
     return values.new_zeros(batch, n).scatter_(1, tile * TILE + index.long(), values)
+
+
+def normalise(rows: Tensor, mean: Tensor, rstd: Tensor, row: int) -> Tensor:
+    """(B, n) and statistics (B, n / row) -> (x - mean) * rstd."""
+    centred = rows.view(*mean.shape, row) - mean.unsqueeze(2)
+    return centred.mul_(rstd.unsqueeze(2)).view(rows.shape)
