@@ -13,7 +13,7 @@ TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SE
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 report test lint tensorboard clean
+.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits report test lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -32,6 +32,11 @@ reproduce-table2: $(VENV)/.installed ## ViT-B/16, eight methods, eight data sets
 
 reproduce-table3: $(VENV)/.installed ## Memory of every backbone, sparsity and preset; PRESET=smoke, DRY=1
 	$(RUN) scripts/table3.py --preset $(PRESET) $(if $(DRY),--dry)
+
+reproduce-digits: $(VENV)/.installed ## Accuracy against memory on embedded digits, ten methods, three seeds
+	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS)) --launcher $(LAUNCHER)
+	$(RUN) scripts/measure_runs.py outputs/digits --missing
+	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS))
 
 report: $(VENV)/.installed ## Write one HTML page from the records below outputs/ (RUNS=outputs/demo: of those)
 	$(RUN) scripts/make_report.py $(RUNS)

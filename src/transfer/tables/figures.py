@@ -139,7 +139,8 @@ def memory_curves(table: pd.DataFrame, x: str, xlabel: str, path: Path) -> Path 
         panel.grid(alpha=0.3, which="both")
     for panel in list(panels.flat)[len(models) :]:
         panel.remove()
-    panels.flat[0].legend(fontsize="x-small")
+    if panels.flat[0].get_lines():
+        panels.flat[0].legend(fontsize="x-small")
     return _save(figure, path)
 
 

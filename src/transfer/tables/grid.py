@@ -54,7 +54,8 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
             row |= {"accuracy": accuracy.mean(), "accuracy_std": accuracy.std()}
             row |= {name: found[key].astype(float).mean() * scale for name, (key, scale) in _SOURCES.items()}
         rows.append(row)
-    return pd.DataFrame(rows, columns=[*rows[0], *_columns_of_a_run()]) if rows else pd.DataFrame()
+    names = dict.fromkeys((*rows[0], *_columns_of_a_run())) if rows else ()
+    return pd.DataFrame(rows, columns=list(names))
 
 
 def _columns_of_a_run() -> list[str]:
