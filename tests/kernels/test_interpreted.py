@@ -22,7 +22,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementT
     """Test cases of the inner run by file."""
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", str(FOLDER)]
-    environment = os.environ | {"BACKRAZOR_KERNELS": "interpret", "PYTHONPATH": os.pathsep.join(sys.path)}
+    choice = {"BACKRAZOR_KERNELS": "interpret", "TRITON_INTERPRET": "1"}
+    environment = os.environ | choice | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert report.exists(), ran.stdout + ran.stderr
     cases: dict[str, list[ElementTree.Element]] = {}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
+import backrazor as br
 from backrazor import kernels
 from backrazor.functional.activation import quantiser
 from backrazor.kernels.layernorm import reference as layernorm
 from tests.backrazor.compare import assert_close, assert_same_bits
+from tests.backrazor.networks import convnet, mlp
 
 
 def arguments(device: str = "cpu") -> dict[str, tuple]:
@@ -93,6 +97,22 @@ def test_softmax_backward_is_autograds() -> None:
     (wanted,) = torch.autograd.grad(p * kept / 0.7, scores, grad)
     bits = kernels.mask_encode(kept.double().flatten(1), 0.0, float("nan"))
     assert_close("scores", kernels.softmax_backward(grad, p.detach(), bits, 1 / 0.7, 0.5), wanted, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize(("build", "shape"), [(mlp, (6, 5, 20)), (convnet, (4, 3, 33, 33))], ids=["mlp", "convnet"])
+def test_a_compiled_network_has_the_eager_gradients(build, shape: tuple[int, ...], preset: str) -> None:
+    """Drop-ins break the graph; what runs between the breaks must not be Dynamo's idea of a kernel's inside."""
+    torch._dynamo.reset()
+    model, x, found = build(), torch.randn(shape), []
+    br.razor_(model, getattr(br.RazorConfig, preset)(0.9))
+    for run in (model, torch.compile(copy.deepcopy(model), backend="aot_eager")):
+        torch.manual_seed(0)
+        run(x).square().mean().backward()
+        found.append([p.grad for p in run.parameters()])
+    for number, (got, wanted) in enumerate(zip(*found, strict=True)):
+        assert_close(f"parameter {number}", got, wanted, 1e-6)
 
 
 def test_no_fusion_is_claimed_on_the_cpu() -> None:

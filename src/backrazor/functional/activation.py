@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -123,6 +124,7 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(thresholds), torch.from_numpy(levels)
 
 
+@_disable_dynamo  # it would trace through the caches
 def quantiser_on(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """``quantiser`` on a device. On a GPU the tables are copied there once: a copy from the host waits for the device,
     and a CUDA graph cannot hold one."""

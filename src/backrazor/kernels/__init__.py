@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .bitmask import reference as bitmask_reference
 from .derivative import reference as derivative_reference
@@ -60,8 +61,10 @@ def _operator(schema: str, fake):
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(function):
+        # after a graph break Dynamo would compile the body itself, and the kernels take addresses of its tensors
+        opaque = _disable_dynamo(function)
         for key in ("CPU", "CUDA"):
-            _library.impl(name, function, key)
+            _library.impl(name, opaque, key)
         torch.library.register_fake(f"backrazor::{name}", fake, lib=_library)
         return getattr(torch.ops.backrazor, name).default
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch._compile import _disable_dynamo
 
 _MODULES = {"numba": "cpu", "triton": "triton", "interpret": "triton"}
 _DEVICES = {"numba": "cpu", "triton": "cuda", "interpret": "cpu"}
@@ -60,6 +61,7 @@ def forced() -> str | None:
     return value
 
 
+@_disable_dynamo  # it would trace through the caches
 def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
     """The fast module of a kernel folder for this tensor, or None where the reference has to do: some folders have no
     version for the CPU.
