@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := outputs/demo
 PRESET ?= full
+RUNS ?= outputs
 SEEDS ?=
 DATA ?=
 LAUNCHER ?= basic
@@ -12,7 +13,7 @@ TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SE
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench demo reproduce-table1 reproduce-table2 reproduce-table3 test lint tensorboard clean
+.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits report test lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -32,21 +33,33 @@ reproduce-table2: $(VENV)/.installed ## ViT-B/16, eight methods, eight data sets
 reproduce-table3: $(VENV)/.installed ## Memory of every backbone, sparsity and preset; PRESET=smoke, DRY=1
 	$(RUN) scripts/table3.py --preset $(PRESET) $(if $(DRY),--dry)
 
+reproduce-digits: $(VENV)/.installed ## Accuracy against memory on embedded digits, ten methods, three seeds
+	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS)) --launcher $(LAUNCHER)
+	$(RUN) scripts/measure_runs.py outputs/digits --missing
+	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS))
+
+report: $(VENV)/.installed ## Write one HTML page from the records below outputs/ (RUNS=outputs/demo: of those)
+	$(RUN) scripts/make_report.py $(RUNS)
+
 test: $(VENV)/.installed-dev ## Run the test suite
 	$(RUN) -m pytest
 
 bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one in minutes)
 	$(RUN) scripts/benchmark.py $(if $(QUICK),--backbones efficientnet_lite0 --quick)
 
-lint: $(VENV)/.installed-dev ## Check style
+bench-gpu: $(VENV)/.installed-dev ## Measure a training step on one CUDA device: ViT-B/16 and ProxylessNAS (QUICK=1: main rows)
+	$(RUN) scripts/benchmark_gpu.py $(if $(QUICK),--quick)
+
+lint: $(VENV)/.installed-dev ## Check style, and the types of the public interface
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 tensorboard: $(VENV)/.installed ## Show the runs below outputs/ in the browser
 	$(VENV)/bin/tensorboard --logdir outputs
 
 clean: ## Remove .venv, caches and build folders; runs in outputs/ stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

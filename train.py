@@ -27,6 +27,8 @@ from transfer.settings import BY_PATH, help_text
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "experiment")
+LAUNCHER = ("hydra/launcher", "hydra.launcher.")
+LOADING_FLAGS = ("--experimental-rerun", "--config-", "-cp", "-cn", "-cd")
 # Exit codes; a signal that a run was stopped by gives 128 + its number, as in a shell: 130 Ctrl-C, 143 SIGTERM.
 WRONG_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 EXPECTED = (UserError, FloatingPointError, RankLost, OmegaConfBaseException)
@@ -55,7 +57,19 @@ def explain(error: BaseException) -> str:
 
 
 def refused_flag(arguments: list[str]) -> str | None:
-    """Return what Hydra's parser says against the command line, None where it accepts it."""
+    """Return what is to be said against the command line, None where Hydra's parser accepts it.
+
+    Hydra can write files anywhere, call any function that a configuration names and load a pickle: none of that is
+    needed here but the choice of a launcher.
+    """
+    for argument in arguments:
+        name, _, value = argument.lstrip("+~").partition("=")
+        if name in GROUPS and value in ("", "null") and argument != "experiment=null":
+            return f"{argument} is not allowed: {'|'.join(group_options()[name])}"
+        if name.startswith(LOADING_FLAGS):
+            return f"{name} is not allowed: the configuration is the one in configs/"
+        if name.startswith(("hydra.", "hydra/")) and (not name.startswith(LAUNCHER) or "_target_" in argument):
+            return f"{name} is not allowed: of Hydra's own keys only hydra/launcher and hydra.launcher.* are"
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):

@@ -25,17 +25,16 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 from tabulate import tabulate
 
 from transfer.download import Checksum, digest, download
 from transfer.errors import UserError, one_line
+from transfer.npz import npz_names
 
 HOME = Path(__file__).parent
 COMMAND = "python pretrain/fetch.py"
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
-MAX_NPZ_BYTES = 4 << 30  # unpacked; ViT-B/16 with its 21,843-class head has 0.4e9
 _DAMAGED = (
     *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, MemoryError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
@@ -80,7 +79,7 @@ def read_catalogue(home: Path) -> dict[str, Weights]:
 def require_weights(path: Path, weights: Weights) -> None:
     """Raise ``UserError`` where the file at ``path`` does not read as ``weights``' kind of file."""
     try:
-        names = _npz_names(path) if weights.file.endswith(".npz") else _pth_names(path)
+        names = npz_names(path) if weights.file.endswith(".npz") else _pth_names(path)
         if weights.tensor is not None and weights.tensor not in names:
             raise ValueError(f"it holds no tensor {weights.tensor}")
     except _DAMAGED as error:
@@ -89,17 +88,6 @@ def require_weights(path: Path, weights: Weights) -> None:
             f"{path} does not read as weights ({reason}): delete it and fetch it again, or place the published file "
             "there by hand"
         ) from error
-
-
-def _npz_names(path: Path) -> set[str]:
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > MAX_NPZ_BYTES:
-        raise ValueError(f"it unpacks to {unpacked} bytes, at most {MAX_NPZ_BYTES} are allowed")
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            arrays[name]  # reads it, and so checks its stored checksum
-        return set(arrays.files)
 
 
 def _pth_names(path: Path) -> set[str]:

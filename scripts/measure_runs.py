@@ -3,6 +3,7 @@
 Every figure comes from a fresh process; the runs take turns, so that a slow minute of the machine meets all of them.
 
     python scripts/measure_runs.py outputs/demo
+    python scripts/measure_runs.py outputs/digits --what peak --missing    one by one, those without; may be interrupted
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from transfer.records import circumstances, find_records, read_record, write_rec
 from transfer.tables.collect import row_label
 from transfer.training.costs import StepFactory, measured_columns, step_shape
 
+COLUMN = {"peak": "peak_bytes", "time": "step_seconds"}
 
-def measure(paths: list[Path], repeats: int | None, steps: int | None) -> None:
-    """Measure the records at ``paths`` (same batch and image size) and write the columns into each."""
+
+def measure(paths: list[Path], repeats: int | None, steps: int | None, what: tuple[str, ...]) -> None:
+    """Measure the records at ``paths`` (same batch and image size) and write the columns into each.
+
+    Raises:
+        UserError: the records state different batches or image sizes.
+    """
     records = {path: read_record(path) for path in paths}
     configs = {path: record["config"] for path, record in records.items()}
     shapes = {step_shape(config) for config in configs.values()}
@@ -33,7 +40,7 @@ def measure(paths: list[Path], repeats: int | None, steps: int | None) -> None:
         str(path): StepFactory(config, records[path]["classes"], batch, size) for path, config in configs.items()
     }
     first = next(iter(configs.values()))["trainer"]["measure"]
-    results = br.memory.measure_steps(factories, repeats=repeats or first["repeats"], steps=steps or first["steps"])
+    results = br.memory.measure_steps(factories, repeats or first["repeats"], steps or first["steps"], what)
     for path, record in records.items():
         record["memory"] |= measured_columns(results[str(path)], rows=len(paths))
         before = record["circumstances"]
@@ -47,18 +54,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of runs; every record.json below it is measured")
     parser.add_argument("--repeats", type=int, help="fresh processes a figure; default as configured")
     parser.add_argument("--steps", type=int, help="timed steps a process; default as configured")
+    parser.add_argument("--what", default="peak,time", help="peak, time or both; default %(default)s")
+    parser.add_argument(
+        "--missing", action="store_true", help="only rows that lack a figure, each written before the next is measured"
+    )
     options = parser.parse_args(arguments)
+    what = tuple(options.what.split(","))
     try:
+        if not set(what) <= COLUMN.keys():
+            raise UserError.value("--what", options.what, "peak|time|peak,time")
         paths = one_seed_each(find_records(options.folder))
+        if options.missing:
+            paths = [path for path in paths if any(read_record(path)["memory"].get(COLUMN[w]) is None for w in what)]
         print(
-            f"measuring {len(paths)} rows in turn: "
+            f"measuring {len(paths)} rows {'one by one' if options.missing else 'in turn'}: "
             + "; ".join(row_label(read_record(path)["config"]) for path in paths),
             file=sys.stderr,
         )
-        measure(paths, options.repeats, options.steps)
+        for group in [[path] for path in paths] if options.missing else [paths]:
+            measure(group, options.repeats, options.steps, what)
     except UserError as error:
         print(f"measure_runs.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("measure_runs.py: interrupted; with --missing the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Run table 1 or 2: say what it needs, run the cells that have no record yet, write its tables and figures.
+"""Run a table (1, 2 or the one on digits): say what it needs, run the cells without a record, write tables and figures.
 
     python scripts/reproduce.py table1 --dry                what it needs, what is missing, how long it takes
     python scripts/reproduce.py table1 --data pets --seeds 0
     python scripts/reproduce.py table2 --preset smoke       the same on embedded digits, in minutes
+    python scripts/reproduce.py digits                      every method on few digits; peak: scripts/measure_runs.py
 
 Interrupted, the same command goes on with what is missing. Further arguments (key=value) go to train.py.
 """
@@ -24,7 +25,7 @@ from transfer.errors import UserError, one_line
 from transfer.recipes import DATA, SMOKE_DATA, Recipe, recipes
 from transfer.reproduction import Cell, duration, estimated_seconds, missing_inputs, needs
 from transfer.settings import validate
-from transfer.tables import accuracy_against_peak, cells, load_runs, memory_by_role, pivot, write_grid
+from transfer.tables import accuracy_against_peak, cells, load_runs, memory_by_role, pivot, title, write_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -33,7 +34,7 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("table1", "table2"))
+    parser.add_argument("table", choices=("table1", "table2", "digits"))
     parser.add_argument("--preset", choices=("full", "smoke"), default="full", help="smoke: embedded digits")
     parser.add_argument("--data", help=f"data sets, comma-separated; default all of {','.join(DATA)}")
     parser.add_argument("--seeds", default=None, help="comma-separated; default 0,1,2, smoke 0")
@@ -50,7 +51,7 @@ def wanted(options: argparse.Namespace) -> list[Recipe]:
     Raises:
         UserError: an unknown data set.
     """
-    if options.preset == "smoke":
+    if options.preset == "smoke" or options.table == "digits":
         names = (SMOKE_DATA,)
     else:
         names = tuple(options.data.split(",")) if options.data else DATA
@@ -108,7 +109,8 @@ def write(table: str, chosen: list[Recipe], outputs: Path) -> None:
     names = {recipe.name for recipe in chosen}
     runs = runs[runs["experiment"].isin(names)] if len(runs) else runs
     grid = cells(runs, chosen)
-    written = write_grid(grid, runs, folder / "tables")
+    heading = title(table, runs)
+    written = write_grid(grid, runs, folder / "tables", heading)
     for data, group in grid.groupby("data", sort=False):
         written.append(accuracy_against_peak(group, folder / "tables" / f"accuracy_against_peak_{data}.png"))
         labels = group.set_index("experiment")["method"]
@@ -118,6 +120,7 @@ def write(table: str, chosen: list[Recipe], outputs: Path) -> None:
         roles = {labels[row.experiment]: row.saved_by_role for row in of_data.itertuples() if row.saved_by_role}
         ordered = {label: roles[label] for label in labels if label in roles}
         written.append(memory_by_role(ordered, folder / "tables" / f"memory_by_role_{data}.png"))
+    print(f"\n{heading}\n")
     print(pivot(grid).to_markdown(index=False, disable_numparse=True))
     print(f"\nWritten: {', '.join(str(path) for path in written if path)}")
 

@@ -1,6 +1,6 @@
-"""Write the experiment files of tables 1 and 2 from the one table of recipes in src/transfer/recipes.py.
+"""Write the experiment files of tables 1 and 2 and on digits from the one table of recipes in src/transfer/recipes.py.
 
-python scripts/write_recipes.py            write configs/experiment/table1/ and table2/
+python scripts/write_recipes.py            write configs/experiment/table1/, table2/ and digits/
 python scripts/write_recipes.py --check    say which files differ, and write nothing
 """
 
@@ -15,7 +15,7 @@ import yaml
 from transfer.recipes import Recipe, recipes
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
-TABLES = ("table1", "table2")
+TABLES = ("table1", "table2", "digits")
 
 
 def text(recipe: Recipe) -> str:

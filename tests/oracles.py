@@ -1,7 +1,8 @@
-"""Independent formulas that gradients are held to: plain PyTorch in float64 that knows nothing of how the library computes.
+"""Independent formulas that gradients are held to: plain PyTorch in float64 that knows nothing of how the library
+computes.
 
-Lossy operators have one oracle: the vector-Jacobian product of the dense operator at x_hat, what the codec gives back of the
-input. Norms and activations keep something else than an input; their formulas stand here.
+Lossy operators have one oracle: the vector-Jacobian product of the dense operator at x_hat, what the codec gives back
+of the input. Norms and activations keep something else than an input; their formulas stand here.
 
 Shape legend: B samples, C channels, * positions.
 """
@@ -60,8 +61,9 @@ def normalised(
 ) -> Tensor:
     """What the backward of a norm reads instead of (x - mean) / sqrt(variance + eps).
 
-    ``mean`` and ``variance`` broadcast to x. "pruned": x_hat in place of x; "bfloat16": x rounded; "int8" and "int4": the
-    normalised values of each row (the dimensions ``rows``) as integers times the float16 of their largest magnitude / 127 or / 7.
+    ``mean`` and ``variance`` broadcast to x. "pruned": x_hat in place of x; "bfloat16": x rounded; "int8" and "int4":
+    the normalised values of each row (the dimensions ``rows``) as integers times the float16 of their largest magnitude
+    / 127 or / 7.
     """
     x, rstd = x.detach().double(), (variance.double() + eps).rsqrt()
     if rule == "pruned":
@@ -94,3 +96,22 @@ def batch_norm_gradient(z: Tensor, variance: Tensor, weight: Tensor, eps: float,
     grad, scale = grad.double(), weight.detach().double() * (variance.double() + eps).rsqrt()
     centred = grad - grad.mean(sums, keepdim=True) - z * (grad * z).mean(sums, keepdim=True)
     return {"input": centred * scale.view(channel), "weight": (grad * z).sum(sums), "bias": grad.sum(sums)}
+
+
+def layer_norm_gradient(
+    z: Tensor, variance: Tensor, eps: float, grad: Tensor, weight: Tensor | None, affine_shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """y = weight * z + bias on each row's own statistics: the means of g and of g * z over a row are taken out, with g
+    the gradient times ``weight``.
+
+    z and variance are (B, R, m) and (B, R, 1), a row each; grad and weight have y's shape, and ``affine_shape`` is that
+    of the affine parameters, broadcast to y. Ba et al. 2016 (rows of tokens), Wu and He 2018 (rows of groups).
+    """
+    grad = grad.double()
+    g = (grad if weight is None else grad * weight).reshape(z.shape)
+    centred = g - g.mean(2, keepdim=True) - z * (g * z).mean(2, keepdim=True)
+    return {
+        "input": (centred * (variance + eps).rsqrt()).reshape(grad.shape),
+        "weight": (grad * z.reshape(grad.shape)).sum_to_size(affine_shape),
+        "bias": grad.sum_to_size(affine_shape),
+    }

@@ -9,7 +9,18 @@ what is saved is small.
 from . import memory
 from .config import RazorConfig
 from .convert import Report, check_finite, razor_, unrazor_
+from .energy import kept_energy
 from .gradients import compare_gradients
 from .nn import DROP_INS
 
-__all__ = ["DROP_INS", "RazorConfig", "Report", "check_finite", "compare_gradients", "memory", "razor_", "unrazor_"]
+__all__ = [
+    "DROP_INS",
+    "RazorConfig",
+    "Report",
+    "check_finite",
+    "compare_gradients",
+    "kept_energy",
+    "memory",
+    "razor_",
+    "unrazor_",
+]

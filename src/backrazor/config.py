@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 _CHOICES = {
     "values": ("float32", "float16", "bfloat16", "int8", "paper"),
@@ -60,12 +61,12 @@ class RazorConfig:
                 raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(allowed)}")
 
     @classmethod
-    def compact(cls, sparsity: float = 0.9, **changes: object) -> RazorConfig:
-        """The default: what this library recommends, chosen by the gradient table in docs/method.md."""
+    def compact(cls, sparsity: float = 0.9, **changes: Any) -> RazorConfig:
+        """The default: what this library recommends, chosen by the gradient table in docs/gradients.md."""
         return replace(cls(sparsity=sparsity), **changes)
 
     @classmethod
-    def paper(cls, sparsity: float = 0.9, **changes: object) -> RazorConfig:
+    def paper(cls, sparsity: float = 0.9, **changes: Any) -> RazorConfig:
         """What the released code of the paper stores (Jiang et al., NeurIPS 2022,
         https://openreview.net/forum?id=mTXQIpXPDbh)."""
         preset = cls(
@@ -74,7 +75,7 @@ class RazorConfig:
         return replace(preset, **changes)
 
     @classmethod
-    def int8(cls, sparsity: float = 0.0, **changes: object) -> RazorConfig:
+    def int8(cls, sparsity: float = 0.0, **changes: Any) -> RazorConfig:
         """Nothing pruned, everything at 8 bits: the idea of Mesa (Pan et al., https://arxiv.org/abs/2111.11124)."""
         preset = cls(sparsity=sparsity, values="int8", index="auto", norm="int8", activation="int8", attention="int8")
         return replace(preset, **changes)

@@ -13,11 +13,12 @@ from .codecs.normalised import NormCodec
 from .config import RazorConfig
 from .functional import AttentionCodec
 from .kernels.topk.reference import NON_FINITE, OVERFLOW
-from .nn import DROP_INS, WINDOWED, drop_in_for, qualified_name
+from .nn import DROP_INS, STAYS, WINDOWED, drop_in_for, qualified_name
+from .nn.attention import RazorMultiheadAttention, SdpaDropIn
 from .nn.base import FLAG, DropIn, LayerRules, attach, detach
 from .nn.fusion import link_chains
 
-_HARMLESS = ("Identity", "Flatten", "Unflatten")  # leaf modules that keep nothing
+_ATTENTION = (SdpaDropIn, RazorMultiheadAttention)
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ class Report:
         lines = [f"razored with {self.config.describe()}"]
         lines += [f"  {count:4d} x {original}: keeps {keeps}" for (original, keeps), count in groups.items()]
         if self.fused:
-            lines.append(
-                f"  {self.fused:4d} x convolution + norm + activation run as one operator while the norm is frozen"
-            )
+            chains = "convolution, frozen norm and activation, or Linear and activation"
+            lines.append(f"  {self.fused:4d} x a chain as one operator: {chains}")
         lines += [f"  left {row.name} ({row.type}): {row.reason}" for row in self.left]
         lines += [f"  precision: {line}" for line in self.lowered]
         return "\n".join(lines)
@@ -94,19 +94,20 @@ def razor_(
     report = Report(config)
     head = _head_name(model)
     has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    windowed = {
-        id(part) for module in model.modules() if qualified_name(type(module)) in WINDOWED for part in module.modules()
-    }
+    ends = transformer_ends(model)
+    windowed = _windowed(model)
     for name, module in list(model.named_modules()):
         cls = drop_in_for(module)
         reason = None
         if cls is None:
-            reason = None if _needs_no_mention(module) else "no drop-in for this class"
+            reason = _why_it_stays(module, is_root=module is model)
         elif filter_fn is not None and not filter_fn(name, module):
             reason = "left out by filter_fn"
         else:
-            rules = _rules(config, module, is_head=name == head, cnn=has_convolution)
+            rules = _rules(config, module, is_head=name == head, is_end=name in ends, cnn=has_convolution and not ends)
             reason = cls.refusal(module, rules)
+            if name in ends and config.values == "paper":
+                reason = "the paper leaves both ends of a transformer dense"
             if id(module) in windowed and config.sparsity > 0 and (cls.prunes or rules.attention.rule == "pruned"):
                 reason = reason or "inside window attention: index 0 counts windows, not images"
             if reason is None:
@@ -170,13 +171,60 @@ def _head_name(model: nn.Module) -> str | None:
     return names[-1] if names else None
 
 
-def _needs_no_mention(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) or type(module).__name__ in _HARMLESS
+def transformer_ends(model: nn.Module) -> set[str]:
+    """Names of the patch convolution, the final norm and the classifier of a network with attention; else empty.
+
+    The first sees images, the last one token or their mean: together below 2% of the bytes, and most of the gradient,
+    so neither is pruned (docs/gradients.md).
+    """
+    names, modules = zip(*model.named_modules(), strict=True)
+    drop_ins = dict(zip(names, map(drop_in_for, modules), strict=True))
+    attention = [i for i, cls in enumerate(drop_ins.values()) if cls and issubclass(cls, _ATTENTION)]
+    if not attention:
+        return set()
+    ends = [
+        name for name, module in zip(names, modules[: attention[0]], strict=False) if isinstance(module, nn.Conv2d)
+    ][:1]
+    # behind the last attention: a part of the model, or of a part of it that is no layer with a drop-in of its own
+    behind = [
+        (name, module)
+        for name, module in zip(names[attention[-1] :], modules[attention[-1] :], strict=True)
+        if name.count(".") <= 1 and name and drop_ins[name.rpartition(".")[0]] is None
+    ]
+    for kind in (nn.LayerNorm, nn.Linear):
+        ends += [name for name, module in behind if isinstance(module, kind)][-1:]
+    return set(ends)
 
 
-def _rules(config: RazorConfig, module: nn.Module, is_head: bool, cnn: bool) -> LayerRules:
-    """The configuration resolved for one layer."""
-    sparsity = config.sparsity
+def _windowed(model: nn.Module) -> set[int]:
+    """Ids of the modules whose inputs are windows, not images."""
+    found = ((module, WINDOWED.get(qualified_name(type(module)))) for module in model.modules())
+    return {id(part) for module, name in found if name is not None for part in module.get_submodule(name).modules()}
+
+
+def _why_it_stays(module: nn.Module, is_root: bool) -> str | None:
+    """What to say of a module without a drop-in; None where it keeps nothing, or its parts say it all."""
+    cls = type(module)
+    if qualified_name(cls) in STAYS:
+        return STAYS[qualified_name(cls)]
+    if not any(True for _ in module.children()):
+        return "no drop-in for this class"
+    if _is_attention(cls) and not any(_is_attention(type(part)) for part in module.modules() if part is not module):
+        return "attention of a class without a drop-in: its product stays dense"
+    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+    if own and not is_root:
+        return f"uses its own {', '.join(own)} itself: what that keeps stays dense"
+    return None
+
+
+def _is_attention(cls: type[nn.Module]) -> bool:
+    """By name: libraries have dozens of attention classes."""
+    return "Attention" in cls.__name__ or "Attn" in cls.__name__
+
+
+def _rules(config: RazorConfig, module: nn.Module, is_head: bool, is_end: bool, cnn: bool) -> LayerRules:
+    """The configuration resolved for one layer; ``is_end``: one of ``transformer_ends``."""
+    sparsity = 0.0 if is_end else config.sparsity
     if is_head and config.head_sparsity is not None:
         sparsity = config.head_sparsity
     values = config.values
@@ -196,9 +244,7 @@ def _lowered(config: RazorConfig) -> list[str]:
     """Every precision that the configuration lowers, in words."""
     lines = []
     if config.values == "paper":
-        lines.append(
-            "kept values: float32 in convolutions, float16 in Linear and attention, int8 in the head of a CNN"
-        )
+        lines.append("kept values: float32 in convolutions, float16 in Linear and attention, int8 in the head of a CNN")
     elif config.values != "float32":
         lines.append(f"kept values are stored in {config.values}")
     if config.attention in ("int8", "int4"):

@@ -1,4 +1,5 @@
-"""How far the gradients of a razored model are from the dense ones: one backward each, same weights, same batch, same random numbers."""
+"""How far the gradients of a razored model are from the dense ones: one backward each, same weights, batch and random
+numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from .convert import razor_, unrazor_
 
 @dataclass(frozen=True)
 class GradientRow:
-    """One parameter (or ``name`` "overall" for all of them): cosine of the razored gradient to the dense one, its norm relative to the dense norm, and
-    the dense norm. All from float64 sums. NaN where the dense gradient is zero."""
+    """One parameter (or ``name`` "overall" for all of them): cosine of the razored gradient to the dense one, its norm
+    relative to the dense norm, and the dense norm. All from float64 sums. NaN where the dense gradient is zero."""
 
     name: str
     cosine: float
@@ -26,7 +27,8 @@ class GradientRow:
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """The gradients of one batch, razored beside dense. ``dense_loss`` and ``loss`` are equal up to the attention kernel's rounding."""
+    """The gradients of one batch, razored beside dense. ``dense_loss`` and ``loss`` are equal up to the attention
+    kernel's rounding."""
 
     config: RazorConfig
     rows: tuple[GradientRow, ...]
@@ -45,7 +47,8 @@ class GradientComparison:
         totals: dict[str, tuple[float, float, float]] = {}
         for name, sums in self._sums.items():
             key = group(name)
-            totals[key] = tuple(a + b for a, b in zip(totals.get(key, (0.0, 0.0, 0.0)), sums, strict=True))
+            before = totals.get(key, (0.0, 0.0, 0.0))
+            totals[key] = before[0] + sums[0], before[1] + sums[1], before[2] + sums[2]
         return tuple(_row(name, sums) for name, sums in totals.items())
 
     def table(self) -> str:
@@ -61,10 +64,12 @@ class GradientComparison:
 def compare_gradients(
     model: nn.Module, inputs: Tensor, loss_fn: Callable[[Tensor], Tensor], config: RazorConfig | None = None
 ) -> GradientComparison:
-    """Run ``loss_fn(model(inputs)).backward()`` dense and razored by ``config`` (default: compact), and compare the parameters' gradients.
+    """Run ``loss_fn(model(inputs)).backward()`` dense and razored by ``config`` (default: compact), and compare the
+    parameters' gradients.
 
-    Both passes work on copies, so that the model, its ``.grad``, running statistics and the CPU's and devices' random state come back untouched; both draw
-    the same random numbers. A model that is razored already is compared as ``config`` would razor it.
+    Both passes work on copies, so that the model, its ``.grad``, running statistics and the CPU's and devices' random
+    state come back untouched; both draw the same random numbers. A model that is razored already is compared as
+    ``config`` would razor it.
 
     Raises:
         ValueError: no parameter requires a gradient, or nothing in the model can be razored.

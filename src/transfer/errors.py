@@ -32,11 +32,12 @@ class RankLost(RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of ``error`` as a single line.
+    """Return the text of ``error`` as a single line of printable characters; a file's name may hold any.
 
     A data worker process hands its exception over with the traceback inside the text; the last line is the message.
     """
     text = str(error)
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].split(": ", 1)[-1]
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Case(NamedTuple):
-    """A layer that prunes its input: what builds it, and an input shape, samples first (a lone dimension is one sample)."""
+    """A layer that prunes its input: what builds it, and an input shape, samples first (1-d: one sample)."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ AXES: dict[str, Sequence] = {
 
 
 def pairwise(axes: dict[str, Sequence], seed: int = 0) -> list[dict[str, object]]:
-    """Settings in which every pair of values of any two axes occurs: greedily, the best of random candidates in turn."""
+    """Settings in which every pair of values of any two axes occurs: greedily, the best of random candidates."""
     draw = random.Random(seed)
     missing = {
         ((a, x), (b, y))

@@ -1,4 +1,4 @@
-"""Attention: the forward beside the unfused formula and SDPA, the gradients beside their oracles, under every form of mask."""
+"""Attention: the forward beside the unfused formula and SDPA, the gradients beside their oracles, under every mask."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import backrazor as br
 from backrazor import functional
 from backrazor.codecs import Pruned, pack, pack_rows, unpack, unpack_rows
 from backrazor.functional import AttentionCodec
 
-from .compare import assert_close, assert_same_bits
+from .compare import LIMITS, assert_close, assert_same_bits
 
 PRUNED = Pruned(0.7, "float32")
 RULES = ["pruned", "int8", "int4"]
@@ -52,7 +53,7 @@ def _inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_attention(rule: str, shape: tuple[int, ...], form: str, flag: Tensor) -> None:
-    b, h, n, m, d, _ = shape
+    _, _, n, m, d, _ = shape
     q, k, v = _inputs(shape)
     mask, causal, scale = _mask(form, *shape[:4]), form == "causal", d**-0.5
     out = functional.attention(q, k, v, mask, 0.0, causal, scale, AttentionCodec(rule, PRUNED), flag)
@@ -86,11 +87,12 @@ def _read(rule: str, q: Tensor, k: Tensor, v: Tensor, flag: Tensor) -> list[Tens
         return [unpack(*pack(x, PRUNED, flag)) for x in tensors]
     bits = int(rule.removeprefix("int"))
     parts = [pack_rows(x, bits, keeps_mean) for x, keeps_mean in zip(tensors, (True, False, True), strict=True)]
-    return [unpack_rows(*part, 0, q.shape[0], torch.float32) for part in parts]
+    return [unpack_rows(*part, 0, q.shape[0], q.dtype) for part in parts]
 
 
 def _paper_gradients(q, k, v, bias, scale, grad, hats, flag) -> list[Tensor]:
-    """The softmax's backward from its pruned output, the products from pruned q, k and v; the last is the gradient of the scores' addend."""
+    """The softmax's backward from its pruned output, the products from pruned q, k and v; the last is the gradient of
+    the scores' addend."""
     q_hat, k_hat, v_hat = (x.double() for x in hats)
     scores = (q * scale) @ k.transpose(-2, -1)
     p = (scores if bias is None else scores + bias).softmax(-1).detach()
@@ -120,6 +122,52 @@ def test_dropout_draws_as_the_unfused_formula(rule: str, flag: Tensor) -> None:
     dense = F.dropout(((hats[0] * 0.25) @ hats[1].transpose(-2, -1)).softmax(-1), 0.3) @ hats[2]
     for name, x, oracle in zip("qkv", (q, k, v), torch.autograd.grad(dense, hats, grad), strict=True):
         assert_close(f"gradient of {name}", x.grad, oracle, 1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_scaled_scores_are_the_formula_that_scales_them(rule: str, flag: Tensor) -> None:
+    q, k, v = _inputs((2, 3, 8, 9, 12, 12))
+    codec, scale = AttentionCodec(rule, PRUNED), 0.3
+    outs = [functional.attention(q, k, v, None, 0.0, False, scale, codec, flag, late) for late in (True, False)]
+    assert_same_bits("output", outs[0], ((q @ k.transpose(-2, -1)) * scale).softmax(-1) @ v)
+    grads = [torch.autograd.grad(out, (q, k, v), torch.ones_like(out)) for out in outs]
+    for name, scores, query in zip("qkv", *grads, strict=True):
+        assert_close(f"gradient of {name}", scores, query, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_in_16_bits(rule: str, dtype: torch.dtype, flag: Tensor) -> None:
+    tensors = [x.detach().to(dtype).requires_grad_() for x in _inputs((2, 3, 9, 11, 16, 16))]
+    out = functional.attention(*tensors, None, 0.0, False, 0.25, AttentionCodec(rule, PRUNED), flag)
+    assert_same_bits("output", out, _unfused(*tensors, None, 0.25))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    hats = _read(rule, *(x.detach() for x in tensors), flag)
+    if rule == "pruned":
+        expected = _paper_gradients(*tensors, None, 0.25, grad, hats, flag)
+    else:
+        wide = [x.double().requires_grad_() for x in hats]
+        expected = torch.autograd.grad(_unfused(*wide, None, 0.25), wide, grad.double())
+    for name, x, oracle in zip("qkv", tensors, expected, strict=False):
+        assert_close(f"gradient of {name}", x.grad, oracle, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_masks_are_kept_as_given_and_a_causal_one_not_at_all(rule: str, flag: Tensor) -> None:
+    """Layers share a bool mask: one byte an element, once."""
+    q, k, v = _inputs((2, 3, 8, 8, 16, 16))
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    kept = []
+    for forms in (({},) * 2, ({"mask": mask},) * 2, ({"is_causal": True},) * 2):
+        with br.memory.ledger(torch.nn.Identity()) as book:
+            outs = [
+                functional.attention(q, k, v, form.get("mask"), 0.0, "is_causal" in form, 1.0, codec, flag)
+                for form, codec in zip(forms, [AttentionCodec(rule, PRUNED)] * 2, strict=True)
+            ]
+        kept.append(book.total_bytes)
+        del outs
+    assert kept == [kept[0], kept[0] + mask.numel(), kept[0]]
 
 
 def test_gradcheck_of_the_dense_limit(flag: Tensor) -> None:

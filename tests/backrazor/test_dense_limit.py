@@ -50,9 +50,9 @@ def test_gradients_equal_dense_and_no_index_is_stored(name: str) -> None:
     assert not roles & {"index", "pruned values", "scales"}
     assert_close("input", inputs[1].grad, inputs[0].grad, 1e-5)
     for (key, expected), got in zip(plain.named_parameters(), ours.parameters(), strict=True):
-        if (
-            expected.requires_grad and float(expected.grad.norm()) > 1e-4
-        ):  # a bias before a batch norm has a gradient of rounding errors
+        # what a batch norm cancels (a bias before it, a scale before a convolution before it) has a gradient of
+        # rounding errors: its parts of order one sum up to less than 1e-3
+        if expected.requires_grad and float(expected.grad.norm()) > 1e-3:
             assert_close(key, got.grad, expected.grad, 1e-5)
 
 
@@ -91,7 +91,7 @@ def test_fifty_steps_beside_dense(name: str) -> None:
     assert steps[-10:, 0].mean() < steps[:10, 0].mean()
     assert_close("losses", steps[:, 1], steps[:, 0], 1e-3)
     for (key, expected), got in zip(plain.named_parameters(), ours.parameters(), strict=True):
-        if float(expected.norm()) > 1e-3:
+        if float(expected.detach().norm()) > 1e-3:
             assert_close(key, got, expected, 1e-3)
 
 

@@ -175,7 +175,9 @@ def assert_predicted(model: nn.Module, shape: tuple[int, ...], **options: object
     predicted = br.memory.predict(model, shape[1:], shape[0], loss_fn=loss_fn)
     assert predicted.saved_bytes == book.total_bytes
     assert sorted(predicted.rows, key=repr) == sorted(book.rows, key=repr)
-    assert predicted.peak_bytes >= predicted.saved_bytes
+    assert (
+        predicted.peak_bytes >= predicted.saved_bytes - x.nbytes
+    )  # the peak stands above the input, which may be saved
     del loss
 
 

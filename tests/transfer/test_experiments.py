@@ -1,16 +1,22 @@
-"""Every experiment file takes a real step, and a razored run fills every memory column."""
+"""Every row of every table takes a real step on its data's own files, and a razored run fills every memory column."""
 
 from __future__ import annotations
 
 import gc
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import TINY, compose_plain
 
 import train
 from scripts import make_tables, measure_runs
+from tests.datasets.tiny_archives import MAKERS, make_tiny
+from transfer.data.published import PUBLISHED, PublishedSpec
+from transfer.data.published.install import install
 from transfer.records import read_record, run_directory
 from transfer.tables import load_runs
 from transfer.training.run import execute
@@ -31,9 +37,73 @@ ONE_STEP = (
 )
 
 
-@pytest.mark.parametrize("name", train.group_options()["experiment"])
-def test_every_experiment_takes_a_step(tmp_path: Path, name: str) -> None:
-    config = compose_plain(f"experiment={name}", *ONE_STEP, f"paths.outputs={tmp_path}")
+TRANSFORMERS = ("vit_b16", "timm")
+# In their place: the same modules at 0.3 M parameters. One row steps ViT-B/16 itself.
+SMALL_VIT = ("model=timm", "model.name=test_vit.r160_in1k")
+STEPS_VIT_B16 = "paper"
+
+
+def read_experiment(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The groups that an experiment file chooses (group to option), and its trainer section."""
+    content = yaml.safe_load((train.CONFIGS / "experiment" / f"{name}.yaml").read_text())
+    groups = dict(item for entry in content["defaults"] for item in entry.items())
+    return {key.removeprefix("override /"): option for key, option in groups.items()}, content["trainer"]
+
+
+def data_of(name: str) -> str:
+    return read_experiment(name)[0].get("data", "digits")
+
+
+def one_of_each_row() -> list[str]:
+    """One experiment for each row: dense ones once for convolutional networks and once for transformers, razored ones
+    once for each network.
+
+    All data sets of a row walk the same code, so they take turns.
+    """
+    rows = defaultdict(list)
+    for name in train.group_options()["experiment"]:
+        groups, trainer = read_experiment(name)
+        kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer
+        network = groups["model"] if groups["razor"] != "none" else groups["model"] in TRANSFORMERS
+        rows[network, groups["method"], groups["razor"], kind].append(name)
+    used: Counter[str] = Counter()
+    chosen = []
+    for names in rows.values():
+        chosen.append(min(names, key=lambda name: used[data_of(name)]))
+        used[data_of(chosen[-1])] += 1
+    return chosen
+
+
+def test_every_data_set_has_its_row() -> None:
+    assert {data_of(name) for name in one_of_each_row()} == {*MAKERS, "digits"}
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, PublishedSpec]]:
+    """Every published data set in miniature, set up: the folder for ``paths.data`` and what is known of each."""
+    root = tmp_path_factory.mktemp("data")
+    specs = {name: make_tiny(name, root / name) for name in MAKERS}
+    for name, spec in specs.items():
+        install(spec, root / name, say=lambda line: None)
+    return root, specs
+
+
+@pytest.mark.parametrize("name", one_of_each_row())
+def test_every_row_takes_a_step(
+    tmp_path: Path, name: str, published: tuple[Path, dict[str, PublishedSpec]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, specs = published
+    for spec in specs.values():
+        monkeypatch.setitem(PUBLISHED, spec.name, spec)
+    groups, trainer = read_experiment(name)
+    settings = [*ONE_STEP, f"paths.outputs={tmp_path}", f"paths.data={data}"]
+    if groups["data"] in specs:
+        settings += ["data.val_fraction=0.5", "data.train_fraction=1", "model.pretrained=false"]
+    if groups["model"] in TRANSFORMERS and groups["razor"] != STEPS_VIT_B16:
+        settings += SMALL_VIT
+    if "micro_batch" in trainer:
+        settings.append("trainer.micro_batch=2")
+    config = compose_plain(f"experiment={name}", *settings)
     record = execute(config, name)
     assert record["steps"] == 1 and record["experiment"] == name
     memory = record["memory"]

@@ -43,6 +43,13 @@ def test_packaged_imagenet_weights_load_one_to_one_and_recognise_a_flower() -> N
         assert name.startswith("classifier.") or torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_efficientnet.r160_in1k"])
+def test_a_network_is_built_for_the_size_of_its_images(name: str) -> None:
+    backbone = build_backbone({**SMALL, "name": name}, 5, "pretrain", 64)
+    assert backbone.one_size == name.startswith("test_vit")
+    assert backbone.model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), file)

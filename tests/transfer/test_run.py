@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from transfer.records import run_directory
 from transfer.training import loop
+from transfer.training.monitor import Monitor
 from transfer.training.run import execute
 
 STEPS = ("trainer.epochs=3", "trainer.batch_size=100", "data.train_fraction=0.15", "optim.lr=0.01")
@@ -40,7 +41,8 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def test_a_run_leaves_its_record_metrics_log_events_and_checkpoints(tmp_path: Path) -> None:
     record, folder = run(tmp_path)
-    assert files_below(folder)[:2] == ["checkpoints/best.pt", "checkpoints/last.pt"]
+    kept = [path.stem.partition("-") for path in (folder / "checkpoints").iterdir()]
+    assert {kind for kind, _, _ in kept} == {"best", "step"} and max(int(step) for _, _, step in kept) == record["steps"]
     assert {"config.yaml", "log.txt", "metrics.csv", "record.json"} <= set(files_below(folder))
     assert json.loads((folder / "record.json").read_text()) == {"schema": 1, **record}
     assert {"git_commit", "versions", "device", "date", "threads"} <= set(record["circumstances"])
@@ -69,8 +71,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch:
     whole, whole_folder = run(tmp_path / "whole", *settings)
     save = loop.Trainer._save
 
-    def save_then_die(trainer: loop.Trainer) -> None:
-        save(trainer)
+    def save_then_die(trainer: loop.Trainer, monitor: Monitor) -> None:
+        save(trainer, monitor)
         if trainer.epoch == 2:
             raise KeyboardInterrupt
 
@@ -106,9 +108,15 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path: Path, command) -> 
     shutil.copytree(folder / "checkpoints", other / "checkpoints")
     code, lines = command(*TINY, *STEPS, "optim.lr=0.02")
     assert code == 2 and "belongs to configuration" in lines[-1] and "trainer.resume=never" in lines[-1]
-    (folder / "checkpoints" / "last.pt").write_bytes(b"damaged")
+    newest = max((folder / "checkpoints").glob("step-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-200])
     code, lines = command(*TINY, *STEPS)
-    assert code == 2 and "is damaged" in lines[-1]
+    assert code == 0 and "is damaged" in (folder / "log.txt").read_text(), "the one before is used"
+    (folder / "record.json").unlink()
+    for path in (folder / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(b"damaged")
+    code, lines = command(*TINY, *STEPS)
+    assert code == 2 and "so is every other checkpoint" in lines[-1]
 
 
 @pytest.mark.parametrize("micro", [50, 32])
@@ -164,7 +172,7 @@ def test_learning_rate_warms_up_and_falls_to_zero_by_step(tmp_path: Path) -> Non
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_code_three(command, tmp_path: Path) -> None:
     code, lines = command(*TINY, *STEPS, "optim=sgd", "optim.lr=1e30", "trainer.epochs=20")
-    assert code == train.NOT_FINITE and "the loss is" in lines[-1] and "optim.lr=1e+30" in lines[-1]
+    assert code == train.NOT_FINITE and "not finite" in lines[-1] and "optim.lr=1e+30" in lines[-1]
     assert not list(tmp_path.rglob("record.json"))
 
 

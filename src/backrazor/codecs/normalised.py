@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import row_decode, row_encode
-from .pruned import PackedLayout, Pruned, pack, unpack_pruned
+from .pruned import PackedLayout, Pruned, pack, unpack_normalised
 from .roles import DENSE, QUANTISED, SCALES, mark
 
 
@@ -49,6 +49,11 @@ def _rows_of(statistics: Tensor, x: Tensor) -> Tensor:
     return statistics.reshape(-1)
 
 
+def label_codes(codes: Tensor, scales: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of all rows as what is stored of a batch: (B, bytes) and (B, rows)."""
+    return mark(codes.view(batch, -1), QUANTISED), mark(scales.view(batch, -1), SCALES)
+
+
 def keep_normalised(
     x: Tensor, mean: Tensor, rstd: Tensor, codec: NormCodec, flag: Tensor
 ) -> tuple[tuple[Tensor, ...], NormLayout]:
@@ -58,10 +63,8 @@ def keep_normalised(
     row = _row_length(x, mean_rows.numel())
     if codec.kind in ("int8", "int4"):
         bits = int(codec.kind.removeprefix("int"))
-        codes, scales = row_encode(x.reshape(-1, row), mean_rows.contiguous(), rstd_rows.contiguous(), bits)
-        batch = x.shape[0]
-        stored = (mark(codes.view(batch, -1), QUANTISED), mark(scales.view(batch, -1), SCALES))
-        return stored, NormLayout(tuple(x.shape), row, codec.kind)
+        codes, scales = row_encode(x.reshape(mean_rows.numel(), row), mean_rows, rstd_rows, bits)
+        return label_codes(codes, scales, x.shape[0]), NormLayout(tuple(x.shape), row, codec.kind)
     statistics = mark(mean.contiguous(), DENSE, "mean"), mark(rstd.contiguous(), DENSE, "reciprocal deviation")
     if codec.kind == "pruned":
         packed, layout = pack(x, codec.pruned, flag)
@@ -70,34 +73,46 @@ def keep_normalised(
     return (*statistics, mark(kept, QUANTISED)), NormLayout(tuple(x.shape), row, codec.kind)
 
 
+def _read_rows(
+    stored: tuple[Tensor, ...],
+    layout: NormLayout,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Samples start to stop from their codes, (stop - start, ...) of ``dtype``, times weight plus bias (row,)."""
+    codes, scales = (part[start:stop] for part in stored)
+    rows = scales.numel()
+    bits = int(layout.kind.removeprefix("int"))
+    dense = row_decode(codes.reshape(rows, -1), scales.reshape(-1), layout.row, bits, dtype, weight, bias)
+    return dense.view(stop - start, *layout.shape[1:])
+
+
 def read_normalised(
     stored: tuple[Tensor, ...], layout: NormLayout, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
     """The normalised input of samples start to stop, (stop - start, ...) of ``dtype``."""
-    shape = (stop - start, *layout.shape[1:])
     if layout.kind in ("int8", "int4"):
-        codes, scales = (part[start:stop] for part in stored)
-        rows = scales.numel()
-        bits = int(layout.kind.removeprefix("int"))
-        return row_decode(codes.reshape(rows, -1), scales.reshape(-1), layout.row, bits, dtype).view(shape)
+        return _read_rows(stored, layout, start, stop, dtype)
     mean, rstd, *kept = stored
-    if layout.kind == "pruned":
-        x = unpack_pruned(tuple(kept), layout.packed, start, stop, torch.promote_types(dtype, torch.float32))
-    else:
-        x = kept[0][start:stop].to(torch.promote_types(dtype, torch.float32))
     batch = layout.shape[0]
     if mean.dim() > 1:  # one a row
         mean, rstd = (statistic.reshape(batch, -1)[start:stop] for statistic in (mean, rstd))
     else:
         mean, rstd = (statistic.expand(stop - start, -1) for statistic in (mean, rstd))
+    if layout.kind == "pruned":
+        return unpack_normalised(tuple(kept), layout.packed, (mean, rstd), start, stop, dtype)
+    x = kept[0][start:stop].to(torch.promote_types(dtype, torch.float32))
     rows = x.reshape(stop - start, -1, layout.row) - mean.unsqueeze(2)
-    return rows.mul_(rstd.unsqueeze(2)).to(dtype).view(shape)
+    return rows.mul_(rstd.unsqueeze(2)).to(dtype).view(stop - start, *layout.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class AffineLayout:
-    """A norm's output read from what the norm keeps: normalised * weight + bias. ``tensors`` are the norm's, then
-    weight and bias where they exist."""
+    """A norm's output read from what the norm keeps, in 8 or 4 bits: normalised * weight + bias. ``tensors`` are the
+    codes and scales, then weight and bias where they exist."""
 
     norm: NormLayout
     dtype: torch.dtype
@@ -115,9 +130,7 @@ class AffineLayout:
 
 def read_affine(tensors: tuple[Tensor, ...], layout: AffineLayout, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Samples start to stop of the norm's output, (stop - start, ...) of ``dtype``."""
-    affine = list(tensors[len(tensors) - layout.has_weight - layout.has_bias :])
-    stored = tensors[: len(tensors) - len(affine)]
-    out = read_normalised(stored, layout.norm, start, stop, dtype)
-    if layout.has_weight:
-        out.mul_(affine[0])
-    return out.add_(affine[-1]) if layout.has_bias else out
+    affine = iter(tensors[2:])  # after the codes and their scales
+    weight = next(affine).flatten() if layout.has_weight else None
+    bias = next(affine).flatten() if layout.has_bias else None
+    return _read_rows(tensors[:2], layout.norm, start, stop, dtype, weight, bias)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import Stored, index_bytes, topk_pack, topk_unpack
+from ..kernels import Stored, index_bytes, topk_pack, topk_unpack, topk_unpack_normalised
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
 
 
@@ -98,6 +98,13 @@ def pack(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
     return Packed(tuple(mark(part, role) for part, role, present in kept if present), layout)
 
 
+def _stored_of(tensors: tuple[Tensor, ...], layout: PackedLayout, start: int, stop: int) -> Stored:
+    """Samples start to stop of the packed tensors, with the empty ones back in place."""
+    rows = iter(tensor[start:stop] for tensor in tensors)
+    empty = tensors[0].new_empty(0, dtype=torch.uint8)
+    return Stored(*(next(rows) if present else empty for present in _present(layout)))
+
+
 def unpack_pruned(
     tensors: tuple[Tensor, ...],
     layout: PackedLayout,
@@ -108,9 +115,26 @@ def unpack_pruned(
     """Samples start to stop as a dense tensor (stop - start, ...) of ``dtype`` (default: that of the input), in the
     input's memory format."""
     stop = layout.shape[0] if stop is None else stop
-    rows = iter(tensor[start:stop] for tensor in tensors)
-    empty = tensors[0].new_empty(0, dtype=torch.uint8)
-    stored = Stored(*(next(rows) if present else empty for present in _present(layout)))
-    dense = topk_unpack(*stored, layout.sample_numel, layout.index, dtype or layout.dtype)
+    dense = topk_unpack(
+        *_stored_of(tensors, layout, start, stop), layout.sample_numel, layout.index, dtype or layout.dtype
+    )
     dense = dense.view(stop - start, *layout.shape[1:])
     return dense.contiguous(memory_format=torch.channels_last) if layout.channels_last else dense
+
+
+def unpack_normalised(
+    tensors: tuple[Tensor, ...],
+    layout: PackedLayout,
+    statistics: tuple[Tensor, Tensor],
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(x_hat - mean) * rstd of samples start to stop, contiguous (stop - start, ...) of ``dtype``; ``statistics`` are
+    (stop - start, rows) float32."""
+    mean, rstd = statistics
+    n = layout.sample_numel
+    row = n // max(mean.shape[1], 1)
+    stored = _stored_of(tensors, layout, start, stop)
+    dense = topk_unpack_normalised(*stored, mean, rstd, n, row, layout.index, dtype)
+    return dense.view(stop - start, *layout.shape[1:])

@@ -29,7 +29,7 @@ def pack_rows(x: Tensor, bits: int, keeps_mean: bool) -> Packed:
     16-bit x: its own type)."""
     batch, heads, tokens, width = x.shape
     mean = x.mean(2, keepdim=True, dtype=torch.float32).to(torch.bfloat16 if x.element_size() > 2 else x.dtype)
-    centred = (x - mean).to(x.dtype).reshape(-1, width)
+    centred = (x - mean).to(x.dtype).reshape(-1, width).contiguous()
     zero, one = x.new_zeros(centred.shape[0], dtype=torch.float32), x.new_ones(centred.shape[0], dtype=torch.float32)
     codes, scales = row_encode(centred, zero, one, bits)
     parts = [mark(codes.view(batch, -1), QUANTISED), mark(scales.view(batch, -1), SCALES)]

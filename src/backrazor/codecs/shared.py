@@ -1,7 +1,9 @@
 """Inputs that several layers consume, and inputs that a norm before has kept already.
 
-Both are told by the tensor itself: what is known of it hangs on the tensor object, holds only weak references, and
-counts while its version is the same. The memory belongs to the autograd graph alone.
+Both are told by the tensor itself: what is known of it hangs on the tensor object and counts while its version is the
+same. What several layers share is held weakly, so that its memory belongs to the autograd graph alone. What a norm has
+kept is held while its output lives: under activation checkpointing the graph drops it at once, and the forward and its
+recomputation have to choose alike.
 """
 
 from __future__ import annotations
@@ -16,31 +18,36 @@ from .pruned import Packed, PackedLayout, Pruned, pack, unpack_pruned
 Layout = PackedLayout | AffineLayout
 
 
-def _remember(x: Tensor, attribute: str, codec: Pruned | None, packed: Packed) -> None:
+def remember_source(x: Tensor, tensors: tuple[Tensor, ...], layout: AffineLayout) -> None:
+    """Note that x, a norm's output, can be read from what the norm keeps."""
+    x._backrazor_source = x._version, Packed(tensors, layout)
+
+
+def _source(x: Tensor) -> Packed | None:
+    version, packed = getattr(x, "_backrazor_source", (None, None))
+    return packed if version == x._version else None
+
+
+def _remember_packed(x: Tensor, codec: Pruned, packed: Packed) -> None:
     references = tuple(TensorWeakRef(tensor) for tensor in packed.tensors)
-    setattr(x, attribute, ((codec, x._version), references, packed.layout))
+    x._backrazor_packed = (codec, x._version), references, packed.layout
 
 
-def _recall(x: Tensor, attribute: str, codec: Pruned | None) -> Packed | None:
-    known = getattr(x, attribute, None)
+def _packed_before(x: Tensor, codec: Pruned) -> Packed | None:
+    known = getattr(x, "_backrazor_packed", None)
     if known is None or known[0] != (codec, x._version):
         return None
     tensors = tuple(reference() for reference in known[1])
     return None if any(tensor is None for tensor in tensors) else Packed(tensors, known[2])
 
 
-def remember_source(x: Tensor, tensors: tuple[Tensor, ...], layout: AffineLayout) -> None:
-    """Note that x, a norm's output, can be read from what the norm keeps."""
-    _remember(x, "_backrazor_source", None, Packed(tensors, layout))
-
-
 def pack_shared(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
     """What stands for x (B, ...) in backward: the norm's codes if x comes straight from a quantised norm (no bytes at
     all), what an earlier consumer with the same codec has packed, or else ``pack``."""
-    packed = _recall(x, "_backrazor_source", None) or _recall(x, "_backrazor_packed", codec)
+    packed = _source(x) or _packed_before(x, codec)
     if packed is None:
         packed = pack(x, codec, flag)
-        _remember(x, "_backrazor_packed", codec, packed)
+        _remember_packed(x, codec, packed)
     return packed
 
 

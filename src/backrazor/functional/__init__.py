@@ -13,7 +13,7 @@ from .dropout import dropout
 from .layer_norm import group_norm, layer_norm
 from .linear import linear
 from .linear_act import linear_act
-from .pooling import adaptive_avg_pool2d, max_pool2d
+from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .scale import channel_scale
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "AttentionCodec",
     "adaptive_avg_pool2d",
     "attention",
+    "avg_pool2d",
     "batch_norm",
     "channel_scale",
     "conv2d",

@@ -11,6 +11,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -122,6 +124,22 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(thresholds), torch.from_numpy(levels)
 
 
+@_disable_dynamo  # it would trace through the caches
+def quantiser_on(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``quantiser`` on a device. On a GPU the tables are copied there once: a copy from the host waits for the device,
+    and a CUDA graph cannot hold one."""
+    if device.type != "cuda" or detect_fake_mode() is not None:
+        thresholds, levels = quantiser(name, bits)
+        return thresholds.to(device), levels.to(device)
+    return _resident(name, bits, device)
+
+
+@cache
+def _resident(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    thresholds, levels = quantiser(name, bits)
+    return thresholds.to(device), levels.to(device)
+
+
 @cache  # of arrays: tensors first made under ``predict`` would be fake ones for good
 def _fit(name: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """The arrays behind ``quantiser``, float32."""
@@ -189,8 +207,9 @@ class _Smooth(torch.autograd.Function):
         elif x.dtype == torch.float64:
             raise TypeError(f"activation={kept!r} has no float64 form: use activation='dense' for double precision")
         else:
-            thresholds, _ = quantiser(name, int(kept.removeprefix("int")))
-            codes = level_encode(as_rows(x, ctx.format), thresholds.to(x.device), int(kept.removeprefix("int")))
+            bits = int(kept.removeprefix("int"))
+            thresholds, _ = quantiser_on(name, bits, x.device)
+            codes = level_encode(as_rows(x, ctx.format), thresholds, bits)
             ctx.save_for_backward(mark(codes, QUANTISED))
         out = _store(ACTIVATIONS[name].forward(x), x, inplace)
         if inplace:
@@ -204,6 +223,6 @@ class _Smooth(torch.autograd.Function):
         if ctx.kept == "float16":
             return ACTIVATIONS[ctx.name].backward(grad, stored.to(grad.dtype)), None, None, None, None
         bits = int(ctx.kept.removeprefix("int"))
-        _, levels = quantiser(ctx.name, bits)
-        rows = level_apply(as_rows(grad, ctx.format), stored, levels.to(grad.device), bits)
+        _, levels = quantiser_on(ctx.name, bits, grad.device)
+        rows = level_apply(as_rows(grad, ctx.format), stored, levels, bits)
         return from_rows(rows, grad.shape, ctx.format), None, None, None, None

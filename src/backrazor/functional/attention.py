@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..codecs import Pruned, mark, pack, pack_rows, unpack, unpack_rows
 from ..codecs.roles import DENSE, MASK
-from ..kernels import mask_apply, mask_encode
+from ..kernels import fused_softmax, mask_apply, mask_encode, softmax_backward
 from .common import autocast_dtype, needs_grad, sample_chunks
 
 
@@ -29,6 +29,13 @@ class AttentionCodec(NamedTuple):
 
     rule: str
     pruned: Pruned
+
+
+class _Scale(NamedTuple):
+    """The factor of the scores, and whether q k^T is multiplied by it rather than q."""
+
+    factor: float
+    of_scores: bool
 
 
 def attention(
@@ -41,38 +48,47 @@ def attention(
     scale: float,
     codec: AttentionCodec,
     flag: Tensor,
+    scales_scores: bool = False,
 ) -> Tensor:
     """The unfused formula on q (B, H, N, d), k (B, H, M, d), v (B, H, M, e), some samples at a time; returns (B, H, N,
     e).
 
     ``mask`` broadcasts to (B, H, N, M): bool (True takes part) or added to the scores, and may require a gradient.
+    ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q.
     """
     cast = autocast_dtype(q)
     if cast is not None:
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
-    bias = _additive(mask, q, k.shape[-2], is_causal)
-    keeps = needs_grad(q, k, v, bias)
-    return _Attention.apply(q, k, v, bias, dropout_p, scale, codec, flag, keeps)
+    if mask is not None:
+        mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
+    keeps = needs_grad(q, k, v, mask)
+    scaled = _Scale(scale, scales_scores)
+    return _Attention.apply(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
 
 
-def _additive(mask: Tensor | None, q: Tensor, keys: int, is_causal: bool) -> Tensor | None:
-    """One mask of four dimensions to add to the scores."""
+def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
+    """What is added to the scores. Masks are kept as they were given, so that layers share them, and a causal one is
+    made anew."""
     if is_causal:
-        mask = torch.ones(q.shape[-2], keys, dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
         return None
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    return mask.to(q.dtype).view(*(1,) * (4 - mask.dim()), *mask.shape)
+        return torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+    return mask.to(scores.dtype)
 
 
-def _of_samples(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return bias if bias is None or bias.shape[0] == 1 else bias[start:stop]
+def _of_samples(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return mask if mask is None or mask.shape[0] == 1 else mask[start:stop]
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    scores = (q * scale) @ k.transpose(-2, -1)
-    return (scores if bias is None else scores + bias).softmax(dim=-1)
+def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_causal: bool) -> Tensor:
+    if scale.of_scores:
+        scores = (q @ k.transpose(-2, -1)).mul_(scale.factor)
+    else:
+        scores = (q * scale.factor) @ k.transpose(-2, -1)
+    addend = _addend(mask, is_causal, scores)
+    return (scores if addend is None else scores + addend).softmax(dim=-1)
 
 
 class _Attention(torch.autograd.Function):
@@ -82,9 +98,10 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
         dropout_p: float,
-        scale: float,
+        scale: _Scale,
         codec: AttentionCodec,
         flag: Tensor,
         keeps: bool,
@@ -96,31 +113,31 @@ class _Attention(torch.autograd.Function):
             noise = F.dropout(q.new_ones(batch, heads, queries, keys), dropout_p, True)
         packs_probabilities = keeps and codec.rule == "pruned"
         probabilities = []
-        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size()):
-            p = _probabilities(q[start:stop], k[start:stop], scale, _of_samples(bias, start, stop))
+        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
+            p = _probabilities(q[start:stop], k[start:stop], scale, _of_samples(mask, start, stop), is_causal)
             if packs_probabilities:
                 probabilities.append(pack(p, codec.pruned, flag))
             if noise is not None:
                 p = p * noise[start:stop]
             out[start:stop] = p @ v[start:stop]
         if keeps:
-            _save(ctx, q, k, v, bias, noise, probabilities, codec, flag)
-            ctx.scale, ctx.codec, ctx.dropout_p, ctx.keys = scale, codec, dropout_p, keys
+            _save(ctx, q, k, v, mask, noise, probabilities, codec, flag)
+            ctx.scale, ctx.is_causal, ctx.codec, ctx.dropout_p, ctx.keys = scale, is_causal, codec, dropout_p, keys
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_q, need_k, need_v, need_bias, *rest = ctx.needs_input_grad
+        need_q, need_k, need_v, need_mask, *rest = ctx.needs_input_grad
         saved = _Saved(ctx)
-        bias = saved.bias
+        mask = saved.mask
         batch, heads, queries = grad.shape[:3]
         grads = [
             grad.new_empty(shape) if need else None
             for shape, need in zip(saved.shapes, (need_q, need_k, need_v), strict=True)
         ]
-        grad_bias = torch.zeros_like(bias) if need_bias else None
-        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size()):
+        grad_mask = torch.zeros_like(mask) if need_mask else None
+        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size(), grad.device):
             q, k, v, p = saved.read(start, stop, grad.dtype)
             part = grad[start:stop]
             kept = saved.noise(start, stop)
@@ -133,25 +150,30 @@ class _Attention(torch.autograd.Function):
                 torch.matmul(dropped.transpose(-2, -1), part, out=grads[2][start:stop])
             del dropped
             grad_p = part @ v.transpose(-2, -1)
-            if kept is not None:
-                grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
+            if fused:
+                grad_scores = softmax_backward(grad_p, p, kept, saved.keep_scale, ctx.scale.factor)
+            else:
+                if kept is not None:
+                    grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             del grad_p, p
-            if need_bias:
-                addend = grad_scores.sum_to_size(_of_samples(bias, start, stop).shape)
-                _of_samples(grad_bias, start, stop).add_(addend)
-            grad_scores.mul_(ctx.scale)
+            if need_mask:
+                part_mask = _of_samples(grad_mask, start, stop)
+                part_mask.add_(grad_scores.sum_to_size(part_mask.shape))
+            if not fused:
+                grad_scores.mul_(ctx.scale.factor)
             if need_q:
                 torch.matmul(grad_scores, k, out=grads[0][start:stop])
             if need_k:
                 torch.matmul(grad_scores.transpose(-2, -1), q, out=grads[1][start:stop])
-        return *grads, grad_bias, *(None for _ in rest)
+        return *grads, grad_mask, *(None for _ in rest)
 
 
 def _save(
-    ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, noise: Tensor | None, probabilities: list, codec, flag
+    ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, noise: Tensor | None, probabilities: list, codec, flag
 ) -> None:
-    """Everything backward reads, in one ``save_for_backward``: bias, noise bits, then q, k, v and P one after
+    """Everything backward reads, in one ``save_for_backward``: mask, noise bits, then q, k, v and P one after
     another."""
     parts = []
     if codec.rule == "pruned":
@@ -170,8 +192,8 @@ def _save(
     bits = None
     if noise is not None:
         bits = mark(mask_encode(noise.view(noise.shape[0], -1), 0.0, float("nan")), MASK)
-    bias = None if bias is None else mark(bias, DENSE, "attention mask")
-    ctx.save_for_backward(bias, bits, *(tensor for tensors, _ in parts for tensor in tensors))
+    mask = None if mask is None else mark(mask, DENSE, "attention mask")
+    ctx.save_for_backward(mask, bits, *(tensor for tensors, _ in parts for tensor in tensors))
 
 
 def _join(pieces: tuple[Tensor, ...]) -> Tensor:
@@ -183,8 +205,8 @@ class _Saved:
     """What a backward pass reads."""
 
     def __init__(self, ctx) -> None:
-        self.bias, self._bits, *tensors = ctx.saved_tensors
-        self.shapes, self._scale, self._codec = ctx.shapes, ctx.scale, ctx.codec
+        self.mask, self._bits, *tensors = ctx.saved_tensors
+        self.shapes, self._scale, self._is_causal, self._codec = ctx.shapes, ctx.scale, ctx.is_causal, ctx.codec
         self.keep_scale = 0.0 if ctx.dropout_p >= 1 else 1 / (1 - ctx.dropout_p)
         self._parts, at = [], 0
         for count, layout in zip(ctx.counts, ctx.layouts, strict=True):
@@ -200,4 +222,5 @@ class _Saved:
             q, k, v, p = (unpack(tensors, layout, start, stop, dtype) for tensors, layout in self._parts)
             return q, k, v, p
         q, k, v = (unpack_rows(tensors, layout, start, stop, dtype) for tensors, layout in self._parts)
-        return q, k, v, _probabilities(q, k, self._scale, _of_samples(self.bias, start, stop))
+        mask = _of_samples(self.mask, start, stop)
+        return q, k, v, _probabilities(q, k, self._scale, mask, self._is_causal)

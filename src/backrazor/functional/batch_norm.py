@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..codecs import mark
 from ..codecs.normalised import NormCodec, NormLayout, keep_normalised, read_normalised
+from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks
 
 
@@ -115,7 +117,7 @@ class _Batch(torch.autograd.Function):
             x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
         )
         packed, ctx.layout = keep_normalised(x, mean.float(), rstd.float(), codec, flag)
-        ctx.save_for_backward(weight, rstd, *packed)
+        ctx.save_for_backward(weight, mark(rstd, DENSE, "reciprocal deviation"), *packed)
         return out
 
     @staticmethod

@@ -16,7 +16,7 @@ from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
 
 class ConvSpec(NamedTuple):
     """The settings of a convolution. ``pad`` (left, right, top, bottom) is applied first by ``F.pad`` in ``pad_mode``;
-    then the plain convolution runs with ``padding``, numeric or "same"."""
+    then the plain convolution runs with ``padding``, numeric, "same" or "valid"."""
 
     stride: tuple[int, int]
     padding: tuple[int, int] | str
@@ -53,7 +53,7 @@ def _pad(x: Tensor, spec: ConvSpec) -> Tensor:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     """The dense operator, some samples at a time: the convolution library copies input and output into a layout of its
     own, which for a whole batch would be the highest peak of the forward pass."""
-    chunks = list(sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)))
+    chunks = forward_chunks(x, weight, spec)
     if len(chunks) < 2 or not x.is_contiguous():
         return forward_of_chunk(x, weight, bias, spec)
     out = None
@@ -64,8 +64,31 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
     return out
 
 
+def forward_chunks(x: Tensor, weight: Tensor, spec: ConvSpec) -> list[tuple[int, int]]:
+    """(start, stop) ranges over the samples of a forward; all of them at once where PyTorch would run a part on another
+    backend than the whole batch (it has one of its own for single small images), which rounds differently."""
+    chunks = list(sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)))
+    if len(chunks) < 2:
+        return chunks
+    backends = {_backend(count, x, weight, spec) for count in (x.shape[0], *(stop - start for start, stop in chunks))}
+    return chunks if len(backends) == 1 else [(0, x.shape[0])]
+
+
+def _backend(samples: int, x: Tensor, weight: Tensor, spec: ConvSpec) -> object:
+    """What PyTorch runs this convolution on for ``samples`` samples of x."""
+    numeric = explicit(spec, weight.shape[2:])
+    left, right, top, bottom = numeric.pad or (0, 0, 0, 0)
+    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
+    stand_in = x.detach().new_empty(()).expand(samples, x.shape[1], height, width)
+    return torch._C._select_conv_backend(
+        stand_in, weight, None, numeric.stride, numeric.padding, numeric.dilation, False, (0, 0), numeric.groups, None
+    )
+
+
 def explicit(spec: ConvSpec, kernel: torch.Size) -> ConvSpec:
     """The same convolution with numeric symmetric padding: what is uneven in "same" becomes a zero pad of its own."""
+    if spec.padding == "valid":
+        return spec._replace(padding=(0, 0))
     if spec.padding != "same":
         return spec
     total = [d * (k - 1) for d, k in zip(spec.dilation, kernel, strict=True)]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..codecs import Layout, Pruned, pack_shared, unpack
 from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
-from .conv import ConvSpec, backward_of_chunk, explicit, forward_of_chunk, largest_sample_bytes
+from .conv import ConvSpec, backward_of_chunk, explicit, forward_chunks, forward_of_chunk
 from .epilogue import Act, activate, encode, gradient, join
 
 
@@ -84,7 +84,7 @@ class _ConvNormAct(torch.autograd.Function):
             x.shape,
         )
         out, codes = None, []
-        for start, stop in sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)):
+        for start, stop in forward_chunks(x, weight, spec):
             y = _normalise(forward_of_chunk(x[start:stop], weight, bias, spec), norm)
             if out is None:
                 out = y.new_empty(x.shape[0], *y.shape[1:])
@@ -124,7 +124,7 @@ class _ConvNormAct(torch.autograd.Function):
             if need_weight:
                 grad_weight.add_(part_weight)
             if need_bias:
-                grad_bias.add_(part.sum((0, 2, 3)))
+                grad_bias.add_(part.sum((0, 2, 3), dtype=grad_bias.dtype))
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)

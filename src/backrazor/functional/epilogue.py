@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codecs import mark
 from ..codecs.roles import MASK, QUANTISED
 from ..kernels import level_apply, level_encode, mask_apply, mask_encode
-from .activation import ACTIVATIONS, quantiser
+from .activation import ACTIVATIONS, quantiser_on
 
 
 class Act(NamedTuple):
@@ -41,8 +41,8 @@ def encode(y: Tensor, act: Act) -> Tensor:
     rows = y.reshape(y.shape[0], -1)
     if act.name == "clamp":
         return mask_encode(rows, act.low, act.high)
-    thresholds, _ = quantiser(act.name, act.bits)
-    return level_encode(rows, thresholds.to(y.device), act.bits)
+    thresholds, _ = quantiser_on(act.name, act.bits, y.device)
+    return level_encode(rows, thresholds, act.bits)
 
 
 def join(codes: list[Tensor], act: Act) -> Tensor:
@@ -55,5 +55,5 @@ def gradient(grad: Tensor, codes: Tensor, act: Act) -> Tensor:
     rows = grad.reshape(grad.shape[0], -1)
     if act.name == "clamp":
         return mask_apply(rows, codes).view(grad.shape)
-    _, levels = quantiser(act.name, act.bits)
-    return level_apply(rows, codes, levels.to(grad.device), act.bits).view(grad.shape)
+    _, levels = quantiser_on(act.name, act.bits, grad.device)
+    return level_apply(rows, codes, levels, act.bits).view(grad.shape)

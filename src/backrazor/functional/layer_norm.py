@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import AffineLayout, NormCodec, mark, remember_source
-from ..codecs.normalised import keep_normalised, read_normalised
+from ..codecs.normalised import NormLayout, keep_normalised, label_codes, read_normalised
 from ..codecs.roles import DENSE
+from ..kernels import fused_norm, norm_backward, norm_forward
 from .common import accumulator, needs_grad, sample_chunks
 
 QUANTISED_RULES = ("int8", "int4")
@@ -52,6 +53,34 @@ def _affine_sums(total: Tensor | None, part: Tensor | None) -> None:
         total.add_(part)
 
 
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.flatten()
+
+
+def _fused_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float, kind: str
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], NormLayout]:
+    """(out, rstd with a row's dimensions kept as 1, what is stored, its layout) by one kernel that reads x once."""
+    row, bits = math.prod(shape), int(kind.removeprefix("int"))
+    out, codes, scales, rstd = norm_forward(x.reshape(-1, row), _flat(weight), _flat(bias), eps, bits)
+    stored = label_codes(codes, scales, x.shape[0])
+    rstd = rstd.view(*x.shape[: -len(shape)], *(1 for _ in shape))
+    return out.view(x.shape), rstd, stored, NormLayout(tuple(x.shape), row, kind)
+
+
+def _fused_backward(
+    grad: Tensor, weight: Tensor | None, rstd: Tensor, stored: list[Tensor], layout: NormLayout, mask: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias, where ``mask`` asks for them, by one kernel that reads the codes."""
+    codes, scales = (part.view(rstd.numel(), -1) for part in stored)
+    bits = int(layout.kind.removeprefix("int"))
+    arguments = codes, scales.flatten(), rstd.flatten(), _flat(weight), bits
+    grad_x, *sums = norm_backward(grad.reshape(-1, layout.row), *arguments)
+    if weight is not None:
+        sums = [total.to(weight.dtype).view(weight.shape) for total in sums]
+    return tuple(part if need else None for part, need in zip((grad_x.view(grad.shape), *sums), mask, strict=True))
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -65,10 +94,13 @@ class _LayerNorm(torch.autograd.Function):
         flag: Tensor,
         kept: list,
     ) -> Tensor:
-        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        mean, rstd = mean.float(), rstd.float()
-        stored, ctx.layout = keep_normalised(x, mean.flatten(1), rstd.flatten(1), codec, flag)
-        ctx.normalised_shape, ctx.eps = shape, eps
+        if codec.kind in QUANTISED_RULES and fused_norm(x, math.prod(shape)):
+            out, rstd, stored, ctx.layout = _fused_forward(x, weight, bias, shape, eps, codec.kind)
+        else:
+            out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+            mean, rstd = mean.float(), rstd.float()
+            stored, ctx.layout = keep_normalised(x, mean.flatten(1), rstd.flatten(1), codec, flag)
+        ctx.normalised_shape = shape
         ctx.save_for_backward(weight, bias, mark(rstd, DENSE, "reciprocal deviation"), *stored)
         kept.extend((stored, ctx.layout))
         return out
@@ -78,6 +110,8 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, rstd, *stored = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
+        if ctx.layout.kind in QUANTISED_RULES and fused_norm(grad, ctx.layout.row):
+            return *_fused_backward(grad, weight, rstd, stored, ctx.layout, mask), *(None,) * 5
         sums = [accumulator(ctx.normalised_shape, grad) if need else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
         for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):

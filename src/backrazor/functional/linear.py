@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -46,7 +48,7 @@ class _Linear(torch.autograd.Function):
         if need_weight:
             grad_weight = _weight_gradient(grad, tuple(packed), ctx.layout)
         if need_bias:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+            grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)
 
 
@@ -54,9 +56,9 @@ def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -
     """sum over rows of grad^T x_hat, chunk by chunk into one (O, I) buffer: no (B, O, I) temporary, no dense copy of
     the batch."""
     batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
-    grad = grad.reshape(batch, -1, outputs)
+    grad = grad.reshape(batch, math.prod(layout.shape[1:-1]), outputs)
     total = accumulator((outputs, inputs), grad)
-    for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size()):
+    for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size(), grad.device):
         x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
         add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
     return total.to(grad.dtype)

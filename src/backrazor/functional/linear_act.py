@@ -73,6 +73,6 @@ class _LinearAct(torch.autograd.Function):
                 x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype).reshape(-1, inputs)
                 add_product(grad_weight, rows, x_hat)
             if need_bias:
-                grad_bias.add_(rows.sum(0))
+                grad_bias.add_(rows.sum(0, dtype=grad_bias.dtype))
         totals = (None if total is None else total.to(weight.dtype) for total in (grad_weight, grad_bias))
         return grad_x, *totals, *(None for _ in rest)

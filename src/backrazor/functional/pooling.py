@@ -82,3 +82,24 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
             return (grad / (height * width)).expand(ctx.shape), None
         stand_in = grad.new_empty(()).expand(ctx.shape)
         return torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), stand_in), None
+
+
+def avg_pool2d(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool, count_include_pad: bool, divisor: int | None
+) -> Tensor:
+    """``F.avg_pool2d``: linear, so backward needs the shape of x alone."""
+    settings = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)
+    return _AvgPool2d.apply(x, settings) if needs_grad(x) else F.avg_pool2d(x, *settings)
+
+
+class _AvgPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, settings: tuple) -> Tensor:
+        ctx.shape, ctx.settings = x.shape, settings
+        return F.avg_pool2d(x, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stand_in = grad.new_empty(()).expand(ctx.shape)
+        return torch.ops.aten.avg_pool2d_backward(grad.contiguous(), stand_in, *ctx.settings), None

@@ -23,12 +23,13 @@ MAX_CHUNK = 1 << 15
 FILLING_PROGRAMS = 1024  # about what keeps 132 multiprocessors busy at 8 programs each
 
 
-def launch(kernel, programs: int, *arguments, warps: int, **constants) -> None:
+def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
     """Run ``programs`` instances of ``kernel`` on the device and current stream of its first tensor; never waits for
-    them."""
+    them. ``registers``: how many a thread may have, where the assembler would rather spill for occupancy's sake."""
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(tensor):  # does nothing for the interpreter's CPU tensors
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+        options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
+        kernel[(programs,)](*arguments, **constants, **options)
 
 
 def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:

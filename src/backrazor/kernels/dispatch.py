@@ -14,6 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch._compile import _disable_dynamo
 
 _MODULES = {"numba": "cpu", "triton": "triton", "interpret": "triton"}
 _DEVICES = {"numba": "cpu", "triton": "cuda", "interpret": "cpu"}
@@ -54,13 +55,16 @@ def forced() -> str | None:
         )
     if value == "interpret" and not _INTERPRETED:
         raise ValueError(
-            "BACKRAZOR_KERNELS='interpret' was set after triton or backrazor was imported: set it before Python starts"
+            "BACKRAZOR_KERNELS='interpret' came after triton was imported: set it before Python starts, and "
+            "TRITON_INTERPRET=1 too"
         )
     return value
 
 
+@_disable_dynamo  # it would trace through the caches
 def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
-    """The fast module of a kernel folder for this tensor, or None where the reference has to do.
+    """The fast module of a kernel folder for this tensor, or None where the reference has to do: some folders have no
+    version for the CPU.
 
     Raises:
         ValueError: BACKRAZOR_KERNELS is wrong, or forces an implementation that cannot run on the tensor's device.
@@ -77,4 +81,9 @@ def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
         )
     if choice == "reference" or tensor.dtype not in _FAST_DTYPES:
         return None
-    return import_module(f"backrazor.kernels.{family}.{_MODULES[choice]}")
+    return _module(f"backrazor.kernels.{family}.{_MODULES[choice]}")
+
+
+@cache
+def _module(name: str) -> ModuleType | None:
+    return import_module(name) if importlib.util.find_spec(name) else None

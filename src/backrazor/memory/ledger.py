@@ -86,6 +86,7 @@ class Ledger:
         """One row a module and role, in the order of the forward pass."""
         if self._rows is None:
             self._count()
+        assert self._rows is not None
         return self._rows
 
     @property

@@ -14,6 +14,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import pickle
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,7 @@ def measure_step(
 
     Raises:
         RuntimeError: the step failed in its process; the message carries its traceback.
+        TypeError: ``factory`` cannot be pickled.
     """
     return measure_steps({"": factory}, repeats, steps, what, threads)[""]
 
@@ -119,6 +121,8 @@ def measure_steps(
         raise ValueError(
             f"what={what!r}, repeats={repeats}, steps={steps}: use 'peak' and 'time', and at least one repeat and step"
         )
+    for factory in factories.values():
+        _check_picklable(factory)
     threads = torch.get_num_threads() if threads is None else threads
     peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in factories}
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in factories}
@@ -134,7 +138,17 @@ def measure_steps(
     }
 
 
-def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False):
+def _check_picklable(factory: Callable[[], Step]) -> None:
+    try:
+        pickle.dumps(factory)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(
+            f"the factory cannot be pickled for a fresh process ({error}): use a module-level function or "
+            "functools.partial of one"
+        ) from error
+
+
+def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False) -> Any:
     """``function(*arguments)`` in a new interpreter; with ``stable_malloc`` freed memory returns to the system at once
     (glibc)."""
     context = multiprocessing.get_context("spawn")

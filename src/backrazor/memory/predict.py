@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def predict(
     """
     if rule == "official":
         result = _official(model, input_size, batch_size)
-        return Prediction(None, result.total_bytes, ())
+        return Prediction(None, round(result.total_bytes), ())
     if rule != "exact":
         raise ValueError(f"rule={rule!r} is not known: use 'exact' or 'official'")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -80,7 +81,7 @@ def predict(
 
 def _official(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> OfficialMemory:
     """The formula on a plain copy of the model: weights are shared, and a razored model lends its sparsity."""
-    razored = [
+    razored: list[Any] = [
         module
         for module in model.modules()
         if ORIGINAL in module.__dict__ and isinstance(module, (nn.Linear, nn.Conv2d))
@@ -107,13 +108,13 @@ class _Shell(nn.Module):
         self._names = list(model.named_modules())
         self._state = state
 
-    def named_modules(self, *_args: object, **_kwargs: object):
+    def named_modules(self, *_args: Any, **_kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         return iter(self._names)
 
-    def parameters(self, recurse: bool = True):
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
         return iter(self._state.values())
 
-    def buffers(self, recurse: bool = True):
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
         return iter(())
 
 
@@ -131,7 +132,7 @@ class _Allocations(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {
             tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
         }

@@ -1,8 +1,8 @@
 """Drop-in modules, and the one table that says which class each of them replaces.
 
 The key is the qualified name of the exact class (a subclass may compute something else, so it needs a line of its own);
-the value names the drop-in, or is "sdpa" for attention classes that call F.scaled_dot_product_attention. Names keep
-libraries unimported until a model brings one of their classes.
+the value names the drop-in, or, with parentheses, the function that makes one of the class. Names keep libraries
+unimported until a model brings one of their classes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ DROP_INS: dict[str, str] = {
     f"{_TORCH}.dropout.Dropout": "dropout.RazorDropout",
     f"{_TORCH}.pooling.MaxPool2d": "pooling.RazorMaxPool2d",
     f"{_TORCH}.pooling.AdaptiveAvgPool2d": "pooling.RazorAdaptiveAvgPool2d",
+    f"{_TORCH}.pooling.AvgPool2d": "pooling.RazorAvgPool2d",
+    "timm.layers.linear.Linear": "timm_layers.RazorTimmLinear",
     "timm.layers.conv2d_same.Conv2dSame": "timm_layers.RazorConv2dSame",
     "timm.layers.norm_act.BatchNormAct2d": "timm_layers.RazorBatchNormAct2d",
     "timm.layers.norm.LayerNorm": "timm_layers.RazorTimmLayerNorm",
@@ -44,25 +46,59 @@ DROP_INS: dict[str, str] = {
     "timm.layers.activations.GELUTanh": "timm_layers.RazorTimmGELUTanh",
     "timm.layers.activations.QuickGELU": "timm_layers.RazorTimmQuickGELU",
     "timm.layers.layer_scale.LayerScale": "timm_layers.RazorLayerScale",
-    "timm.layers.attention.Attention": "sdpa",
-    "timm.layers.attention.AttentionRope": "sdpa",
-    "timm.models.eva.EvaAttention": "sdpa",
-    "timm.models.beit.Attention": "sdpa",
-    "timm.models.swin_transformer.WindowAttention": "sdpa",
-    "transformers.models.bert.modeling_bert.BertSelfAttention": "sdpa",
-    "transformers.models.vit.modeling_vit.ViTSelfAttention": "sdpa",
+    "timm.layers.layer_scale.LayerScale2d": "timm_layers.RazorLayerScale2d",
+    "timm.models.beit.Block": "scaled.scaled_block()",
+    "timm.models.cait.LayerScaleBlock": "scaled.scaled_block()",
+    "timm.models.convnext.ConvNeXtBlock": "scaled.scaled_block()",
+    "timm.models.eva.EvaBlock": "scaled.scaled_block()",
+    "timm.layers.attention.Attention": "attention.sdpa_drop_in()",
+    "timm.layers.attention.AttentionRope": "attention.sdpa_drop_in()",
+    "timm.models.eva.EvaAttention": "attention.sdpa_drop_in()",
+    "timm.models.beit.Attention": "attention.sdpa_drop_in()",
+    "timm.models.swin_transformer.WindowAttention": "attention.sdpa_drop_in()",
     "timm.layers.squeeze_excite.SEModule": "timm_layers.RazorSqueezeExcite",
     "timm.models._efficientnet_blocks.SqueezeExcite": "timm_layers.RazorEfficientNetSqueezeExcite",
+    "transformers.activations.GELUActivation": "transformers_layers.RazorGELUActivation",
+    "transformers.activations.QuickGELUActivation": "transformers_layers.RazorQuickGELUActivation",
+    "transformers.activations.SiLUActivation": "transformers_layers.RazorSiLUActivation",
+    "transformers.models.bert.modeling_bert.BertSelfAttention": "transformers_layers.attention()",
+    "transformers.models.bert.modeling_bert.BertCrossAttention": "transformers_layers.attention()",
+    "transformers.models.vit.modeling_vit.ViTAttention": "transformers_layers.attention()",
 }
 
-# Attention over windows: index 0 of what is inside counts windows, not images, so pruning a sample would mean something
-# else there.
-WINDOWED = (
-    "timm.models.swin_transformer.WindowAttention",
-    "timm.models.swin_transformer_v2.WindowAttention",
-    "timm.models.maxxvit.AttentionCl",
-    "timm.models.maxxvit.Attention2d",
-)
+# Where index 0 counts windows or patches, not images, so that pruning a sample would mean something else: the class,
+# and which part of it ("" for all).
+WINDOWED: dict[str, str] = {
+    "timm.models.swin_transformer.WindowAttention": "",
+    "timm.models.swin_transformer_v2.WindowAttention": "",
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": "",
+    "timm.models.davit.WindowAttention": "",
+    "timm.models.gcvit.WindowAttentionGlobal": "",
+    "timm.models.maxxvit.AttentionCl": "",
+    "timm.models.maxxvit.Attention2d": "",
+    "timm.models.tiny_vit.Attention": "",
+    "timm.models.vision_transformer_sam.Attention": "",
+    "timm.models.hieradet_sam2.MultiScaleAttention": "",
+    "timm.models.mobilevit.MobileVitBlock": "transformer",
+}
+
+# What stays as it is and what that means for memory, where "no drop-in for this class" would say too little; None where
+# there is nothing to say.
+STAYS: dict[str, str | None] = {
+    f"{_TORCH}.linear.Identity": None,
+    f"{_TORCH}.flatten.Flatten": None,
+    f"{_TORCH}.flatten.Unflatten": None,
+    f"{_TORCH}.container.Sequential": None,
+    f"{_TORCH}.sparse.Embedding": "keeps its indices",
+    f"{_TORCH}.activation.Softmax": "keeps its output dense where it is called: not inside an attention drop-in",
+    "timm.layers.drop.DropPath": "keeps one number a sample",
+    "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool": "keeps a shape",
+    "timm.layers.mlp.GluMlp": "the product of its two halves keeps both dense",
+    "timm.layers.mlp.SwiGLU": "the product of its two halves keeps both dense",
+    "timm.models.levit.Downsample": "keeps a shape",
+    "timm.models.vision_transformer.VisionTransformer": None,  # adding and joining tokens keeps nothing
+    "transformers.models.vit.modeling_vit.ViTEmbeddings": None,
+}
 
 
 def qualified_name(cls: type) -> str:
@@ -71,11 +107,15 @@ def qualified_name(cls: type) -> str:
 
 
 def drop_in_for(module: nn.Module) -> type[DropIn] | None:
+    """The drop-in of exactly this module's class, or None."""
+    return drop_in_of(type(module))
+
+
+def drop_in_of(cls: type[nn.Module]) -> type[DropIn] | None:
     """The drop-in of exactly this class, or None."""
-    path = DROP_INS.get(qualified_name(type(module)))
+    path = DROP_INS.get(qualified_name(cls))
     if path is None:
         return None
-    if path == "sdpa":
-        return import_module(f"{__name__}.attention").sdpa_drop_in(type(module))
     file, name = path.split(".")
-    return getattr(import_module(f"{__name__}.{file}"), name)
+    found = getattr(import_module(f"{__name__}.{file}"), name.removesuffix("()"))
+    return found(cls) if name.endswith("()") else found

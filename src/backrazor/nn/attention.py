@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional
 from .base import DropIn, LayerRules
+from .linear import RazorLinear
 
 _WORDS = {
     "pruned": "q, k, softmax output and v pruned",
@@ -28,14 +29,16 @@ _WORDS = {
 class _Replaced(TorchFunctionMode):
     """Scaled dot-product attention through the pruned operator."""
 
-    def __init__(self, module: DropIn) -> None:
+    def __init__(self, module: SdpaDropIn) -> None:
         super().__init__()
-        self._codec, self._flag = module.razor.attention, module._flag
+        self._module = module
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if function is F.linear:
+            return self._linear(*args, **kwargs)
         return function(*args, **kwargs)
 
     def _attention(
@@ -54,20 +57,48 @@ class _Replaced(TorchFunctionMode):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return functional.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, self._codec, self._flag)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        codec, flag, late = self._module.razor.attention, self._module._flag, self._module.scales_scores
+        return functional.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, codec, flag, late)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A class may hand a child's weight to F.linear by itself, with a bias of its own: the child's rules hold."""
+        for child in self._module.children():
+            if isinstance(child, RazorLinear) and child.weight is weight:
+                return functional.linear(x, weight, bias, child.razor.pruned, child._flag)
+        return F.linear(x, weight, bias)
 
 
 class SdpaDropIn(DropIn):
-    """The original forward, its attention product pruned or quantised."""
+    """The original forward, its attention product pruned or quantised.
+
+    ``scales_scores``: whether its unfused formula scales q k^T rather than q, which rounds differently.
+    """
+
+    scales_scores = False
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
-        return "attention=dense" if rules.attention.rule == "dense" else None
+        if rules.attention.rule == "dense":
+            return "attention=dense"
+        heads = getattr(module, "num_heads", None)
+        if getattr(module, "num_kv_heads", heads) != heads:
+            return "grouped-query attention has no pruned form"
+        return None
 
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return _WORDS[rules.attention.rule]
+
+    @property
+    def fused_attn(self) -> bool:
+        """timm's switch between ``F.scaled_dot_product_attention`` and the formula: on, whatever the layer was set to,
+        since the operator that takes its place computes the formula."""
+        return True
+
+    @fused_attn.setter
+    def fused_attn(self, value: bool) -> None:
+        self.__dict__["fused_attn"] = value
 
     def forward(self, *args: object, **kwargs: object) -> object:
         with _Replaced(self):
@@ -78,13 +109,15 @@ class SdpaDropIn(DropIn):
 
 
 @cache
-def sdpa_drop_in(original: type[nn.Module]) -> type[SdpaDropIn]:
+def sdpa_drop_in(original: type[nn.Module], base: type[SdpaDropIn] = SdpaDropIn) -> type[SdpaDropIn]:
     """The drop-in of an attention class that calls ``F.scaled_dot_product_attention``."""
-    return type(f"Razor{original.__name__}", (SdpaDropIn, original), {"__module__": __name__})
+    return type(f"Razor{original.__name__}", (base, original), {"__module__": __name__})
 
 
 def _restore(original: type[nn.Module]) -> nn.Module:
-    cls = sdpa_drop_in(original)
+    from . import drop_in_of  # which imports this module
+
+    cls = drop_in_of(original)
     return cls.__new__(cls)
 
 

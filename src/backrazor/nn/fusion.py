@@ -38,7 +38,7 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_VISION_RESNET}.ResNet": (("conv1", "bn1"),),
     "timm.layers.mlp.Mlp": (("fc1", "act"),),
     "transformers.models.bert.modeling_bert.BertIntermediate": (("dense", "intermediate_act_fn"),),
-    "transformers.models.vit.modeling_vit.ViTIntermediate": (("dense", "intermediate_act_fn"),),
+    "transformers.models.vit.modeling_vit.ViTMLP": (("fc1", "activation_fn"),),
 }
 
 _FITTING = (("conv", "norm"), ("conv", "norm", "activation"), ("linear", "activation"))
@@ -72,14 +72,15 @@ def original_type(module: nn.Module) -> type:
 
 
 def link_chains(model: nn.Module) -> int:
-    """Link the chains of ``model`` whose members all became drop-ins, carry no hooks and take part once; returns how
-    many.
+    """Link the chains of ``model`` whose members all became drop-ins, carry no hooks, take part once and have one place
+    in the model (what has two may be called from both); returns how many.
 
     The convolution learns its followers; each follower learns the norm, whose state decides whether it hands its input
     through.
     """
     found = list(chains(model))
     uses = Counter(member for members in found for member in members)
+    uses |= Counter(module for _, module in model.named_modules(remove_duplicate=False))
     linked = 0
     for members in found:
         links = tuple(link_of(member) for member in members)

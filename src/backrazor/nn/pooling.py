@@ -44,3 +44,15 @@ class RazorAdaptiveAvgPool2d(DropIn, nn.AdaptiveAvgPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(input, self.output_size)
+
+
+class RazorAvgPool2d(DropIn, nn.AvgPool2d):
+    """AvgPool2d that keeps a shape."""
+
+    packs = False
+    keeps = RazorAdaptiveAvgPool2d.keeps
+
+    def forward(self, input: Tensor) -> Tensor:
+        stride = self.kernel_size if self.stride is None else self.stride
+        settings = (_pair(self.kernel_size), _pair(stride), _pair(self.padding))
+        return functional.avg_pool2d(input, *settings, self.ceil_mode, self.count_include_pad, self.divisor_override)

@@ -10,6 +10,8 @@ from timm.layers import (
     LayerNorm,
     LayerNorm2d,
     LayerScale,
+    LayerScale2d,
+    Linear,
     SqueezeExcite,
 )
 from timm.layers.activations import GELU, GELUTanh, QuickGELU
@@ -21,12 +23,17 @@ from ..functional.conv import ConvSpec
 from .activation import RazorSmooth
 from .base import UNKNOWN, DropIn, LayerRules
 from .conv import RazorConvolution
+from .linear import RazorLinear
 from .norm import RazorGroupNorm, RazorLayerNorm, batch_norm, norm_words
 
 
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
     """Total padding under which the output has ceil(size / stride) elements, as TensorFlow defines "SAME"."""
     return max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+
+
+class RazorTimmLinear(RazorLinear, Linear):
+    """timm's Linear."""
 
 
 class RazorConv2dSame(RazorConvolution, Conv2dSame):
@@ -133,3 +140,10 @@ class RazorLayerScale(_RazorGate, LayerScale):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, self.gamma)
+
+
+class RazorLayerScale2d(_RazorGate, LayerScale2d):
+    """LayerScale over the channels of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.gamma.view(1, -1, 1, 1))

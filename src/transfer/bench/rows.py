@@ -33,6 +33,7 @@ class Row:
     precision: str = "float32"
     image: int = 224
     batch: int | None = None
+    device: str = "cpu"
 
     @property
     def images(self) -> int:
@@ -44,7 +45,7 @@ class Row:
         torch.manual_seed(0)
         config = {"name": self.backbone, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "zero"}
         backbone = build_backbone(config, CLASSES, "pretrain")
-        model = backbone.model
+        model = backbone.model.to(self.device)
         state = {"frozen": "frozen", "train": "train"}[self.bn]
         statistics = "frozen" if self.bn == "frozen" else "batch"
         frozen = apply_method(model, backbone.head, {"name": "full", "bn_affine": state, "bn_stats": statistics})
@@ -53,12 +54,12 @@ class Row:
             br.razor_(model, getattr(br.RazorConfig, preset)(sparsity))
         apply_checkpointing(model, backbone.stages, self.checkpointing)
         set_train_mode(model, frozen)
-        images = torch.randn(self.images, 3, self.image, self.image)
-        labels = torch.randint(CLASSES, (self.images,))
+        images = torch.randn(self.images, 3, self.image, self.image, device=self.device)
+        labels = torch.randint(CLASSES, (self.images,), device=self.device)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
 
         def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 logits = model(x)
             return F.cross_entropy(logits.float(), y)
 

@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from transfer.errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+# What those endings stand for. Pillow goes by content, and some of its formats start other programs (PostScript).
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MIN_SIDE = 8  # pixels; smaller than the smallest data set here, so most likely a stray icon
 CHECK_LIMIT = 20_000  # files that are decoded once before a run; a larger set is checked as it is read
 CHECKED: ContextVar[bool] = ContextVar("another process of the job has checked the files", default=False)
@@ -40,7 +42,9 @@ def read_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            # Of what is damaged beyond reading Pillow raises, too; its remarks would be a second line.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+            with Image.open(path, formats=FORMATS) as image:
                 if min(image.size) < MIN_SIDE:
                     raise UserError(
                         f"{path} is too small: {image.size[0]}x{image.size[1]} pixels, at least "

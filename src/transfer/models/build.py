@@ -27,6 +27,7 @@ class Backbone:
         mean, std: normalisation of its input, for values in [0, 1].
         stages: names of the modules that checkpointing may wrap: the stages, and the blocks of each.
         weights: the file that the weights came from, None where they are random.
+        one_size: whether it takes images of the size alone that it was built for.
     """
 
     model: nn.Module
@@ -35,10 +36,18 @@ class Backbone:
     std: tuple[float, float, float]
     stages: dict[str, tuple[str, ...]]
     weights: Path | None
+    one_size: bool = False
 
 
-def build_backbone(config: Mapping[str, Any], num_classes: int, pretrain: str | Path) -> Backbone:
+def build_backbone(
+    config: Mapping[str, Any], num_classes: int, pretrain: str | Path, image_size: int | None = None
+) -> Backbone:
     """Build the network that ``config["name"]`` names, with its weights and a new head of ``num_classes``.
+
+    Args:
+        config: the ``model`` section of a configuration.
+        pretrain: folder of weights files.
+        image_size: side of the input, pixels, for networks that are made for one size; None is the pretrained one's.
 
     Raises:
         UserError: unknown name, weights missing or unfit, or a network that is no classifier.
@@ -51,16 +60,17 @@ def build_backbone(config: Mapping[str, Any], num_classes: int, pretrain: str | 
         raise UserError.value("model.name", name, f"{'|'.join(BACKBONES)} or any name of timm.list_models(){hint}")
     file = find_weights(name, spec, config["weights"], Path(pretrain)) if config["pretrained"] else None
     try:
-        model = spec.build(num_classes, config["drop_rate"])
+        model = spec.build(num_classes, config["drop_rate"], image_size)
         head = spec.head or _head_name(model)
-    except (TypeError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
         raise UserError(
-            f"model.name={name} cannot be built as a classifier with model.drop_rate={config['drop_rate']}: {error}"
+            f"model.name={name} cannot be built as a classifier with model.drop_rate={config['drop_rate']}"
+            f"{f' for images of {image_size} px' if spec.one_size and image_size else ''}: {error}"
         ) from error
     if file is not None:
         _load(model, file, head, spec)
     _start_head(model.get_submodule(head), config["head_init"])
-    return Backbone(model, head, spec.mean, spec.std, find_stages(model), file)
+    return Backbone(model, head, spec.mean, spec.std, find_stages(model), file, spec.one_size)
 
 
 def _start_head(head: nn.Module, how: str) -> None:

@@ -29,8 +29,9 @@ def kmeans_codebook(weights: np.ndarray) -> np.ndarray:
     """
     ordered = np.sort(weights.astype(np.float64))
     if len(ordered) > MAX_POINTS:
-        runs = np.array_split(ordered, MAX_POINTS)
-        points, counts = np.array([run.mean() for run in runs]), np.array([len(run) for run in runs])
+        starts = np.arange(MAX_POINTS) * len(ordered) // MAX_POINTS
+        counts = np.diff(starts, append=len(ordered))
+        points = np.add.reduceat(ordered, starts) / counts
     else:
         points, counts = ordered, np.ones(len(ordered))
     distinct = np.unique(points)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from transfer.errors import UserError
 from transfer.models.zoo import BACKBONES, BackboneSpec, weights_under
+from transfer.npz import DAMAGED_NPZ, npz_names
 
 
 def find_weights(name: str, spec: BackboneSpec, given: str | None, pretrain: Path) -> Path:
@@ -95,11 +97,13 @@ def _read(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read as weights ({type(error).__name__}): fetch it again") from error
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{file} holds no state dict: give a file of named tensors")
     return state
 
@@ -109,6 +113,7 @@ def _load_npz(model: nn.Module, file: Path) -> None:
     if not hasattr(model, "load_pretrained"):
         raise UserError(f"{file} does not fit this network: .npz weights are for timm's vision transformers")
     try:
+        npz_names(file)
         model.load_pretrained(str(file))
-    except (OSError, ValueError, KeyError) as error:
+    except DAMAGED_NPZ as error:
         raise UserError(f"{file} cannot be read as vision transformer weights ({error}): fetch it again") from error

@@ -22,7 +22,8 @@ class BackboneSpec:
     """One backbone.
 
     Args:
-        build: ``build(num_classes, drop_rate)`` makes the network with random weights.
+        build: ``build(num_classes, drop_rate, image_size)`` makes the network with random weights; a network that
+            takes any size may leave ``image_size`` (pixels; None for its own) aside.
         weights_file: file name under ``paths.pretrain``.
         url: where that file comes from, for the error that names it.
         package: distribution that ships the weights, and the file's path in it, where there is one.
@@ -30,9 +31,10 @@ class BackboneSpec:
         hub: repository and file on the Hugging Face hub whose local cache may hold the weights.
         load: ``load(model, file)`` reads a weights file of a format of its own; None for named or positional tensors.
         head: name of the classifier; None asks the network, as timm's can tell.
+        one_size: whether the network takes images of the size alone that it was built for.
     """
 
-    build: Callable[[int, float], nn.Module]
+    build: Callable[[int, float, int | None], nn.Module]
     weights_file: str
     url: str
     mean: tuple[float, float, float]
@@ -41,6 +43,7 @@ class BackboneSpec:
     hub: tuple[str, str] | None = None
     load: Callable[[nn.Module, Path], None] | None = None
     head: str | None = None
+    one_size: bool = False
 
 
 def timm_spec(
@@ -52,17 +55,21 @@ def timm_spec(
     if url is None:
         url = f"https://huggingface.co/{hub[0]}/resolve/main/{hub[1]}" if hub else "no known address"
 
-    def build(num_classes: int, drop_rate: float) -> nn.Module:
-        return timm.create_model(name, pretrained=False, num_classes=num_classes, drop_rate=drop_rate)
+    one_size = config is not None and config.fixed_input_size
+
+    def build(num_classes: int, drop_rate: float, image_size: int | None) -> nn.Module:
+        # A transformer's position embedding is made for one size; a convolutional network has no such argument.
+        size = {"img_size": image_size} if one_size and image_size is not None else {}
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, drop_rate=drop_rate, **size)
 
     mean, std = (config.mean, config.std) if config is not None else ((0.5,) * 3, (0.5,) * 3)
-    return BackboneSpec(build, weights_file or f"{name}.safetensors", url, mean, std, package, hub)
+    return BackboneSpec(build, weights_file or f"{name}.safetensors", url, mean, std, package, hub, one_size=one_size)
 
 
 def proxylessnas_spec() -> BackboneSpec:
     """ProxylessNAS-Mobile by ``ofa``, which timm does not have, with its authors' weights."""
     return BackboneSpec(
-        build=lambda num_classes, drop_rate: proxylessnas(num_classes, dropout=drop_rate),
+        build=lambda num_classes, drop_rate, _: proxylessnas(num_classes, dropout=drop_rate),
         weights_file="proxyless_mobile.pth",
         url="https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/proxyless_mobile.pth",
         mean=IMAGENET_DEFAULT_MEAN,

@@ -1,8 +1,8 @@
 """Tables and figures from run records alone. No torch, no hydra."""
 
 from transfer.tables.collect import load_runs
-from transfer.tables.figures import accuracy_against_peak, memory_by_role, memory_curves
-from transfer.tables.grid import cells, pivot, to_latex, write_grid
+from transfer.tables.figures import accuracy_against_peak, memory_by_layer, memory_by_role, memory_curves
+from transfer.tables.grid import cells, pivot, title, to_latex, write_grid
 from transfer.tables.render import to_terminal, write_tables
 from transfer.tables.summary import summarise
 
@@ -10,10 +10,12 @@ __all__ = [
     "accuracy_against_peak",
     "cells",
     "load_runs",
+    "memory_by_layer",
     "memory_by_role",
     "memory_curves",
     "pivot",
     "summarise",
+    "title",
     "to_latex",
     "to_terminal",
     "write_grid",

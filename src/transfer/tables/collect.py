@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from transfer.errors import UserError
 from transfer.records import find_records, read_record
 
 MEMORY = ("saved_bytes", "predicted_bytes", "official_bytes", "peak_bytes", "process_peak_bytes", "step_seconds")
@@ -29,18 +30,26 @@ def load_runs(folder: Path) -> pd.DataFrame:
     """Return one row for each record below ``folder``.
 
     Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
-    protocol, measured_batch, measured_size``, accuracies in percent (``test_top1, test_top5, val_top1``),
-    ``saved_by_role`` (role to bytes, or None), ``MEMORY`` in bytes and seconds. What a record
-    does not have is NaN. Of an experiment with several configurations the newest alone counts.
+    protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
+    (``test_top1, test_top5, val_top1``), ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or None), ``MEMORY``
+    in bytes and seconds. What a record does not have is NaN. Of an experiment with several configurations the newest
+    alone counts.
 
     Raises:
         UserError: no record there, or a damaged one.
     """
-    frame = pd.DataFrame([_row(read_record(path)) for path in find_records(folder)])
+    frame = pd.DataFrame([_checked_row(path) for path in find_records(folder)])
     named = frame[frame["experiment"].notna()].sort_values("date")
     newest = dict(zip(named["experiment"], named["config_hash"], strict=True))
     current = [newest.get(row.experiment, row.config_hash) == row.config_hash for row in frame.itertuples()]
     return frame[current].reset_index(drop=True)
+
+
+def _checked_row(path: Path) -> dict[str, Any]:
+    try:
+        return _row(read_record(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is an incomplete record ({error!r}): remove it and run its row again") from error
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,11 +67,16 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "sparsity": config["razor"]["sparsity"],
         "checkpointing": config["trainer"]["checkpointing"],
         "protocol": config["data"].get("protocol"),
+        "pretrained": config["model"].get("pretrained"),
+        "image_size": config["data"].get("image_size"),
+        "batch_size": config["trainer"].get("batch_size"),
+        "steps": record.get("steps"),
         "measured_batch": memory.get("batch_size"),
         "measured_size": memory.get("image_size"),
         "test_top1": record["test"]["top1"],
         "test_top5": record["test"]["top5"],
         "val_top1": record["val"]["top1"],
         "saved_by_role": memory.get("saved_by_role"),
+        "saved_by_layer": memory.get("saved_by_layer"),
         **{name: memory.get(name, float("nan")) for name in MEMORY},
     }

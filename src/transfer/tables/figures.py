@@ -75,6 +75,35 @@ def memory_by_role(roles: Mapping[str, Mapping[str, float]], path: Path) -> Path
     return _save(figure, path)
 
 
+def layer_bars(rows: Mapping[str, Mapping[str, float]], axes: plt.Axes, most: int = 25) -> None:
+    """Draw what each layer keeps for backward, largest first, a bar a row; the legend has the sums of all layers.
+
+    Args:
+        rows: label of the row -> layer -> bytes, as ``saved_by_layer`` of a record; the first row sets the order.
+        most: layers shown.
+    """
+    table = pd.DataFrame(rows).fillna(0.0) * 1e-6
+    table = table.sort_values(list(table.columns), ascending=False).rename(index={"": "(loss)"})
+    smaller = len(table) - most
+    table.iloc[:most].iloc[::-1].plot.barh(ax=axes, width=0.8)
+    more = f"; {smaller} layers with less are not drawn" if smaller > 0 else ""
+    axes.set_xlabel(f"held by autograd after a forward, MB{more}")
+    axes.tick_params(axis="y", labelsize="small")
+    axes.grid(axis="x", alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    sums = [f"{label}: {table[label].sum():.1f} MB in all" for label in labels]
+    axes.legend(handles, sums, fontsize="small", loc="lower right")
+
+
+def memory_by_layer(rows: Mapping[str, Mapping[str, float]], path: Path) -> Path | None:
+    """Draw ``layer_bars`` of several rows, so that a layer's bars lie beside each other; None without rows."""
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(7.5, 7.5), layout="constrained")
+    layer_bars(rows, axes)
+    return _save(figure, path)
+
+
 def memory_curves(table: pd.DataFrame, x: str, xlabel: str, path: Path) -> Path | None:
     """Draw memory over ``x``, a panel for each model, a line for each preset and column; None without rows.
 
@@ -110,7 +139,8 @@ def memory_curves(table: pd.DataFrame, x: str, xlabel: str, path: Path) -> Path 
         panel.grid(alpha=0.3, which="both")
     for panel in list(panels.flat)[len(models) :]:
         panel.remove()
-    panels.flat[0].legend(fontsize="x-small")
+    if panels.flat[0].get_lines():
+        panels.flat[0].legend(fontsize="x-small")
     return _save(figure, path)
 
 

@@ -54,7 +54,8 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
             row |= {"accuracy": accuracy.mean(), "accuracy_std": accuracy.std()}
             row |= {name: found[key].astype(float).mean() * scale for name, (key, scale) in _SOURCES.items()}
         rows.append(row)
-    return pd.DataFrame(rows, columns=[*rows[0], *_columns_of_a_run()]) if rows else pd.DataFrame()
+    names = dict.fromkeys((*rows[0], *_columns_of_a_run())) if rows else ()
+    return pd.DataFrame(rows, columns=list(names))
 
 
 def _columns_of_a_run() -> list[str]:
@@ -95,6 +96,23 @@ def _accuracy(cell: pd.Series) -> str:
     return text if pd.isna(cell["accuracy_std"]) else f"{text} ± {cell['accuracy_std']:.2f}"
 
 
+def title(table: str, runs: pd.DataFrame) -> str:
+    """Say in one line what was run: networks and their weights, data, image size, steps."""
+    name = f"{table[:-1].capitalize()} {table[-1]}" if table[-1].isdigit() else table.capitalize()
+    if not len(runs):
+        return f"{name}: {NOT_RUN}"
+    weights = {True: "pretrained", False: "random weights"}
+    models = sorted({f"{row.model} ({weights[bool(row.pretrained)]})" for row in runs.itertuples()})
+    sizes, batches, steps = (_span(runs[column]) for column in ("image_size", "batch_size", "steps"))
+    data = ", ".join(dict.fromkeys(runs["data"]))
+    return f"{name}: {', '.join(models)} on {data}, {sizes} px, {steps} steps of {batches} images"
+
+
+def _span(column: pd.Series) -> str:
+    low, high = int(column.min()), int(column.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def note(runs: pd.DataFrame) -> str:
     """Say under a table what its figures are and how they were taken."""
     text = (
@@ -113,14 +131,15 @@ def note(runs: pd.DataFrame) -> str:
     return text
 
 
-def write_grid(table: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Path]:
+def write_grid(table: pd.DataFrame, runs: pd.DataFrame, folder: Path, heading: str) -> list[Path]:
     """Write ``table.csv`` (plain numbers, one row a cell), ``table.md`` and ``table.tex`` (booktabs)."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{ending}" for ending in ("csv", "md", "tex")]
     table.to_csv(paths[0], index=False, float_format="%.6g")
     text = pivot(table)
-    paths[1].write_text(f"{text.to_markdown(index=False, disable_numparse=True)}\n\n{note(runs)}\n", encoding="utf-8")
-    paths[2].write_text(to_latex(text, note(runs)), encoding="utf-8")
+    body = text.to_markdown(index=False, disable_numparse=True)
+    paths[1].write_text(f"# {heading}\n\n{body}\n\n{note(runs)}\n", encoding="utf-8")
+    paths[2].write_text(to_latex(text, f"{heading}. {note(runs)}"), encoding="utf-8")
     return paths
 
 

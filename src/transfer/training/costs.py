@@ -27,7 +27,7 @@ class StepFactory:
     Args:
         config: the validated configuration.
         num_classes: size of the head.
-        batch_size: images in the step.
+        batch_size: images in the step, which come in micro-batches where the configuration says so.
         image_size: side of its input, pixels.
     """
 
@@ -42,13 +42,22 @@ class StepFactory:
             torch.set_num_threads(settings["threads"])
         device = pick_device(settings["device"])
         torch.manual_seed(self.config["seed"])
-        network = assemble(self.config, self.num_classes)
+        data = {**self.config["data"], "image_size": self.image_size}
+        network = assemble({**self.config, "data": data}, self.num_classes)
         network.model.to(device)
         images = torch.randn(self.batch_size, 3, self.image_size, self.image_size).to(device)
         labels = torch.randint(self.num_classes, (self.batch_size,)).to(device)
 
+        micro = settings["micro_batch"] or self.batch_size
+        *first, last = zip(images.split(micro), labels.split(micro), strict=True)
+
+        def part(x: Tensor, y: Tensor) -> Tensor:
+            return step_loss(network, self.config, x, y) * (len(y) / self.batch_size)
+
         def forward() -> Tensor:
-            return step_loss(network, self.config, images, labels)
+            for x, y in first:  # all micro-batches but the last have their backward here
+                part(x, y).backward()
+            return part(*last)
 
         return br.memory.Step(
             network.model, forward, make_optimizer(network.model, network.backbone.head, self.config["optim"])
@@ -76,22 +85,22 @@ def step_loss(network: Network, config: Mapping[str, Any], images: Tensor, label
 
 
 def step_shape(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return batch size and image side of the step that the memory columns describe."""
+    """Return images and image side of the optimizer step that the memory columns describe."""
     measure, trainer = config["trainer"]["measure"], config["trainer"]
-    batch = measure["batch_size"] or trainer["micro_batch"] or trainer["batch_size"]
-    return batch, measure["image_size"] or config["data"]["image_size"]
+    return measure["batch_size"] or trainer["batch_size"], measure["image_size"] or config["data"]["image_size"]
 
 
 def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return the columns that this process can tell, for one batch of real training images (uint8).
+    """Return the columns that this process can tell, for one forward of real training images (uint8).
 
     ``predicted_bytes`` is None under checkpointing, which the formula leaves out; ``official_bytes`` is None where the
     released code's formula has no rule for the network.
     """
     batch, size = step_shape(config)
+    forward = min(batch, config["trainer"]["micro_batch"] or batch)
     # Clones: autograd would hold the whole storage of a slice, which a training step does not have.
-    images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].clone()
-    labels = labels.repeat(-(-batch // len(labels)))[:batch].clone()
+    images = images.repeat(-(-forward // len(images)), 1, 1, 1)[:forward].clone()
+    labels = labels.repeat(-(-forward // len(labels)))[:forward].clone()
     x = network.normalise(images)
     if x.shape[-1] != size:
         x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
@@ -101,16 +110,18 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     del loss
     columns = {
         "batch_size": batch,
+        "forward_images": forward,
         "image_size": size,
         "weight_bytes": weight_bytes(network),
         "saved_bytes": ledger.total_bytes,
         "saved_by_role": ledger.by_role(),
+        "saved_by_layer": ledger.by_module(),
         "predicted_bytes": None,
         "official_bytes": None,
     }
     if config["trainer"]["checkpointing"] == "none":
-        shape = {"input_size": (3, size, size), "batch_size": batch}
-        labels = torch.zeros(batch, dtype=torch.long, device=images.device)
+        shape = {"input_size": (3, size, size), "batch_size": forward}
+        labels = torch.zeros(forward, dtype=torch.long, device=images.device)
         autocast = torch.bfloat16 if config["trainer"]["precision"] == "bfloat16" else None
         predicted = br.memory.predict(
             network.model, loss_fn=lambda logits: _criterion(logits, labels, config), autocast=autocast, **shape
@@ -133,15 +144,15 @@ def _official(network: Network, shape: Mapping[str, Any]) -> int | None:
 
 
 def measured_columns(result: Any, rows: int) -> dict[str, Any]:
-    """Return the columns of one ``br.memory.measure_step`` result; ``rows`` is how many were measured in turn."""
-    return {
-        "peak_bytes": result.peak_bytes,
-        "process_peak_bytes": result.process_peak_bytes,
-        "step_seconds": result.step_seconds,
-        "forward_seconds": result.forward_seconds,
-        "backward_seconds": result.backward_seconds,
-        "optimizer_seconds": result.optimizer_seconds,
-        "peak_samples": list(result.peak_samples),
-        "time_samples": list(result.time_samples),
-        "interleaved_rows": rows,
-    }
+    """Return the columns of one ``br.memory.measure_step`` result, of peak and time what was measured.
+
+    ``rows`` is how many were measured in turn.
+    """
+    columns: dict[str, Any] = {}
+    if result.peak_samples:
+        names = ("peak_bytes", "process_peak_bytes", "peak_samples")
+        columns |= {name: getattr(result, name) for name in names}
+    if result.time_samples:
+        names = ("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "time_samples")
+        columns |= {name: getattr(result, name) for name in names} | {"interleaved_rows": rows}
+    return columns

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -97,6 +98,11 @@ class Monitor:
             if row.get(name) is not None:
                 part, _, what = name.partition("_")
                 self.scalar(f"{part}/{what}" if part in ("train", "val") else f"speed/{name}", row[name], row["step"])
+
+    def figure(self, name: str, figure: Figure | None, step: int) -> None:
+        """One picture; None is passed over."""
+        if figure is not None:
+            self.writer.add_figure(name, figure, step)
 
     def finish(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Write the hyper-parameters with the final metrics, in this run's own event file."""

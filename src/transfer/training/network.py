@@ -78,9 +78,17 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
 
     Raises:
-        UserError: as ``build_backbone``, ``insert_lite_residuals``, ``apply_checkpointing`` and ``razor_config``.
+        UserError: as ``build_backbone``, ``insert_lite_residuals``, ``apply_checkpointing`` and
+            ``razor_config``.
     """
-    backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"])
+    size = config["data"]["image_size"]
+    backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"], size)
+    measured = config["trainer"]["measure"]["image_size"]
+    if backbone.one_size and measured not in (None, size):
+        raise UserError(
+            f"trainer.measure.image_size={measured} is not possible for model={config['model']['name']}, which takes "
+            f"images of one size: leave it null, or set data.image_size={measured}, too"
+        )
     method = config["method"]
     if method["name"].startswith("tinytl"):
         insert_lite_residuals(backbone.model)

@@ -26,6 +26,8 @@ from transfer.training.distributed import World, joined_world, own_gpu
 from transfer.training.loop import Fitted, Trainer
 from transfer.training.monitor import LOGGER, Monitor, SilentMonitor
 from transfer.training.network import Network, assemble
+from transfer.training.pictures import layer_figure, sample_figure
+from transfer.training.watch import watched_layers
 
 RANK_SEEDS = 1_000_003  # between the seeds of two processes
 
@@ -79,13 +81,16 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
         with Monitor(folder, trainer.step, trainer.epoch) if world.main else SilentMonitor() as monitor:
             if world.main:
                 _log_beginning(network, data, config, folder, trainer)
-            fitted = trainer.fit(monitor)
+            with watched_layers(network.model, trainer, monitor):
+                fitted = trainer.fit(monitor)
             if not world.main:
                 return {}
             record = _record(config, experiment, digest, fitted, len(data.class_names))
             record["circumstances"] = circumstances(str(device), torch.get_num_threads(), world.size)
             record["memory"] = _memory(network, trainer, config, len(data.class_names))
             record["wall_seconds"] = time.perf_counter() - start
+            monitor.figure("memory_by_layer", layer_figure(record["memory"]), trainer.step)
+            monitor.figure("test_images", sample_figure(network, data), trainer.step)
             monitor.finish(config, _final_metrics(record))
             write_record(folder / "record.json", record)
             LOGGER.info(
@@ -219,6 +224,8 @@ def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     metrics = {f"final/{split}_{name}": record[split][name] for split in ("val", "test") for name in ("top1", "top5")}
     memory = record["memory"]
     metrics |= {
-        f"memory/{name}": memory[name] for name in ("saved_bytes", "peak_bytes") if memory.get(name) is not None
+        f"memory/{name}": memory[name]
+        for name in ("saved_bytes", "predicted_peak_bytes", "peak_bytes")
+        if memory.get(name) is not None
     }
     return metrics

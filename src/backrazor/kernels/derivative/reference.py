@@ -14,7 +14,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 (B, n) below 2^bits -> uint8 (B, ceil(n * bits / 8)); element i in the low bits of its byte first. bits is
     2, 4 or 8."""
     per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).view(codes.shape[0], -(-codes.shape[1] // per_byte), per_byte)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).view(
+        codes.shape[0], -(-codes.shape[1] // per_byte), per_byte
+    )
     packed = padded[:, :, 0].clone()
     for place in range(1, per_byte):
         packed |= padded[:, :, place] << (bits * place)

@@ -33,6 +33,7 @@ from .._llvm import (
     tail_block,
     valid_lanes,
 )
+from .reference import affine
 
 ROWS = 64  # rows a thread takes at a time
 SPARE_BYTES = 192
@@ -197,7 +198,15 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Te
     return codes, scales
 
 
-def decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype) -> Tensor:
+def decode(
+    codes: Tensor,
+    scales: Tensor,
+    m: int,
+    bits: int,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """As ``reference.decode``; codes contiguous."""
     rows = codes.shape[0]
     out = torch.empty(rows, m, dtype=dtype)
@@ -205,4 +214,4 @@ def decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
     pointers = [tensor.data_ptr() for tensor in (codes, scales, out, scratch)]
     launch(_DECODE[dtype], [0, rows, m, bits, *pointers], tasks)
-    return out
+    return affine(out, weight, bias)

@@ -26,8 +26,23 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Te
     return pack_codes(codes & 2**bits - 1 if bits < 8 else codes, bits), scales
 
 
-def decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """The normalised rows, (R, m) of ``dtype``: q * scale."""
+def decode(
+    codes: Tensor,
+    scales: Tensor,
+    m: int,
+    bits: int,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The normalised rows, (R, m) of ``dtype``: q * scale; then ``affine``."""
     codes = unpack_codes(codes, m, bits).to(torch.int32)
     signed = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
-    return (signed.float() * scales.float().unsqueeze(1)).to(dtype)
+    return affine((signed.float() * scales.float().unsqueeze(1)).to(dtype), weight, bias)
+
+
+def affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """rows (R, m) * weight (m,) + bias (m,) in place, rounded to their dtype after each step."""
+    if weight is not None:
+        rows.mul_(weight)
+    return rows if bias is None else rows.add_(bias)

@@ -23,7 +23,7 @@ def _normalised(x, row, element, inside, mean, rstd, m):
 
 
 @triton.jit
-def _store_codes(codes, row, rows, first, value, inverse, inside, m, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_codes(codes, row, rows, first, value, inverse, inside, m, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     PER: tl.constexpr = 8 // BITS
     LIMIT: tl.constexpr = float(2 ** (BITS - 1) - 1)
     code = tl.where(inside, quantise(value, inverse, LIMIT, LIMIT), 0) & ((1 << BITS) - 1)
@@ -60,7 +60,7 @@ def _encode(
         value = _normalised(x, at, element, inside, mean, rstd, m)
         largest = tl.max(tl.max(tl.where(inside, magnitude(value), 0), axis=2), axis=1)
         scale, inverse = scale_of(largest, LIMIT)
-        _store_codes(codes, row, rows, 0, value, inverse[:, None, None], inside, m, BITS, COLUMNS)
+        store_codes(codes, row, rows, 0, value, inverse[:, None, None], inside, m, BITS, COLUMNS)
     else:
         largest = tl.zeros((ROWS,), tl.int32)
         for first in range(0, m, COLUMNS):
@@ -71,12 +71,25 @@ def _encode(
         for first in range(0, m, COLUMNS):
             inside = (at < rows) & (first + element < m)
             value = _normalised(x, at, first + element, inside, mean, rstd, m)
-            _store_codes(codes, row, rows, first, value, inverse[:, None, None], inside, m, BITS, COLUMNS)
+            store_codes(codes, row, rows, first, value, inverse[:, None, None], inside, m, BITS, COLUMNS)
     tl.store(scales + row, scale, mask=row < rows)
 
 
 @triton.jit
-def _decode(codes, scales, out, rows, m, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _decode(
+    codes,
+    scales,
+    weight,  # (m,), read if SCALED
+    bias,  # (m,), read if SHIFTED
+    out,
+    rows,
+    m,
+    SCALED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     PER: tl.constexpr = 8 // BITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     scale = to_float32(tl.load(scales + row, mask=row < rows, other=0))[:, None, None]
@@ -90,6 +103,12 @@ def _decode(codes, scales, out, rows, m, BITS: tl.constexpr, ROWS: tl.constexpr,
         signed = (packed[:, :, None] << up) >> (32 - BITS)
         element = byte[:, :, None] * PER + tl.arange(0, PER)[None, None, :]
         value = from_float32(signed.to(tl.float32) * scale, out.dtype.element_ty)
+        if SCALED:
+            factor = to_float32(tl.load(weight + element, mask=element < m, other=0))
+            value = from_float32(to_float32(value) * factor, out.dtype.element_ty)
+        if SHIFTED:
+            addend = to_float32(tl.load(bias + element, mask=element < m, other=0))
+            value = from_float32(to_float32(value) + addend, out.dtype.element_ty)
         tl.store(out + row[:, None, None] * m + element, value, mask=(row[:, None, None] < rows) & (element < m))
 
 
@@ -111,8 +130,16 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Te
     return codes, scales
 
 
-def decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """As ``reference.decode``; codes and scales contiguous."""
+def decode(
+    codes: Tensor,
+    scales: Tensor,
+    m: int,
+    bits: int,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """As ``reference.decode``; all contiguous."""
     rows = codes.shape[0]
     out = torch.empty(rows, m, dtype=dtype, device=codes.device)
     if out.numel():
@@ -122,9 +149,13 @@ def decode(codes: Tensor, scales: Tensor, m: int, bits: int, dtype: torch.dtype)
             -(-rows // height),
             codes,
             scales,
+            codes if weight is None else weight,  # never read
+            codes if bias is None else bias,
             out,
             rows,
             m,
+            SCALED=weight is not None,
+            SHIFTED=bias is not None,
             BITS=bits,
             ROWS=height,
             COLUMNS=columns,

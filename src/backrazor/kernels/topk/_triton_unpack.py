@@ -3,10 +3,14 @@ and nothing is cleared beforehand.
 
     count    how many kept elements each chunk of a sample has, from the index alone
     expand   where the chunk's values begin follows from the counts before it; an element's own place from a scan over
-    the block
+             the block
     decode   no index: values back to their type
 
-Shape legend: B samples, n elements a sample, K kept, C chunks a sample, T = ceil(n / 256) tiles.
+Both of the latter may end in an epilogue: (x_hat - mean) * rstd with a mean and a reciprocal deviation a row, so that a
+norm's pruned input is normalised on its way out.
+
+Shape legend: B samples, n elements a sample, K kept, C chunks a sample, T = ceil(n / 256) tiles, r = row elements a
+row of the epilogue.
 """
 
 import triton
@@ -61,18 +65,36 @@ def _decoded(values, scales, sample, keep, position, mask, dtype: tl.constexpr):
 
 
 @triton.jit
+def _finished(
+    values, scales, mean, rstd, sample, n, keep, position, at, row, mask, inside, out, NORMALISE: tl.constexpr
+):
+    """What is written of the elements ``at`` of a sample; where ``mask`` is on they are stored at ``position``."""
+    if NORMALISE:
+        exact = _decoded(values, scales, sample, keep, position, mask, tl.float32)
+        statistic = sample * (n // row) + at // row
+        centred = exact - tl.load(mean + statistic, mask=inside, other=0)
+        return from_float32(centred * tl.load(rstd + statistic, mask=inside, other=0), out.dtype.element_ty)
+    else:
+        return _decoded(values, scales, sample, keep, position, mask, out.dtype.element_ty)
+
+
+@triton.jit
 def expand(
     values,  # (B, K)
     scales,  # (B, ceil(K / 256)), int8 only
     index,
     counts,
     full,
+    mean,  # (B, n / r) float32, read if NORMALISE, as rstd is
+    rstd,
     out,  # (B, n)
     n,
     keep,
+    row,
     chunk,
     chunks,
     chunk_counts,  # (B, C) int32
+    NORMALISE: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,15 +122,17 @@ def expand(
                 tile = tl.sum((ends[None, :] <= entry[:, None]).to(tl.int32), axis=1)
                 present += tl.histogram(tl.where(valid, tile * TILE + offset, 0), BLOCK, mask=valid)
         rank = tl.cumsum(present, 0) - present
-        value = _decoded(values, scales, sample, keep, position + rank, present == 1, out.dtype.element_ty)
+        place, mask = position + rank, present == 1
+        value = _finished(values, scales, mean, rstd, sample, n, keep, place, at, row, mask, inside, out, NORMALISE)
         tl.store(out + sample * n + at, value, mask=inside)
         position += tl.sum(present, axis=0)
 
 
 @triton.jit
-def decode(values, scales, out, keep, blocks, BLOCK: tl.constexpr):
+def decode(values, scales, mean, rstd, out, keep, row, blocks, NORMALISE: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     at = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    value = _decoded(values, scales, sample, keep, at, at < keep, out.dtype.element_ty)
-    tl.store(out + sample * keep + at, value, mask=at < keep)
+    inside = at < keep
+    value = _finished(values, scales, mean, rstd, sample, keep, keep, at, at, row, inside, inside, out, NORMALISE)
+    tl.store(out + sample * keep + at, value, mask=inside)

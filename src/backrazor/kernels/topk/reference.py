@@ -61,7 +61,7 @@ def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
     usable = torch.isfinite(scale) & (scale != 0)
     inverse = torch.where(usable, 1 / scale, 0)
     quantised = torch.where(torch.isfinite(scale), torch.round(padded * inverse), 0).clamp(-127, 127)
-    return quantised.to(torch.int8).view(batch, -1)[:, :keep].contiguous(), scales, status
+    return quantised.to(torch.int8).view(batch, tiles * TILE)[:, :keep].contiguous(), scales, status
 
 
 def decode_values(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,3 +130,9 @@ def unpack(
     position = torch.arange(keep, device=stored.device).expand(batch, keep).contiguous()
     tile = torch.searchsorted(ends, position, right=True)
     return values.new_zeros(batch, n).scatter_(1, tile * TILE + index.long(), values)
+
+
+def normalise(rows: Tensor, mean: Tensor, rstd: Tensor, row: int) -> Tensor:
+    """(B, n) and statistics (B, n / row) -> (x - mean) * rstd."""
+    centred = rows.view(*mean.shape, row) - mean.unsqueeze(2)
+    return centred.mul_(rstd.unsqueeze(2)).view(rows.shape)

@@ -15,6 +15,8 @@ from .layout import TILE, Stored
 
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
+SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers a thread
+EMIT_REGISTERS = 128  # left to itself the assembler makes do with 80 and spills
 RUNS = 8  # runs of 256 that a program quantises
 STAGED_BYTES = 32 << 20  # kept values on their way to int8 never take more than this, or one sample's worth
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
@@ -98,7 +100,8 @@ def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stor
         SLOT=chosen.slot,
         INDEX=_INDEX[index_kind],
         BLOCK=BLOCK,
-        warps=WARPS,
+        warps=SCAN_WARPS,
+        registers=EMIT_REGISTERS,
     )
 
 
@@ -150,23 +153,28 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
 
 def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
     """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``."""
+    _unpack(stored, stored.values, stored.values, n, n, index_kind, out, False)  # no statistics: never read
+
+
+def unpack_normalised(
+    stored: Stored, mean: Tensor, rstd: Tensor, n: int, row: int, index_kind: str, out: Tensor
+) -> None:
+    """As ``unpack``, with (x_hat - mean) * rstd for contiguous mean and rstd (B, n / row) float32."""
+    _unpack(stored, mean, rstd, n, row, index_kind, out, True)
+
+
+def _unpack(
+    stored: Stored, mean: Tensor, rstd: Tensor, n: int, row: int, index_kind: str, out: Tensor, normalise: bool
+) -> None:
     batch, keep = stored.values.shape
     if index_kind == "none":
         blocks = -(-keep // BLOCK)
-        launch(
-            _triton_unpack.decode,
-            batch * blocks,
-            stored.values,
-            stored.scales,
-            out,
-            keep,
-            blocks,
-            BLOCK=BLOCK,
-            warps=WARPS,
-        )
+        arguments = stored.values, stored.scales, mean, rstd, out, keep, row, blocks
+        launch(_triton_unpack.decode, batch * blocks, *arguments, NORMALISE=normalise, BLOCK=BLOCK, warps=WARPS)
         return
     chunk, chunks = chunks_of(batch, n, BLOCK)
     counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
-    constants = {"INDEX": _INDEX[index_kind], "BLOCK": BLOCK, "warps": WARPS}
-    launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants)
-    launch(_triton_unpack.expand, batch * chunks, *stored, out, n, keep, chunk, chunks, counts, **constants)
+    constants = {"INDEX": _INDEX[index_kind], "BLOCK": BLOCK}
+    launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
+    arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
+    launch(_triton_unpack.expand, batch * chunks, *arguments, NORMALISE=normalise, **constants, warps=SCAN_WARPS)

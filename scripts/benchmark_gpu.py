@@ -1,0 +1,64 @@
+"""Measure dense training, its rivals and Back Razor on one CUDA device: saved bytes, allocator peak and time of a step.
+
+    python scripts/benchmark_gpu.py          # ViT-B/16 at batch 128 in float32 and bfloat16, ProxylessNAS at batch 8
+    python scripts/benchmark_gpu.py --quick  # the four main rows, one process a figure
+
+The columns are those of scripts/benchmark.py. The peak is torch.cuda.max_memory_allocated less what is resident; the
+process column is that maximum itself. Every figure comes from a fresh process, after warm-up steps in which kernels are
+compiled. The kernels' own tests on the device run first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from transfer.bench.measure import append, measure_backbone
+from transfer.bench.rows import rows_of
+
+RUNS = (("vit_b16", "float32", 128), ("vit_b16", "bfloat16", 128), ("proxylessnas", "float32", 8))
+QUICK = ("dense", "checkpointing by block", "compact 0.9", "compact 0.97")
+GATE = "tests/kernels/test_gpu.py"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="fresh processes a figure")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps a process")
+    parser.add_argument("--quick", action="store_true", help="four rows, one process of ten steps")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/benchmark_gpu"), help="where measurements are kept"
+    )
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/steps_gpu.csv"))
+    parser.add_argument("--skip-tests", action="store_true", help="do not run the kernels' tests first")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmark_gpu.py: no CUDA device: use scripts/benchmark.py for the CPU", file=sys.stderr)
+        return 2
+    if options.quick:
+        options.repeats, options.steps = 1, 10
+    if not options.skip_tests:
+        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not bar", GATE]
+        if subprocess.run(tests).returncode != 0:
+            print(
+                "benchmark_gpu.py: the kernels' tests fail, so nothing was measured: mend them first", file=sys.stderr
+            )
+            return 1
+    for backbone, precision, batch in RUNS:
+        rows = [
+            replace(row, batch=batch, device="cuda") for row in rows_of(backbone, precision, micro=max(batch // 8, 1))
+        ]
+        if options.quick:
+            rows = [row for row in rows if row.label in QUICK]
+        table = measure_backbone(rows, options.folder, options.repeats, options.steps)
+        append(table, options.results, "python scripts/benchmark_gpu.py", torch.cuda.get_device_name())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

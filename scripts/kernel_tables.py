@@ -1,0 +1,202 @@
+"""Tables about the CUDA kernels that need no GPU: what the assembler says of each, and a roofline of a training step.
+
+    python scripts/kernel_tables.py resources   # registers, shared memory, occupancy; compiles for sm_80, sm_90, sm_100
+    BACKRAZOR_KERNELS=interpret TRITON_INTERPRET=1 python scripts/kernel_tables.py roofline  # steps on three GPUs
+
+The roofline runs a step on fake tensors, which have shapes but no data, along the path of CUDA. It adds up, operator
+by operator, the larger of its arithmetic at the device's peak rate and its bytes at the device's bandwidth, and never
+less than a launch takes. It knows nothing of caches, of how near a kernel comes to either peak, or of the host: a
+prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import backrazor as br
+from backrazor.functional import common
+from backrazor.kernels import _ahead, dispatch
+from transfer.bench.rows import CLASSES
+from transfer.models import build_backbone
+from transfer.training.methods import apply_method, set_train_mode
+
+LAUNCH_SECONDS = 3e-6  # about the shortest a kernel takes, and what lies between two of them
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates by the maker's data sheets: bytes a second, and operations a second in float32 and dense bfloat16."""
+
+    name: str
+    bandwidth: float
+    float32: float
+    bfloat16: float
+
+
+GPUS = (
+    Gpu("A100 80 GB SXM", 2.04e12, 19.5e12, 312e12),
+    Gpu("H100 80 GB SXM", 3.35e12, 67e12, 989e12),
+    Gpu("RTX 4090, 24 GB", 1.01e12, 82.6e12, 165e12),
+)
+_ATEN = torch.ops.aten
+_OPERATIONS = flop_registry | {  # PyTorch does not count in-place products, nor the CPU's attention
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+_FREE = re.compile("empty|_unsafe_view")  # allocate or rename, and move nothing
+STEPS = (("vit_b16", 128, torch.float32), ("vit_b16", 128, torch.bfloat16), ("proxylessnas", 8, torch.float32))
+
+
+def _bytes(*values: object) -> int:
+    """Of all distinct tensors in ``values``; what is broadcast counts once."""
+    tensors = {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors.values())
+
+
+def kernel_traffic(name: str, inputs: tuple, result: object) -> tuple[int, int]:
+    """(bytes moved, launches) of one of this library's operators, by the counts of docs/kernels.md."""
+    once = _bytes(inputs) + _bytes(result)
+    if name == "topk_pack":
+        x, keep, _, index, _ = inputs
+        dense, values = _bytes(x), result[0]
+        staged = 2 * x.shape[0] * keep * x.element_size() if values.dtype == torch.int8 and index != "none" else 0
+        if index == "none":
+            return once, 1
+        select = 3 if x.element_size() == 4 else 2
+        return (select + 1) * dense + staged + _bytes(result), select + 2 + bool(staged)
+    if name in ("topk_unpack", "topk_unpack_normalised"):
+        return once + _bytes(inputs[2] if inputs[3].numel() == 0 else inputs[3]), 2
+    return once, 2 if name == "norm_backward" else 1
+
+
+class Traffic(TorchDispatchMode):
+    """(operations, bytes, launches) of every operator that computes, by whether it is this library's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[str, float, int, int, bool]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "backrazor":
+            moved, launches = kernel_traffic(function._schema.name.split("::")[1], args, result)
+            self.rows.append((function._schema.name, 0, moved, launches, False))
+        elif function.namespace == "aten" and not function.is_view and not _FREE.search(str(function)):
+            count = _OPERATIONS.get(function.overloadpacket)
+            operations = count(*args, **(kwargs or {}), out_val=result) if count else 0
+            wide = any(isinstance(leaf, Tensor) and leaf.dtype == torch.float32 for leaf in tree_leaves(args))
+            self.rows.append((str(function), operations, _bytes(args, kwargs) + _bytes(result), 1, wide))
+        return result
+
+    def seconds(self, gpu: Gpu) -> float:
+        return sum(self._of(row, gpu) for row in self.rows)
+
+    def by_operator(self, gpu: Gpu) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for row in self.rows:
+            found[row[0]] += self._of(row, gpu)
+        return found
+
+    @staticmethod
+    def _of(row: tuple[str, float, int, int, bool], gpu: Gpu) -> float:
+        _, operations, moved, launches, wide = row
+        arithmetic = operations / (gpu.float32 if wide else gpu.bfloat16)
+        return max(arithmetic, moved / gpu.bandwidth, launches * LAUNCH_SECONDS)
+
+
+def traffic_of(backbone: str, batch: int, dtype: torch.dtype, config: br.RazorConfig | None) -> Traffic:
+    """A training step (forward, backward) on fake tensors; the network in ``dtype``, batch norms frozen."""
+    spec = {"name": backbone, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "zero"}
+    built = build_backbone(spec, CLASSES, "pretrain")
+    frozen = apply_method(built.model, built.head, {"name": "full", "bn_affine": "frozen", "bn_stats": "frozen"})
+    if config is not None:
+        br.razor_(built.model, config)
+    set_train_mode(built.model, frozen)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {name: _fake(t, dtype) for name, t in (*built.model.named_parameters(), *built.model.named_buffers())}
+        images = torch.empty(batch, 3, 224, 224, dtype=dtype)
+        labels = torch.empty(batch, dtype=torch.int64)
+        with Traffic() as traffic:
+            logits = torch.func.functional_call(built.model, state, (images,))
+            F.cross_entropy(logits.float(), labels).backward()
+    return traffic
+
+
+def _fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+    fake = torch.empty(tensor.shape, dtype=wanted)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def roofline() -> None:
+    common.CHUNK_BYTES = common.CUDA_CHUNK_BYTES  # the fake tensors are of the CPU
+    print("| step | GPU | dense, ms | compact 0.9, ms | overhead | of it our kernels, ms | pack, ms |")
+    print("|---|---|---|---|---|---|---|")
+    for backbone, batch, dtype in STEPS:
+        dense = traffic_of(backbone, batch, dtype, None)
+        razored = traffic_of(backbone, batch, dtype, br.RazorConfig.compact(0.9))
+        for gpu in GPUS:
+            own = {name: s for name, s in razored.by_operator(gpu).items() if name.startswith("backrazor")}
+            before, after = 1e3 * dense.seconds(gpu), 1e3 * razored.seconds(gpu)
+            kind = str(dtype).removeprefix("torch.")
+            pack = 1e3 * own.get("backrazor::topk_pack", 0.0)
+            print(
+                f"| {backbone}, batch {batch}, {kind} | {gpu.name} | {before:.1f} | {after:.1f} | "
+                f"{after / before - 1:+.0%} | {1e3 * sum(own.values()):.1f} | {pack:.1f} |"
+            )
+
+
+def resources() -> None:
+    wanted = _ahead.configurations()
+    capabilities = (80, 90, 100)
+    binaries = [b for capability in capabilities for b in _ahead.compile_all(wanted, capability, os.cpu_count() or 1)]
+    kernels = dict.fromkeys((b.configuration.family, b.configuration.kernel) for b in binaries)
+    print("| kernel | binaries | spilled bytes | registers | shared bytes | occupancy sm_80 | sm_90 | sm_100 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for family, kernel in kernels:
+        own = [b for b in binaries if (b.configuration.family, b.configuration.kernel) == (family, kernel)]
+        shares = [_span([b.occupancy for b in own if b.capability == capability], ".2f") for capability in capabilities]
+        sizes = _span([b.registers for b in own], "d"), _span([b.shared_bytes for b in own], "d")
+        cells = f"{family}.{kernel.lstrip('_')}", len(own), max(b.local_bytes for b in own), *sizes, *shares
+        print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def _span(values: list, style: str) -> str:
+    low, high = format(min(values), style), format(max(values), style)
+    return low if low == high else f"{low} to {high}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("resources", "roofline"))
+    table = parser.parse_args().table
+    if (dispatch.forced() == "interpret") != (table == "roofline"):
+        need = (
+            "set BACKRAZOR_KERNELS=interpret and TRITON_INTERPRET=1"
+            if table == "roofline"
+            else "unset BACKRAZOR_KERNELS"
+        )
+        print(f"kernel_tables.py {table}: {need} first", file=sys.stderr)
+        return 2
+    {"resources": resources, "roofline": roofline}[table]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Ahead-of-time compilation of every Triton kernel in every configuration, on a machine that needs no GPU.
+
+The list of what to compile is not written by hand: the host code of each kernel runs on tensors without data, and what
+it would launch is recorded, with the arguments specialised as Triton's own launcher does (pointers and sizes that are
+multiples of 16, sizes that are 1). So what is compiled here is what a GPU is going to be handed.
+
+    for binary in compile_all(configurations(), 90):
+        print(binary.name, binary.registers, binary.shared_bytes, binary.occupancy)
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from .topk.layout import allocate
+
+FAMILIES = ("topk", "bitmask", "derivative", "rowquant", "layernorm", "softmax")
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+# of one multiprocessor: registers, threads, blocks, bytes of shared memory (CUDA C programming guide, compute
+# capabilities 8.0, 9.0 and 10.0); a block takes another 1,024 bytes of shared memory for the system
+_REGISTERS, _THREADS, _BLOCKS = 65_536, 2048, 32
+_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel as it is launched: argument types, constants and divisible arguments by number, warps, and a
+    limit of registers where there is one."""
+
+    family: str
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[int, ...]
+    warps: int
+    registers: int | None
+
+    @property
+    def name(self) -> str:
+        types = ",".join(kind.removeprefix("*") for _, kind in self.signature if kind.startswith("*"))
+        constants = ",".join(f"{name}={value}" for name, value in self.constants if name.isupper())
+        return f"{self.family}.{self.kernel.lstrip('_')}[{types}; {constants}; {self.warps} warps]"
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a configuration became: registers a thread, bytes of local memory a thread (spills and stack), bytes of
+    shared memory a block."""
+
+    configuration: Configuration
+    capability: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.configuration.name
+
+    @property
+    def occupancy(self) -> float:
+        """Estimate of the share of a multiprocessor's threads that can be resident, 0 to 1."""
+        threads = 32 * self.configuration.warps
+        by_registers = _REGISTERS // (-(-self.registers // 8) * 8 * threads)  # handed out eight at a time
+        by_shared = _SHARED[self.capability] // (self.shared_bytes + 1024)
+        return min(by_registers, by_shared, _THREADS // threads, _BLOCKS) * threads / _THREADS
+
+
+def _specialised(family: str, kernel, arguments: tuple, constants: dict, options: tuple) -> Configuration:
+    names = kernel.arg_names
+    given = dict(zip(names, arguments, strict=False)) | constants
+    signature, fixed, divisible = [], [], []
+    for number, name in enumerate(names):
+        value = given[name]
+        if name in constants or (type(value) is int and value == 1):
+            signature.append((name, "constexpr"))
+            fixed.append((name, value))
+        elif isinstance(value, Tensor):
+            signature.append((name, _POINTERS[value.dtype]))
+            divisible.append(number)  # PyTorch's blocks are aligned to 512 bytes
+        elif isinstance(value, float):
+            signature.append((name, "fp32"))
+        else:
+            signature.append((name, "i32" if abs(value) < 1 << 31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(number)
+    parts = tuple(signature), tuple(fixed), tuple(divisible)
+    return Configuration(family, kernel.fn.__module__, kernel.fn.__name__, *parts, *options)
+
+
+@contextmanager
+def _recording(found: dict[Configuration, None]) -> Iterator[None]:
+    """Launches are noted instead of run."""
+    modules = {family: import_module(f"backrazor.kernels.{family}.triton") for family in FAMILIES}
+    real = modules["topk"].launch
+
+    def recorder(family: str) -> Callable[..., None]:
+        def note(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
+            found[_specialised(family, kernel, arguments, constants, (warps, registers))] = None
+
+        return note
+
+    try:
+        for family, module in modules.items():
+            module.launch = recorder(family)
+        yield
+    finally:
+        for module in modules.values():
+            module.launch = real
+
+
+def configurations() -> list[Configuration]:
+    """Every kernel with every configuration of its module, index, bit width and digit, and each type at least once in
+    each place: even sizes and odd ones."""
+    found: dict[Configuration, None] = {}
+    with _recording(found):
+        _topk()
+        _elementwise()
+        _rows()
+    return list(found)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _topk() -> None:
+    from .topk import triton as topk
+
+    f32, f16, bf16, int8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
+    flag = _meta(1, dtype=torch.int32)
+    packs = [(f32, f32, "bitmap"), (f32, bf16, "tile"), (f32, f16, "bitmap"), (f16, f16, "tile")]
+    packs += [(bf16, bf16, "bitmap"), (f32, int8, "tile"), (f16, int8, "bitmap"), (bf16, int8, "tile")]
+    packs += [(f32, bf16, "none"), (bf16, int8, "none")]
+    for number, (dtype, values, index) in enumerate(packs):
+        n = 100_001 if number == 1 else 151_296
+        keep = n if index == "none" else n // 10
+        stored = allocate(8, n, keep, values, index, torch.device("meta"))
+        topk.pack(_meta(8, n, dtype=dtype), keep, index, stored, flag)
+    unpacks = [(f32, f32, "bitmap"), (bf16, f32, "tile"), (int8, bf16, "bitmap"), (f16, f16, "tile")]
+    unpacks += [(int8, bf16, "none"), (bf16, f32, "none")]
+    for number, (values, dtype, index) in enumerate(unpacks):
+        n = 100_001 if number == 1 else 151_296
+        stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
+        topk.unpack(stored, n, index, _meta(8, n, dtype=dtype))
+    for values, dtype, index in ((f32, f32, "bitmap"), (int8, bf16, "tile"), (int8, f32, "none")):
+        n = 151_296
+        stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
+        statistics = _meta(8, 197), _meta(8, 197)
+        topk.unpack_normalised(stored, *statistics, n, 768, index, _meta(8, n, dtype=dtype))
+
+
+def _elementwise() -> None:
+    from .bitmask import triton as bitmask
+    from .derivative import triton as derivative
+
+    for dtype, n in ((torch.float32, 150_528), (torch.float16, 100_001), (torch.bfloat16, 150_528)):
+        x = _meta(8, n, dtype=dtype)
+        bits = bitmask.encode(x, 0.0, 6.0)
+        bitmask.apply(x, bits)
+    for dtype, bits, n in (
+        (torch.float32, 2, 150_528),
+        (torch.bfloat16, 2, 100_001),
+        (torch.float16, 4, 150_528),
+        (torch.float32, 8, 150_528),
+    ):
+        x = _meta(8, n, dtype=dtype)
+        codes = derivative.encode(x, _meta(2**bits - 1), bits)
+        derivative.apply(x, codes, _meta(2**bits), bits)
+
+
+def _rows() -> None:
+    from .layernorm import triton as layernorm
+    from .rowquant import triton as rowquant
+    from .softmax import triton as softmax
+
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for number, (m, bits) in enumerate(((64, 4), (197, 8), (197, 4), (768, 4), (768, 8), (4096, 8), (5000, 4))):
+        dtype = dtypes[number % 3]
+        affine = (_meta(m), _meta(m)) if bits == 4 else (None, None)
+        codes, scales = rowquant.encode(_meta(1576, m, dtype=dtype), _meta(1576), _meta(1576), bits)
+        rowquant.decode(codes, scales, m, bits, dtype, *affine)
+    for number, m in enumerate((64, 197, 768, 4096, 5000)):
+        dropout = _meta(8, 12 * 197 * m // 8, dtype=torch.uint8) if number % 2 else None
+        p = _meta(8, 12, 197, m, dtype=dtypes[number % 3])
+        softmax.backward(p, p, dropout, 1.5, 0.125)
+    for number, (m, bits) in enumerate(((256, 4), (1024, 8), (768, 4), (2048, 8), (layernorm.LONGEST_ROW, 4))):
+        x, weight = _meta(25_216, m, dtype=dtypes[number % 3]), _meta(m)
+        _, codes, scales, rstd = layernorm.forward(x, weight, weight, 1e-6, bits)
+        layernorm.backward(x, codes, scales, rstd, weight, bits)
+
+
+def compile_all(wanted: list[Configuration], capability: int, workers: int = 1) -> list[Binary]:
+    """Compile for compute capability ``capability`` (80 is sm_80), in ``workers`` processes.
+
+    Raises:
+        RuntimeError: Triton or its assembler refuses a kernel; the message carries the reason.
+    """
+    tasks = [(configuration, capability) for configuration in wanted]
+    if workers == 1:
+        return [compile_one(*task) for task in tasks]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_one, *zip(*tasks, strict=True), chunksize=4))
+
+
+def compile_one(configuration: Configuration, capability: int) -> Binary:
+    """Compile one configuration and read its binary with the toolchain that Triton brings."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(configuration.module), configuration.kernel)
+    attributes = {(number,): [["tt.divisibility", 16]] for number in configuration.divisible}
+    source = ASTSource(kernel, dict(configuration.signature), dict(configuration.constants), attributes)
+    options = {"num_warps": configuration.warps, "maxnreg": configuration.registers, "enable_fp_fusion": False}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:
+        raise RuntimeError(f"{configuration.name} does not compile for sm_{capability}: {error}") from error
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return Binary(configuration, capability, registers, stack + local, compiled.metadata.shared)

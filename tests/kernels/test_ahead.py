@@ -1,0 +1,77 @@
+"""Every kernel in every configuration compiles for each GPU generation, without spills and within stated limits."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from backrazor.kernels import _ahead
+
+CAPABILITIES = (80, 90, 100)
+MOST_CONFIGURATIONS = 4
+MOST_REGISTERS = 128  # a thread: half of what a thread can have
+MOST_SHARED_BYTES = 32 << 10  # a block
+LEAST_OCCUPANCY = 0.25
+
+
+@pytest.fixture(scope="module")
+def configurations() -> list[_ahead.Configuration]:
+    return _ahead.configurations()
+
+
+def test_every_kernel_is_in_the_list(configurations: list[_ahead.Configuration]) -> None:
+    """Each jitted function that a module launches, by what host code launches, not by a list of names."""
+    found = {(c.family, c.kernel) for c in configurations}
+    assert {family for family, _ in found} == set(_ahead.FAMILIES)
+    assert found >= {
+        ("topk", "count_digits"),
+        ("topk", "tally"),
+        ("topk", "emit"),
+        ("topk", "cast"),
+        ("topk", "quantise_runs"),
+        ("topk", "count"),
+        ("topk", "expand"),
+        ("topk", "decode"),
+        *((family, kernel) for family in ("bitmask", "derivative") for kernel in ("_encode", "_apply")),
+        *(("rowquant", kernel) for kernel in ("_encode", "_decode")),
+        *(("layernorm", kernel) for kernel in ("_forward", "_backward")),
+        ("softmax", "_backward"),
+    }
+
+
+@pytest.mark.parametrize("family", ["rowquant", "layernorm", "softmax"])
+def test_at_most_four_configurations(family: str, configurations: list[_ahead.Configuration]) -> None:
+    module = import_module(f"backrazor.kernels.{family}.triton")
+    assert len(module.CONFIGS) <= MOST_CONFIGURATIONS
+    launched = {
+        (dict(c.constants)["ROWS"], dict(c.constants)["COLUMNS"], c.warps) for c in configurations if c.family == family
+    }
+    assert launched == set(module.CONFIGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_binaries_keep_to_their_limits(capability: int, configurations: list[_ahead.Configuration]) -> None:
+    for binary in _ahead.compile_all(configurations, capability, workers=os.cpu_count() or 1):
+        where = f"{binary.name} for sm_{capability}"
+        assert binary.local_bytes == 0, f"{where} spills {binary.local_bytes} bytes a thread"
+        assert 0 < binary.registers <= MOST_REGISTERS, f"{where} needs {binary.registers} registers"
+        assert binary.shared_bytes <= MOST_SHARED_BYTES, f"{where} needs {binary.shared_bytes} bytes of shared memory"
+        assert binary.occupancy >= LEAST_OCCUPANCY, f"{where} fills {binary.occupancy:.0%} of a multiprocessor"
+
+
+def test_recording_leaves_the_modules_as_they_were() -> None:
+    module = import_module("backrazor.kernels.topk.triton")
+    before = module.launch
+    _ahead.configurations()
+    assert module.launch is before
+
+
+def test_a_refused_kernel_is_named(configurations: list[_ahead.Configuration]) -> None:
+    broken = configurations[0].__class__(**(vars(configurations[0]) | {"constants": ()}))
+    with pytest.raises(RuntimeError, match=r"topk.count_digits.* does not compile for sm_90"):
+        _ahead.compile_one(broken, 90)

@@ -1,0 +1,196 @@
+"""The tables of the paper as commands: what they need, what is missing, what goes on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY, compose_plain
+
+import backrazor as br
+import train
+from scripts import reproduce, table3, write_recipes
+from transfer.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
+from transfer.table3 import Cell
+from transfer.tables import cells, load_runs, pivot, to_latex
+from transfer.tables.figures import pareto_front
+from transfer.training.costs import StepFactory
+
+TINY_RUN = (*(s for s in TINY if not s.startswith(("razor=", "model"))), "trainer.steps=1", "data.test_fraction=0.1")
+
+
+def test_the_experiment_files_are_those_of_the_recipes() -> None:
+    assert write_recipes.differences(write_recipes.files()) == []
+
+
+def test_every_row_and_data_set_is_there_with_its_published_figure() -> None:
+    first = {recipe.name: recipe for recipe in recipes("table1")}
+    assert len(first) == 7 * 9 and len(recipes("table2")) == len(TABLE2_ROWS) * 9
+    for data in DATA:
+        assert first[f"table1/{data}_tinytl_lb"].published is TINYTL["TinyTL-L+B"]
+        assert first[f"table1/{data}_razor90"].published is None
+    assert "published: 85.0%, 37 MB by formula" in write_recipes.text(first["table1/cars_tinytl_lb"])
+    assert "not published here" in write_recipes.text(first["table1/cars_razor90"])
+
+
+@pytest.mark.slow
+def test_micro_batches_peak_where_compact_does() -> None:
+    """``MICRO_BATCH`` is the largest dense micro-batch of ViT-B/16 that peaks no higher than compact's batch of 128."""
+    shape = {"input_size": (3, 224, 224)}
+    dense = Cell("vit_b16", "dense", 0.0, 1, 224).network()
+    for sparsity, micro in MICRO_BATCH.items():
+        compact = Cell("vit_b16", "compact", sparsity, 1, 224).network()
+        budget = br.memory.predict(compact, batch_size=128, **shape).peak_bytes
+        peaks = [br.memory.predict(dense, batch_size=size, **shape).peak_bytes for size in (micro, micro + 1)]
+        assert peaks[0] <= budget < peaks[1], (sparsity, budget, peaks)
+
+
+def test_a_measured_step_in_micro_batches_has_the_gradients_of_the_whole() -> None:
+    gradients = []
+    for micro in ("null", "3"):
+        config = compose_plain(*TINY, "method.bn_stats=frozen", f"trainer.micro_batch={micro}")
+        step = StepFactory(config, 10, 8, 32)()
+        step.forward().backward()
+        gradients.append([p.grad for p in step.model.parameters() if p.requires_grad])
+    for whole, parts in zip(*gradients, strict=True):
+        assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_missing_comes_first_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["table1", "--data", "pets", "--seeds", "0", f"paths.data={tmp_path}", f"paths.pretrain={tmp_path}"]
+    small = ["data.image_size=32", "trainer.batch_size=2", "trainer.threads=1"]
+    assert reproduce.main([*settings, *small, "--outputs", str(tmp_path), "--dry"]) == 0
+    shown = capsys.readouterr().out
+    assert "missing: data pets" in shown and "dataset_setup_scripts/pets.py" in shown
+    assert "pretrain/fetch.py proxylessnas" in shown and "cells: 7 (0 finished, 7 to run)" in shown
+    assert "estimate" in shown and not list(tmp_path.rglob("record.json"))
+    assert reproduce.main([*settings, *small, "--outputs", str(tmp_path)]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["table1", "--data", "nosuch"], "--data=nosuch"),
+        (["table1", "--seeds", "x"], "--seeds=x"),
+        (["table2", "--data", "pets", "optim.lr=-1"], "optim.lr=-1"),
+        (["table2", "--data", "pets", "nosuch.key=1"], "nosuch"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main([*arguments, "--dry"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and word in lines[0]
+
+
+def test_a_sweep_that_was_interrupted_goes_on_with_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = [recipe for recipe in recipes("table2") if recipe.name in ("table2/digits_last", "table2/digits_compact90")]
+    monkeypatch.setattr(reproduce, "recipes", lambda table: two)
+    commands: list[list[str]] = []
+
+    def run_here(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=train.main(command[2:]))
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here))
+    settings = ["table2", "--preset", "smoke", "--outputs", str(tmp_path), "model.name=test_vit.r160_in1k"]
+    settings += TINY_RUN
+    assert reproduce.main(settings) == 0
+    assert "cells: 2 (0 finished, 2 to run)" in capsys.readouterr().out
+    gone = next((tmp_path / "table2/digits_last").rglob("record.json"))
+    kept = next((tmp_path / "table2/digits_compact90").rglob("record.json"))
+    stamp = kept.stat().st_mtime_ns
+    gone.unlink()
+    assert reproduce.main(settings) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "cells: 2 (1 finished, 1 to run)" in shown and "Table 2: test_vit.r160_in1k (random weights) on digits" in shown
+    )
+    assert gone.is_file() and kept.stat().st_mtime_ns == stamp
+    assert "experiment=table2/digits_last" in commands[1]
+    assert reproduce.main(settings) == 0 and len(commands) == 2, "a finished table is only written"
+    folder = tmp_path / "table2" / "tables"
+    assert {path.name for path in folder.iterdir()} == {"table.csv", "table.md", "table.tex"}
+    assert len(pd.read_csv(folder / "table.csv")) == 2
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_sweep_runs_under_every_launcher(launcher: str, tmp_path: Path, command) -> None:
+    pytest.importorskip({"joblib": "joblib", "submitit_local": "submitit"}[launcher])
+    options = {"joblib": ["hydra.launcher.n_jobs=2"], "submitit_local": ["hydra.launcher.timeout_min=5"]}[launcher]
+    settings = [*TINY, "trainer.steps=1", "trainer.batch_size=100", f"paths.outputs={tmp_path}/outputs"]
+    code, lines = command("-m", f"hydra/launcher={launcher}", *options, "seed=1,2", *settings)
+    assert code == 0, lines
+    records = [json.loads(path.read_text()) for path in (tmp_path / "outputs").rglob("record.json")]
+    assert sorted(record["seed"] for record in records) == [1, 2]
+    assert {record["steps"] for record in records} == {1}
+
+
+def record_of(recipe, accuracy: float, seed: int, peak: float | None) -> dict:
+    return {
+        "experiment": recipe.name,
+        "config_hash": recipe.name,
+        "seed": seed,
+        "steps": 5,
+        "circumstances": {"date": "2026-01-01T00:00:00+00:00"},
+        "config": {
+            "model": {"name": "net", "pretrained": True},
+            "data": {"name": recipe.data, "image_size": 224, "protocol": "official"},
+            "method": {"name": "full"},
+            "razor": {"name": "none", "sparsity": 0.0},
+            "trainer": {"checkpointing": "none", "batch_size": 8},
+        },
+        "test": {"top1": accuracy, "top5": 100.0},
+        "val": {"top1": accuracy},
+        "memory": {"batch_size": 8, "image_size": 224, "saved_bytes": 1e6, "peak_bytes": peak},
+        "schema": 1,
+    }
+
+
+def test_published_stands_beside_measured_and_a_cell_not_run_says_so(tmp_path: Path) -> None:
+    chosen = [recipe for recipe in recipes("table1") if recipe.data in ("pets", "cars")]
+    run = next(recipe for recipe in chosen if recipe.name == "table1/pets_full")
+    for seed, accuracy in enumerate((90.0, 92.0)):
+        path = tmp_path / str(seed) / "record.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(record_of(run, accuracy, seed, 2e6 if seed == 0 else None)))
+    runs = load_runs(tmp_path)
+    table = cells(runs, chosen)
+    full = table.set_index("experiment").loc["table1/pets_full"]
+    assert full["accuracy"] == 91 and full["accuracy_std"] == pytest.approx(2**0.5) and full["peak_mb"] == 2
+    assert full["published_accuracy"] == 93.0 and full["published_formula_mb"] == 391
+    text = pivot(table).set_index("Method")
+    assert text.loc["full, dense", "pets, %"] == "91.00 ± 1.41" and text.loc["full, dense", "cars, %"] == "not run"
+    assert text.loc["full, dense", "pets published, %"] == "93.0"
+    assert text.loc["full, Back Razor", "pets published, %"] == "not published"
+    assert text.loc["head alone", "measured peak, MB"] == "not run"
+    latex = to_latex(pivot(table), "a caption of 50%")
+    assert r"\toprule" in latex and r"91.00 $\pm$ 1.41" in latex and r"50\%" in latex
+
+
+def test_the_pareto_front_holds_what_nothing_beats() -> None:
+    points = pd.DataFrame({"peak_mb": [10.0, 20.0, 20.0, 30.0, 40.0], "accuracy": [80.0, 85.0, 90.0, 90.0, 95.0]})
+    assert list(pareto_front(points).index) == [0, 2, 4]
+
+
+def test_table_3_goes_on_and_fills_every_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(table3, "SMOKE", {"models": ("resnet18",), "sparsities": (0.0, 0.9), "image_size": 32})
+    settings = ["--preset", "smoke", "--outputs", str(tmp_path)]
+    assert table3.main([*settings, "--no-peak", "--minutes", "1e-9"]) == 0
+    assert len(list(tmp_path.glob("resnet18*.json"))) == 1
+    assert table3.main([*settings, "--no-peak"]) == 0
+    shown = capsys.readouterr().out
+    assert "cells: 5 (1 finished, 4 to run)" in shown and "not measured" in shown
+    table = pd.read_csv(tmp_path / "tables" / "table.csv")
+    assert len(table) == 5 and table["peak_mb"].isna().all()
+    assert (table["saved_mb"] == table["predicted_saved_mb"]).all() and (table["official_mb"] > 0).all()
+    dense, pruned = (table[table["preset"] == preset].set_index("sparsity") for preset in ("dense", "compact"))
+    assert pruned.loc[0.9, "saved_mb"] < 0.2 * dense.loc[0.0, "saved_mb"]
+    assert (tmp_path / "tables" / "memory_against_sparsity.png").is_file()
+    assert table3.main(["--models", "nosuch", "--dry"]) == 2

@@ -1,0 +1,112 @@
+"""TinyTL's lite residual modules, and frozen weights stored at 8 bits."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import StdConv2d
+from torch import nn
+
+from transfer.errors import UserError
+from transfer.models.frozen_storage import (
+    CODEBOOK,
+    CodedConv2d,
+    CodedLinear,
+    coded_weights,
+    kmeans_codebook,
+    store_frozen_at_8_bits,
+)
+from transfer.models.proxylessnas import proxylessnas
+from transfer.models.tinytl import LiteResidual, insert_lite_residuals
+from transfer.training.methods import apply_method
+
+
+def bytes_of(model: nn.Module) -> int:
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_every_block_with_a_path_gets_a_branch_that_starts_silent() -> None:
+    torch.manual_seed(0)
+    plain = proxylessnas(10).eval()
+    lite = copy.deepcopy(plain)
+    names = insert_lite_residuals(lite)
+    assert len(names) == 20, "two of the 22 blocks are identities"
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(plain(x), lite.eval()(x))
+    branch = lite.get_submodule(names[1]).lite
+    kinds = [type(layer) for layer in branch][1:]
+    assert kinds == [StdConv2d, nn.GroupNorm, nn.ReLU, StdConv2d, nn.GroupNorm]
+    wide, narrow = branch[1], branch[4]
+    assert wide.kernel_size == (5, 5) and wide.groups == 2 and wide.in_channels == wide.out_channels
+    assert narrow.kernel_size == (1, 1)
+    norm = branch[2]
+    assert norm.num_channels // norm.num_groups == 8
+
+
+def test_tinytl_trains_the_branches_and_the_head_alone_and_the_branches_learn() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=5)
+    insert_lite_residuals(model)
+    apply_method(model, "classifier", {"name": "tinytl_l", "bn_affine": "train", "bn_stats": "frozen"})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".lite." in name or name.startswith("classifier.") for name in trained)
+    branch = next(module for module in model.modules() if isinstance(module, LiteResidual)).lite
+    model.eval()(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert branch[-1].weight.grad.abs().sum() > 0, "the zero norm itself has a gradient"
+    nn.init.ones_(branch[-1].weight)
+    model.zero_grad()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert branch[1].weight.grad.abs().sum() > 0
+
+
+def test_a_network_without_such_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="no inverted residual blocks"):
+        insert_lite_residuals(timm.create_model("test_resnet"))
+
+
+def test_frozen_weights_take_a_byte_each_and_compute_what_their_codes_say() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=2), nn.Flatten(), nn.Linear(32 * 36, 8)
+    )
+    for parameter in model[2].parameters():
+        parameter.requires_grad_(False)
+    model[4].weight.requires_grad_(False)
+    before = bytes_of(model)
+    assert store_frozen_at_8_bits(model) == ("2", "4")
+    assert isinstance(model[2], CodedConv2d) and isinstance(model[4], CodedLinear) and type(model[0]) is nn.Conv2d
+    frozen = coded_weights(model)
+    assert frozen == 32 * 16 * 9 + 8 * 32 * 36
+    assert bytes_of(model) == before - 3 * frozen + 2 * CODEBOOK * 4
+
+    decoded = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=2), nn.Flatten(), nn.Linear(32 * 36, 8)
+    )
+    for ours, theirs in zip(model, decoded, strict=True):
+        for name in ("weight", "bias"):
+            if hasattr(theirs, name):
+                getattr(theirs, name).data.copy_(getattr(ours, name))
+    x = torch.randn(4, 3, 8, 8)
+    for network in (model, decoded):
+        network(x).square().sum().backward()
+    assert torch.equal(model(x), decoded(x))
+    assert torch.allclose(model[0].weight.grad, decoded[0].weight.grad, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(model[4].bias.grad, decoded[4].bias.grad, rtol=1e-5)
+
+
+def test_the_codebook_is_close_and_always_the_same() -> None:
+    weights = np.random.default_rng(0).standard_normal(50_000).astype(np.float32)
+    centres = kmeans_codebook(weights)
+    assert len(centres) == CODEBOOK and (np.diff(centres) > 0).all()
+    assert np.array_equal(centres, kmeans_codebook(weights[::-1].copy()))
+    nearest = centres[np.searchsorted((centres[1:] + centres[:-1]) / 2, weights)]
+    uniform = np.linspace(weights.min(), weights.max(), CODEBOOK)
+    rounded = uniform[np.abs(weights[:, None] - uniform).argmin(1)]
+    assert np.square(weights - nearest).mean() < 0.8 * np.square(weights - rounded).mean()
+    few = np.array([0.0, 1.0, 1.0, -2.0], dtype=np.float32)
+    assert kmeans_codebook(few).tolist() == [-2.0, 0.0, 1.0]
