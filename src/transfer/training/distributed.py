@@ -133,7 +133,13 @@ def joined_world(device: str) -> Iterator[World]:
         yield world
         return
     store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", TIMEOUT, size, rank, dist.PrefixStore("job", store))
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        store=dist.PrefixStore("job", store),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
     ours = dist.PrefixStore("failures", store)
     if not world.main:
         logging.getLogger("transfer").setLevel(logging.CRITICAL)
