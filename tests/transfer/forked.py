@@ -83,6 +83,7 @@ def _start_server() -> None:
 def _main(
     function: Callable[..., object], folder: Path, log: Path, arguments: tuple, environment: dict[str, str]
 ) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as in any other process, for data workers
     os.chdir(folder)
     os.environ.update(environment)
     with log.open("w") as file:

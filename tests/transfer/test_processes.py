@@ -63,7 +63,7 @@ def test_two_processes_have_the_losses_of_one_and_count_every_image_once(tmp_pat
 def test_two_processes_stop_at_one_step_and_go_on(tmp_path: Path) -> None:
     arguments = (*TINY, *SHARED, "trainer.epochs=40", "model.drop_rate=0.2")
     jobs = start_ranks(tmp_path / "cut", 2, *arguments)
-    wait_for(tmp_path / "cut", "step-*.pt", jobs[0])
+    wait_for(tmp_path / "cut", jobs[0])
     os.kill(jobs[1].process.pid, signal.SIGTERM)
     codes, printed = ends(jobs)
     assert codes == [143, 143] and sum(line.startswith("train.py: stopped by SIGTERM") for line in printed) == 1
@@ -74,7 +74,7 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path: Path) -> None:
 
 def test_a_killed_process_ends_the_job_with_one_message(tmp_path: Path) -> None:
     jobs = start_ranks(tmp_path, 2, *TINY, *SHARED, "trainer.epochs=400")
-    wait_for(tmp_path, "step-*.pt", jobs[0])
+    wait_for(tmp_path, jobs[0])
     jobs[1].process.kill()
     codes, printed = ends(jobs)
     assert codes == [4, -9]
@@ -115,13 +115,23 @@ def test_torchrun_starts_two_processes_that_share_a_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_submitit_tasks_share_a_run(tmp_path: Path) -> None:
     """On SLURM the launcher is submitit_slurm; submitit_local starts the same tasks on this machine."""
-    launcher = ("-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=2")
+    launcher = (
+        "-m",
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.tasks_per_node=2",
+        "hydra.launcher.timeout_min=2",
+    )
     code, lines = start(tmp_path, *launcher, *TINY, *SHARED, OMP_NUM_THREADS="1").end()
     assert code == 0, lines
     assert read_record(only(tmp_path, "record.json"))["circumstances"]["processes"] == 2
 
 
-def wait_for(folder: Path, pattern: str, job: Job) -> None:
-    while not any(folder.rglob(pattern)):
+def wait_for(folder: Path, job: Job, step: int = 1) -> None:
+    """Wait until a checkpoint of ``step`` or a later one is there."""
+    while newest_step(folder) < step:
         assert job.process.is_alive(), job.log.read_text()
         time.sleep(0.01)
+
+
+def newest_step(folder: Path) -> int:
+    return max((int(path.stem.partition("-")[2]) for path in folder.rglob("step-*.pt")), default=0)

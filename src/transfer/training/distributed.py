@@ -98,7 +98,7 @@ class World:
             return model
         # Buffers stay each process's own: a razored layer's flag tells what that process saw.
         devices = [device] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
 
 
 def planned_world() -> World:
@@ -126,7 +126,7 @@ def joined_world(device: str) -> Iterator[World]:
     Raises:
         RankLost: another process is gone, or has failed and said why.
 
-    An exception that leaves the context carries ``spoken = True`` where another process has failed before.
+    An exception that leaves the context carries ``spoken``: whether another process has failed before.
     """
     world = planned_world()
     if world.size == 1:
@@ -148,9 +148,10 @@ def joined_world(device: str) -> Iterator[World]:
     except BaseException as error:
         error = _translated(error)
         with contextlib.suppress(RuntimeError):  # the store is gone with the launcher
-            if ours.add("count", 1) > 1:
-                error = error if isinstance(error, EXPECTED) else RankLost(LOST)
-                error.spoken = True
+            spoken = ours.add("count", 1) > 1
+            if spoken and not isinstance(error, EXPECTED):
+                error = RankLost(LOST)
+            error.spoken = spoken
         raise error from None
     finally:
         dist.destroy_process_group()

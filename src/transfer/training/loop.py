@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,32 +171,35 @@ class Trainer:
         return Fitted(val, test, int(self.best["epoch"]), self.step, self.skipped, tuple(self.step_seconds))
 
     def _one_epoch(self, monitor: Monitor, bar: tqdm) -> None:
-        for images, labels in self._batches():
-            start = time.perf_counter()
-            rate = self.schedule.set(self.step)
-            stop = self.stop.received or 0
-            outcome = self.stepper.take(images.to(self.device), labels.to(self.device), stop)
-            self._judge(outcome)
-            self.step += 1
-            seconds = time.perf_counter() - start
-            self.step_seconds.append(seconds)
-            if outcome.problem is None:
-                self.tally.add(outcome.loss, outcome.correct, self.batch, seconds)
-                monitor.scalar("train/step_loss", outcome.loss, self.step)
-            monitor.scalar("train/lr", rate, self.step)
-            row = self.tally.row()
-            bar.update()
-            bar.set_postfix_str(
-                f"loss {row['train_loss']:.3f}, accuracy {row['train_top1']:.1f}%, "
-                f"{row['images_per_second']:.0f} images/s"
-            )
-            if outcome.stop:
-                raise Interrupted(outcome.stop)
-            if self.step % self.settings["save_every"] == 0 and self.step < self._epoch_end():
-                self._save(monitor)
+        with contextlib.closing(self._batches()) as batches:
+            for images, labels in batches:
+                self._one_step(images, labels, monitor, bar)
         self._end_epoch(monitor)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _one_step(self, images: Tensor, labels: Tensor, monitor: Monitor, bar: tqdm) -> None:
+        start = time.perf_counter()
+        rate = self.schedule.set(self.step)
+        stop = self.stop.received or 0
+        outcome = self.stepper.take(images.to(self.device), labels.to(self.device), stop)
+        self._judge(outcome)
+        self.step += 1
+        seconds = time.perf_counter() - start
+        self.step_seconds.append(seconds)
+        if outcome.problem is None:
+            self.tally.add(outcome.loss, outcome.correct, self.batch, seconds)
+            monitor.scalar("train/step_loss", outcome.loss, self.step)
+        monitor.scalar("train/lr", rate, self.step)
+        row = self.tally.row()
+        bar.update()
+        bar.set_postfix_str(
+            f"loss {row['train_loss']:.3f}, accuracy {row['train_top1']:.1f}%, {row['images_per_second']:.0f} images/s"
+        )
+        if outcome.stop:
+            raise Interrupted(outcome.stop)
+        if self.step % self.settings["save_every"] == 0 and self.step < self._epoch_end():
+            self._save(monitor)
+
+    def _batches(self) -> Generator[tuple[Tensor, Tensor]]:
         """This process's shares of the batches that are left of the epoch."""
         done = self.epoch * len(self.order)
         self.order.epoch = self.epoch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -97,21 +97,20 @@ def outlive_the_signal(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STOPPING_SECONDS))
 
 
-def fetched(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def fetched(loader: DataLoader) -> Generator[tuple[Tensor, Tensor]]:
     """Yield the batches of ``loader``.
 
     Raises:
         UserError: a file cannot be read, or a data worker died.
     """
     batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            raise worker_death(error) or error from None
-        if batch is None:
-            return
-        yield batch
+    try:
+        yield from batches
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # at the interpreter's end they would be sent the signal they outlive
+            batches._shutdown_workers()
 
 
 def worker_death(error: RuntimeError) -> UserError | None:
