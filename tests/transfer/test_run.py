@@ -42,7 +42,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def test_a_run_leaves_its_record_metrics_log_events_and_checkpoints(tmp_path: Path) -> None:
     record, folder = run(tmp_path)
     kept = [path.stem.partition("-") for path in (folder / "checkpoints").iterdir()]
-    assert {kind for kind, _, _ in kept} == {"best", "step"} and max(int(step) for _, _, step in kept) == record["steps"]
+    assert {kind for kind, _, _ in kept} == {"best", "step"} and max(int(step) for _, _, step in kept) == record[
+        "steps"
+    ]
     assert {"config.yaml", "log.txt", "metrics.csv", "record.json"} <= set(files_below(folder))
     assert json.loads((folder / "record.json").read_text()) == {"schema": 1, **record}
     assert {"git_commit", "versions", "device", "date", "threads"} <= set(record["circumstances"])
