@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
+
+import torch
+import tqdm
+
+import train
+from transfer.training.run import execute
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "transfer.training.run"])
+CONTEXT.set_forkserver_preload(["train", "transfer.training.run", "timm.models", "PIL.PngImagePlugin"])
 LIMIT = 60  # seconds; no run here takes ten
 
 
@@ -32,10 +41,32 @@ class Job:
 
 def start(folder: Path, *arguments: str, **environment: str) -> Job:
     """Start ``train.py arguments`` with ``folder`` as its working directory."""
+    return _start(_train, folder, arguments, environment)
+
+
+def start_config(folder: Path, config: dict[str, Any]) -> Job:
+    """Start the run that ``config`` describes: half a second sooner than through the command line."""
+    return _start(execute, folder, (config,), {})
+
+
+def start_ranks(folder: Path, size: int, *arguments: str) -> list[Job]:
+    """Start ``train.py arguments`` in ``size`` processes that share the job, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [start(folder, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(size)]
+
+
+def _train(*arguments: str) -> None:
+    sys.exit(train.main(list(arguments)))
+
+
+def _start(function: Callable[..., object], folder: Path, arguments: tuple, environment: dict[str, str]) -> Job:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"stderr{environment.get('RANK', '')}.txt"
     _start_server()
-    process = CONTEXT.Process(target=_main, args=(folder, log, arguments, environment))
+    process = CONTEXT.Process(target=_main, args=(function, folder, log, arguments, environment))
     process.start()
     return Job(process, log)
 
@@ -49,16 +80,13 @@ def _start_server() -> None:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
-def _main(folder: Path, log: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
-    import torch
-    import tqdm
-
-    import train
-
+def _main(
+    function: Callable[..., object], folder: Path, log: Path, arguments: tuple, environment: dict[str, str]
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
-    sys.exit(train.main(list(arguments)))
+    function(*arguments)

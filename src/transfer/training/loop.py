@@ -191,16 +191,20 @@ class Trainer:
             )
             if outcome.stop:
                 raise Interrupted(outcome.stop)
-            if self.step % self.settings["save_every"] == 0:
+            if self.step % self.settings["save_every"] == 0 and self.step < self._epoch_end():
                 self._save(monitor)
         self._end_epoch(monitor)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's shares of the batches that are left of the epoch."""
         done = self.epoch * len(self.order)
-        self.order.epoch, self.order.first = self.epoch, self.step - done
-        self.order.last = min(len(self.order), self.total_steps - done)
+        self.order.epoch = self.epoch
+        self.order.first, self.order.last = self.step - done, self._epoch_end() - done
         return fetched(self.train_loader)
+
+    def _epoch_end(self) -> int:
+        """The step after which the epoch is over."""
+        return min((self.epoch + 1) * len(self.order), self.total_steps)
 
     def _judge(self, outcome: Outcome) -> None:
         """Report a step that was not taken, or stop because of it."""

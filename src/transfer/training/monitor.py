@@ -46,17 +46,18 @@ class Monitor:
 
     Args:
         folder: the run's folder, which exists.
-        first_step: steps already done; older events beyond it are dropped by TensorBoard, older CSV rows here.
+        first_step, first_epoch: steps and epochs already done; what an earlier process wrote beyond them is dropped,
+            events by TensorBoard, rows here.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, first_epoch: int) -> None:
         self.folder = folder
         self.handler = _LogFile(folder / "log.txt", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.setLevel(logging.INFO)
         LOGGER.addHandler(self.handler)
         self.metrics = folder / "metrics.csv"
-        self._keep_rows_until(first_step)
+        self._keep_rows_until(first_epoch)
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def __enter__(self) -> Monitor:
@@ -67,12 +68,12 @@ class Monitor:
         LOGGER.removeHandler(self.handler)
         self.handler.close()
 
-    def _keep_rows_until(self, step: int) -> None:
+    def _keep_rows_until(self, epoch: int) -> None:
         rows: list[dict[str, str]] = []
-        if step and self.metrics.is_file():
+        if epoch and self.metrics.is_file():
             with self.metrics.open(newline="") as file:
                 whole = [line for line in file if line.endswith("\n")]  # a process that died may have left half a line
-            rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= step]
+            rows = [row for row in csv.DictReader(whole) if int(row["epoch"]) <= epoch]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()

@@ -78,7 +78,7 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
     try:
         if resume:
             trainer.resume()
-        with Monitor(folder, trainer.step) if world.main else SilentMonitor() as monitor:
+        with Monitor(folder, trainer.step, trainer.epoch) if world.main else SilentMonitor() as monitor:
             if world.main:
                 _log_beginning(network, data, config, folder, trainer)
             with watched_layers(network.model, trainer, monitor):
