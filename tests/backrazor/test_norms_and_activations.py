@@ -138,6 +138,16 @@ def test_one_value_a_channel_is_refused_as_by_torch() -> None:
         ours(torch.randn(1, 3, 1, 1, requires_grad=True))
 
 
+@pytest.mark.parametrize("rule", ["int8", "int4", "pruned"])
+@pytest.mark.parametrize("build", [lambda: nn.BatchNorm2d(4).eval(), lambda: nn.LayerNorm(6)], ids=["batch", "layer"])
+def test_an_empty_batch_passes(build, rule: str) -> None:
+    plain, x = build(), torch.zeros(0, 4, 6, 6, requires_grad=True)
+    out = razored(plain, norm=rule)(x)
+    assert_same_bits("forward", out, plain(x))
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 PIECEWISE = {"relu": (nn.ReLU, 0.0, torch.inf), "relu6": (nn.ReLU6, 0.0, 6.0), "hardtanh": (nn.Hardtanh, -1.0, 1.0)}
 SMOOTH = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh"), "silu": nn.SiLU, "hardswish": nn.Hardswish}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

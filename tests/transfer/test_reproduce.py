@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,12 +123,13 @@ def test_a_sweep_that_was_interrupted_goes_on_with_what_is_missing(
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_sweep_runs_under_every_launcher(launcher: str, tmp_path: Path, command) -> None:
+def test_a_sweep_runs_under_every_launcher(launcher: str, tmp_path: Path) -> None:
     pytest.importorskip({"joblib": "joblib", "submitit_local": "submitit"}[launcher])
     options = {"joblib": ["hydra.launcher.n_jobs=2"], "submitit_local": ["hydra.launcher.timeout_min=5"]}[launcher]
     settings = [*TINY, "trainer.steps=1", "trainer.batch_size=100", f"paths.outputs={tmp_path}/outputs"]
-    code, lines = command("-m", f"hydra/launcher={launcher}", *options, "seed=1,2", *settings)
-    assert code == 0, lines
+    command = [sys.executable, "train.py", "-m", f"hydra/launcher={launcher}", *options, "seed=1,2", *settings]
+    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text()) for path in (tmp_path / "outputs").rglob("record.json")]
     assert sorted(record["seed"] for record in records) == [1, 2]
     assert {record["steps"] for record in records} == {1}

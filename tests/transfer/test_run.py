@@ -103,7 +103,7 @@ def test_a_finished_run_is_returned_and_never_starts_it_over(tmp_path: Path) -> 
     assert (folder / "record.json").stat().st_mtime_ns != stamp
 
 
-def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path: Path, command) -> None:
+def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path: Path, command, caplog: pytest.LogCaptureFixture) -> None:
     _, folder = run(tmp_path / "outputs")
     (folder / "record.json").unlink()
     other = run_directory(compose_plain(*TINY, *STEPS, "optim.lr=0.02", f"paths.outputs={tmp_path}/outputs"), None)
@@ -113,7 +113,8 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path: Path, command) -> 
     newest = max((folder / "checkpoints").glob("step-*.pt"))
     newest.write_bytes(newest.read_bytes()[:-200])
     code, lines = command(*TINY, *STEPS)
-    assert code == 0 and "is damaged" in (folder / "log.txt").read_text(), "the one before is used"
+    assert code == 0 and f"{newest.name} is damaged" in caplog.text
+    assert "resumed after epoch 2" in (folder / "log.txt").read_text(), "the one before is used"
     (folder / "record.json").unlink()
     for path in (folder / "checkpoints").glob("step-*.pt"):
         path.write_bytes(b"damaged")

@@ -49,9 +49,10 @@ def _rows_of(statistics: Tensor, x: Tensor) -> Tensor:
     return statistics.reshape(-1)
 
 
-def label_codes(codes: Tensor, scales: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def label_codes(codes: Tensor, scales: Tensor, batch: int) -> tuple[Tensor, ...]:
     """Codes and scales of all rows as what is stored of a batch: (B, bytes) and (B, rows)."""
-    return mark(codes.view(batch, -1), QUANTISED), mark(scales.view(batch, -1), SCALES)
+    parts = (part.view(batch, part.numel() // max(batch, 1)) for part in (codes, scales))
+    return tuple(mark(part, role) for part, role in zip(parts, (QUANTISED, SCALES), strict=True))
 
 
 def keep_normalised(

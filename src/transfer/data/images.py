@@ -53,7 +53,7 @@ def read_image(path: Path) -> Image.Image:
                 return to_rgb(image)
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it") from error
 
 
