@@ -72,6 +72,16 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path: Path) -> None:
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_one_process_goes_on_with_what_two_began(tmp_path: Path) -> None:
+    arguments = (*TINY, *SHARED, "trainer.epochs=40")
+    jobs = start_ranks(tmp_path, 2, *arguments)
+    wait_for(tmp_path, jobs[0])
+    os.kill(jobs[0].process.pid, signal.SIGTERM)
+    assert ends(jobs)[0] == [143, 143]
+    code, lines = start(tmp_path, *arguments).end()
+    assert code == 0 and any("saved by 2 processes, now 1" in line for line in lines)
+
+
 def test_a_killed_process_ends_the_job_with_one_message(tmp_path: Path) -> None:
     jobs = start_ranks(tmp_path, 2, *TINY, *SHARED, "trainer.epochs=400")
     wait_for(tmp_path, jobs[0])

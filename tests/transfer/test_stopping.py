@@ -13,6 +13,9 @@ from conftest import TINY, write_tree
 from forked import Job, start
 from test_processes import losses, newest_step, only, wait_for
 
+from transfer.errors import Interrupted
+from transfer.training.stopping import StopSignals
+
 LONG = (
     *("trainer.epochs=16", "trainer.batch_size=20", "data.train_fraction=0.06", "trainer.save_every=2"),
     *("data.val_fraction=0.02", "data.test_fraction=0.02"),
@@ -116,3 +119,18 @@ def test_lost_data_is_one_line_and_the_run_goes_on_when_it_is_back(
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     code, lines = start(tmp_path, *TINY, "paths.outputs=/proc/none").end()
     assert code == 2 and "paths.outputs=/proc/none cannot be written" in lines[-1] and len(lines) == 1
+
+
+def test_a_scheduler_s_signal_is_handed_on_after_the_stop() -> None:
+    """SLURM's warning before time is up is submitit's to handle: it queues the job again, once that is saved."""
+    handed_on: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: handed_on.append(number))
+    try:
+        with pytest.raises(Interrupted, match="SIGUSR2"), StopSignals(announce=False) as stop:
+            stop.check()
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert not handed_on
+            stop.check()
+        assert handed_on == [signal.SIGUSR2] and callable(signal.getsignal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
