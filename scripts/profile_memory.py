@@ -85,7 +85,10 @@ def report(arguments: Sequence[str]) -> None:
     automatic = AUTO in overrides
     if automatic and budget is None:
         raise UserError(f"{AUTO} needs a budget: write budget=24GiB")
-    config = composed([text for text in overrides if text != AUTO])
+    # a transformer is built for one size, so the network has to know it; a data.image_size= of the user's wins
+    sizes = [f"data.image_size={size}", "trainer.measure.image_size=null"]
+    config = composed([*sizes, *(text for text in overrides if text != AUTO)])
+    size = config["data"]["image_size"]
     profile = StepProfile(config, classes, size)
     sparsity = profile.razor.sparsity if profile.razor is not None else None
     if automatic:

@@ -71,6 +71,13 @@ def test_the_command_answers_both_questions(capsys) -> None:
     assert re.search(r"dense: batch \d+ fits 9.3MB", out) and re.search(r"razored: batch \d+ fits 9.3MB", out)
 
 
+@pytest.mark.parametrize(("words", "size"), [((), 224), (("image_size=160",), 160), (("data.image_size=96",), 96)])
+def test_a_transformer_is_built_for_the_size_that_is_asked_for(words: tuple[str, ...], size: int, capsys) -> None:
+    command = ["model=timm", "model.name=vit_tiny_patch16_224", "batch=1", "razor.sparsity=0.9", "rows=1", *words]
+    assert profile_memory.main(command) == 0
+    assert f"{size} px" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_a_budget_below_one_image_is_said(capsys) -> None:
     assert profile_memory.main([*NET, "budget=1MB", "razor=none", "--batch=2"]) == 0
     assert "dense: nothing fits 1MB, one image needs" in capsys.readouterr().out
