@@ -30,6 +30,7 @@ from tabulate import tabulate
 
 from transfer.download import Checksum, digest, download
 from transfer.errors import UserError, one_line
+from transfer.files import atomic_write_text
 from transfer.npz import npz_names
 
 HOME = Path(__file__).parent
@@ -145,9 +146,8 @@ def _settle(name: str, home: Path, occasion: str) -> str:
 
 
 def _write_catalogue(catalogue: dict[str, Weights], home: Path) -> None:
-    part = home / "checksums.json.part"
-    part.write_text(json.dumps({name: asdict(row) for name, row in catalogue.items()}, indent=2) + "\n", "utf-8")
-    os.replace(part, home / "checksums.json")
+    text = json.dumps({name: asdict(row) for name, row in catalogue.items()}, indent=2) + "\n"
+    atomic_write_text(home / "checksums.json", text)
 
 
 def show(home: Path) -> str:

@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 
 from transfer.bench.measure import append, measure_backbone
-from transfer.bench.rows import rows_of
+from transfer.bench.rows import QUICK, rows_of
 
 BACKBONES = ("efficientnet_lite0", "mobilenetv2", "proxylessnas", "resnet18", "resnet50", "vit_b16")
-QUICK = ("dense", "checkpointing by block", "compact 0.9", "compact 0.97")
 GATE = ("tests/backrazor/test_operators.py", "tests/backrazor/test_topk.py")
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 from transfer.bench.measure import append, measure_backbone
-from transfer.bench.rows import rows_of
+from transfer.bench.rows import QUICK, rows_of
 
 RUNS = (("vit_b16", "float32", 128), ("vit_b16", "bfloat16", 128), ("proxylessnas", "float32", 8))
-QUICK = ("dense", "checkpointing by block", "compact 0.9", "compact 0.97")
 GATE = "tests/kernels/test_gpu.py"
 
 

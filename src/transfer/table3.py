@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import backrazor as br
 from transfer.errors import UserError
+from transfer.files import atomic_write_text
 from transfer.models import build_backbone
 from transfer.records import circumstances, read_record, write_record
 from transfer.training.methods import apply_method, set_train_mode
@@ -188,8 +188,6 @@ def predict_batches(models: Sequence[str], image_size: int, folder: Path) -> pd.
                     "predicted_peak_mb": predicted.peak_bytes * 1e-6,
                     "saved_mb": predicted.saved_bytes * 1e-6,
                 }
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps(known, indent=1))
-            os.replace(partial, path)
+            atomic_write_text(path, json.dumps(known, indent=1))
     wanted = {f"{name}" for name in models}
     return pd.DataFrame([row for row in known.values() if row["model"] in wanted])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import row_decode, row_encode
 from .pruned import PackedLayout, Pruned, pack, unpack_normalised
-from .roles import DENSE, QUANTISED, SCALES, mark
+from .roles import DENSE, QUANTISED, label_codes, mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,6 @@ def _rows_of(statistics: Tensor, x: Tensor) -> Tensor:
     if statistics.dim() == 1:
         return statistics.expand(x.shape[0], -1).reshape(-1)
     return statistics.reshape(-1)
-
-
-def label_codes(codes: Tensor, scales: Tensor, batch: int) -> tuple[Tensor, ...]:
-    """Codes and scales of all rows as what is stored of a batch: (B, bytes) and (B, rows)."""
-    parts = (part.view(batch, part.numel() // max(batch, 1)) for part in (codes, scales))
-    return tuple(mark(part, role) for part, role in zip(parts, (QUANTISED, SCALES), strict=True))
 
 
 def keep_normalised(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import row_decode, row_encode
 from .pruned import Packed
-from .roles import DENSE, QUANTISED, SCALES, mark
+from .roles import DENSE, label_codes, mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ def pack_rows(x: Tensor, bits: int, keeps_mean: bool) -> Packed:
     16-bit x: its own type)."""
     batch, heads, tokens, width = x.shape
     mean = x.mean(2, keepdim=True, dtype=torch.float32).to(torch.bfloat16 if x.element_size() > 2 else x.dtype)
-    centred = (x - mean).to(x.dtype).reshape(-1, width).contiguous()
+    centred = (x - mean).to(x.dtype).reshape(-1, width)
     zero, one = x.new_zeros(centred.shape[0], dtype=torch.float32), x.new_ones(centred.shape[0], dtype=torch.float32)
     codes, scales = row_encode(centred, zero, one, bits)
-    parts = [mark(codes.view(batch, -1), QUANTISED), mark(scales.view(batch, -1), SCALES)]
+    parts = label_codes(codes, scales, batch)
     if keeps_mean:
-        parts.append(mark(mean, DENSE, "mean over the tokens"))
-    return Packed(tuple(parts), RowsLayout((batch, heads, tokens, width), bits, keeps_mean))
+        parts = (*parts, mark(mean, DENSE, "mean over the tokens"))
+    return Packed(parts, RowsLayout((batch, heads, tokens, width), bits, keeps_mean))
 
 
 def unpack_rows(tensors: tuple[Tensor, ...], layout: RowsLayout, start: int, stop: int, dtype: torch.dtype) -> Tensor:

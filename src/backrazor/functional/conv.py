@@ -70,7 +70,8 @@ def forward_chunks(x: Tensor, weight: Tensor, spec: ConvSpec) -> list[tuple[int,
     chunks = list(sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)))
     if len(chunks) < 2:
         return chunks
-    backends = {_backend(count, x, weight, spec) for count in (x.shape[0], *(stop - start for start, stop in chunks))}
+    counts = {x.shape[0], *(stop - start for start, stop in chunks)}  # two or three, however many chunks there are
+    backends = {_backend(count, x, weight, spec) for count in counts}
     return chunks if len(backends) == 1 else [(0, x.shape[0])]
 
 

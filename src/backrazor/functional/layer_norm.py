@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import AffineLayout, NormCodec, mark, remember_source
-from ..codecs.normalised import NormLayout, keep_normalised, label_codes, read_normalised
-from ..codecs.roles import DENSE
+from ..codecs.normalised import NormLayout, keep_normalised, read_normalised
+from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
 from .common import accumulator, needs_grad, sample_chunks
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
-from .base import DropIn, LayerRules
+from .base import DropIn, LayerRules, MadeDropIn
 from .linear import RazorLinear
 
 _WORDS = {
@@ -69,7 +69,7 @@ class _Replaced(TorchFunctionMode):
         return F.linear(x, weight, bias)
 
 
-class SdpaDropIn(DropIn):
+class SdpaDropIn(MadeDropIn):
     """The original forward, its attention product pruned or quantised.
 
     ``scales_scores``: whether its unfused formula scales q k^T rather than q, which rounds differently.
@@ -104,21 +104,11 @@ class SdpaDropIn(DropIn):
         with _Replaced(self):
             return super().forward(*args, **kwargs)
 
-    def __reduce__(self):
-        return _restore, (self._backrazor_original,), self.__dict__
-
 
 @cache
 def sdpa_drop_in(original: type[nn.Module], base: type[SdpaDropIn] = SdpaDropIn) -> type[SdpaDropIn]:
     """The drop-in of an attention class that calls ``F.scaled_dot_product_attention``."""
     return type(f"Razor{original.__name__}", (base, original), {"__module__": __name__})
-
-
-def _restore(original: type[nn.Module]) -> nn.Module:
-    from . import drop_in_of  # which imports this module
-
-    cls = drop_in_of(original)
-    return cls.__new__(cls)
 
 
 class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):

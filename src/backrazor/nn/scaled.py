@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
-from .base import DropIn, LayerRules
+from .base import DropIn, LayerRules, MadeDropIn
 
 _PRODUCTS = (torch.mul, Tensor.mul)  # the operator * is the second
 
@@ -36,7 +36,7 @@ class _Replaced(TorchFunctionMode):
         return any(x is parameter or x._base is parameter for parameter in own if parameter is not None)
 
 
-class ScaledBlock(DropIn):
+class ScaledBlock(MadeDropIn):
     """The original forward, what it scales kept pruned."""
 
     prunes = True
@@ -50,16 +50,8 @@ class ScaledBlock(DropIn):
         with _Replaced(self):
             return super().forward(*args, **kwargs)
 
-    def __reduce__(self):
-        return _restore, (self._backrazor_original,), self.__dict__
-
 
 @cache
 def scaled_block(original: type[nn.Module]) -> type[ScaledBlock]:
     """The drop-in of a block class."""
     return type(f"Razor{original.__name__}", (ScaledBlock, original), {"__module__": __name__})
-
-
-def _restore(original: type[nn.Module]) -> nn.Module:
-    cls = scaled_block(original)
-    return cls.__new__(cls)

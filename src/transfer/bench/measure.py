@@ -12,6 +12,7 @@ import torch
 import backrazor as br
 from backrazor.memory.peak import in_fresh_process
 from transfer.bench.rows import Row
+from transfer.files import atomic_write_text
 from transfer.records import circumstances
 
 SHOWN = ["backbone", "row", "saved_MB", "saved_ratio", "peak_MB", "peak_ratio", "step_s", "time_ratio"]
@@ -27,9 +28,7 @@ def measure_backbone(rows: list[Row], folder: Path, repeats: int, steps: int) ->
     threads = torch.get_num_threads()
     for round_ in range(repeats):
         for row in rows:
-            file = (
-                folder / f"{row.backbone}-{row.precision}-{row.label.replace(' ', '_').replace(',', '')}-{round_}.json"
-            )
+            file = _file(folder, row, round_)
             if file.exists():
                 continue
             print(f"  round {round_ + 1}/{repeats}: {row.backbone} {row.precision} {row.label}", flush=True)
@@ -47,15 +46,17 @@ def measure_backbone(rows: list[Row], folder: Path, repeats: int, steps: int) ->
             if round_ == 0:
                 answer["saved_bytes"] = in_fresh_process(saved_of, row, threads)
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".part")
-            partial.write_text(json.dumps(answer))
-            partial.rename(file)
+            atomic_write_text(file, json.dumps(answer))
     return [summary(folder, row, rows[0], repeats) for row in rows]
 
 
+def _file(folder: Path, row: Row, round_: int) -> Path:
+    label = row.label.replace(" ", "_").replace(",", "")
+    return folder / f"{row.backbone}-{row.precision}-{label}-{round_}.json"
+
+
 def _read(folder: Path, row: Row, repeats: int) -> list[dict]:
-    stem = f"{row.backbone}-{row.precision}-{row.label.replace(' ', '_').replace(',', '')}"
-    return [json.loads((folder / f"{stem}-{round_}.json").read_text()) for round_ in range(repeats)]
+    return [json.loads(_file(folder, row, round_).read_text()) for round_ in range(repeats)]
 
 
 def summary(folder: Path, row: Row, dense: Row, repeats: int) -> dict:

@@ -14,6 +14,7 @@ from transfer.training.methods import apply_method, set_train_mode
 
 BATCH = {"vit_b16": 16}  # images a step; 8 for the convolutional networks
 CLASSES = 100
+QUICK = ("dense", "checkpointing by block", "compact 0.9", "compact 0.97")  # the main rows
 
 
 @dataclass(frozen=True)
