@@ -44,7 +44,7 @@ report: $(VENV)/.installed ## Write one HTML page from the records below outputs
 test: $(VENV)/.installed-dev ## Run the test suite
 	$(RUN) -m pytest
 
-bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one in minutes)
+bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one backbone in five minutes)
 	$(RUN) scripts/benchmark.py $(if $(QUICK),--backbones efficientnet_lite0 --quick)
 
 bench-gpu: $(VENV)/.installed-dev ## Measure a training step on one CUDA device: ViT-B/16 and ProxylessNAS (QUICK=1: main rows)

@@ -1,11 +1,12 @@
 """Measure dense training, its rivals and Back Razor on every backbone: saved bytes, peak and time of a step.
 
-    python scripts/benchmark.py                                  # all backbones, float32; resumes where it was
-    interrupted python scripts/benchmark.py --backbones proxylessnas --quick # one backbone in minutes
+    python scripts/benchmark.py                               # all backbones and rows; goes on where it stopped
+    python scripts/benchmark.py --backbones proxylessnas --quick        # the main rows of one backbone in minutes
+    python scripts/benchmark.py --what peak                    # peaks alone, which need no idle machine
 
 Every figure comes from a fresh process; the rows of a backbone take turns, and the table holds medians with their
-spread and the median of the ratios to dense pair by pair. Operator tests run first: a benchmark of wrong gradients is
-none.
+spread and the median of the ratios to dense round by round. Operator tests run first: a benchmark of wrong gradients is
+none. Written: the CSV file, the same as Markdown, and a figure of time against peak for each backbone.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transfer.bench.measure import append, measure_backbone
-from transfer.bench.rows import QUICK, rows_of
+import pandas
+
+from transfer.bench.measure import SHOWN, measure_backbone, table_of, write
+from transfer.bench.rows import MAIN, rows_of
 
 BACKBONES = ("efficientnet_lite0", "mobilenetv2", "proxylessnas", "resnet18", "resnet50", "vit_b16")
 GATE = ("tests/backrazor/test_operators.py", "tests/backrazor/test_topk.py")
@@ -32,25 +35,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=BACKBONES, choices=BACKBONES)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rows", nargs="+", help="labels of the rows to run; dense always runs")
+    parser.add_argument("--rows", nargs="+", help=f"labels of the rows to run, or main: {', '.join(MAIN)}")
+    parser.add_argument("--what", nargs="+", default=("peak", "time"), choices=("peak", "time"))
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes a figure")
     parser.add_argument("--steps", type=int, default=7, help="timed steps a process")
-    parser.add_argument("--quick", action="store_true", help="four rows, one process of five steps")
+    parser.add_argument("--quick", action="store_true", help="the main rows, one process of five steps")
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark"), help="where measurements are kept")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/steps.csv"))
     parser.add_argument("--skip-tests", action="store_true", help="do not run the operator tests first")
     options = parser.parse_args()
     if options.quick:
-        options.repeats, options.steps, options.rows = 1, 5, options.rows or QUICK
+        options.repeats, options.steps, options.rows = 1, 5, options.rows or ["main"]
     if not options.skip_tests and not operators_are_green():
         print("benchmark.py: the operator tests fail, so nothing was measured: mend them first", file=sys.stderr)
         return 1
+    wanted = MAIN if options.rows == ["main"] else options.rows
     for backbone in options.backbones:
-        rows = rows_of(backbone, options.precision)
-        if options.rows:
-            rows = [row for row in rows if row.label == "dense" or row.label in options.rows]
-        table = measure_backbone(rows, options.folder, options.repeats, options.steps)
-        append(table, options.results, "python scripts/benchmark.py", "cpu")
+        every = rows_of(backbone, options.precision)
+        unknown = set(wanted or ()) - {row.label for row in every}
+        if unknown:
+            labels = ", ".join(repr(row.label) for row in every)
+            print(f"benchmark.py: --rows {sorted(unknown)} not known for {backbone}: use {labels}", file=sys.stderr)
+            return 2
+        rows = [row for row in every if wanted is None or row.label == "dense" or row.label in wanted]
+        measure_backbone(rows, options.folder, options.repeats, options.steps, options.what)
+        table = table_of(every, options.folder)
+        if table:
+            write(table, options.results, "python scripts/benchmark.py")
+            print(pandas.DataFrame(table)[SHOWN].to_markdown(index=False), flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Measure dense training, its rivals and Back Razor on one CUDA device: saved bytes, allocator peak and time of a step.
 
     python scripts/benchmark_gpu.py          # ViT-B/16 at batch 128 in float32 and bfloat16, ProxylessNAS at batch 8
-    python scripts/benchmark_gpu.py --quick  # the four main rows, one process a figure
+    python scripts/benchmark_gpu.py --quick  # the main rows, one process a figure
 
 The columns are those of scripts/benchmark.py. The peak is torch.cuda.max_memory_allocated less what is resident; the
 process column is that maximum itself. Every figure comes from a fresh process, after warm-up steps in which kernels are
@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from transfer.bench.measure import append, measure_backbone
-from transfer.bench.rows import QUICK, rows_of
+from transfer.bench.measure import SHOWN, measure_backbone, table_of, write
+from transfer.bench.rows import MAIN, rows_of
 
 RUNS = (("vit_b16", "float32", 128), ("vit_b16", "bfloat16", 128), ("proxylessnas", "float32", 8))
 GATE = "tests/kernels/test_gpu.py"
@@ -49,13 +48,10 @@ def main() -> int:
             )
             return 1
     for backbone, precision, batch in RUNS:
-        rows = [
-            replace(row, batch=batch, device="cuda") for row in rows_of(backbone, precision, micro=max(batch // 8, 1))
-        ]
-        if options.quick:
-            rows = [row for row in rows if row.label in QUICK]
-        table = measure_backbone(rows, options.folder, options.repeats, options.steps)
-        append(table, options.results, "python scripts/benchmark_gpu.py", torch.cuda.get_device_name())
+        rows = [row for row in rows_of(backbone, precision, "cuda", batch) if not options.quick or row.label in MAIN]
+        measure_backbone(rows, options.folder, options.repeats, options.steps)
+        table = write(table_of(rows, options.folder), options.results, "python scripts/benchmark_gpu.py")
+        print(table[SHOWN].to_markdown(index=False), flush=True)
     return 0
 
 

@@ -151,6 +151,13 @@ def largest_sample_bytes(x: Tensor, out_channels: int, spec: ConvSpec) -> int:
     return max(x[:1].numel(), out_channels * positions) * x.element_size()
 
 
+def backward_sample_bytes(shape: tuple[int, ...], grad: Tensor, spec: ConvSpec) -> int:
+    """What a sample counts for in the chunks of a backward. A convolution by groups counts twice: it is one short sum a
+    weight, which longer chunks do not speed up, and the convolution library copies all four of its tensors."""
+    larger = max(math.prod(shape[1:]), grad[:1].numel()) * grad.element_size()
+    return 2 * larger if spec.groups > 1 else larger
+
+
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -167,7 +174,7 @@ class _Conv2d(torch.autograd.Function):
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         grad_x = grad.new_empty(ctx.shape) if need_x else None
         grad_weight = accumulator(tuple(weight.shape), grad) if need_weight else None
-        sample_bytes = max(math.prod(ctx.shape[1:]), grad[:1].numel()) * grad.element_size()
+        sample_bytes = backward_sample_bytes(ctx.shape, grad, ctx.spec)
         for start, stop in sample_chunks(grad.shape[0], sample_bytes):
             x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype) if need_weight else None
             shape = (stop - start, *ctx.shape[1:])
@@ -176,6 +183,7 @@ class _Conv2d(torch.autograd.Function):
                 grad_x[start:stop] = part_x
             if need_weight:
                 grad_weight.add_(part_weight)
+            del x_hat, part_x, part_weight  # or they would live on beside the next chunk's
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)

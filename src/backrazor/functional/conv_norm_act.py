@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..codecs import Layout, Pruned, pack_shared, unpack
 from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
-from .conv import ConvSpec, backward_of_chunk, explicit, forward_chunks, forward_of_chunk
+from .conv import ConvSpec, backward_of_chunk, backward_sample_bytes, explicit, forward_chunks, forward_of_chunk
 from .epilogue import Act, activate, encode, gradient, join
 
 
@@ -109,7 +109,7 @@ class _ConvNormAct(torch.autograd.Function):
         grad_x = grad.new_empty(ctx.shape) if need_x else None
         grad_weight = accumulator(tuple(weight.shape), grad) if need_weight else None
         grad_bias = accumulator((weight.shape[0],), grad) if need_bias else None
-        sample_bytes = max(ctx.shape[1:].numel(), grad[:1].numel()) * grad.element_size()
+        sample_bytes = backward_sample_bytes(ctx.shape, grad, ctx.spec)
         for start, stop in sample_chunks(grad.shape[0], sample_bytes):
             if codes is None:
                 part = grad[start:stop] * scale
@@ -125,6 +125,7 @@ class _ConvNormAct(torch.autograd.Function):
                 grad_weight.add_(part_weight)
             if need_bias:
                 grad_bias.add_(part.sum((0, 2, 3), dtype=grad_bias.dtype))
+            del part, x_hat, part_x, part_weight  # or they would live on beside the next chunk's
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..codecs import mark
 from ..codecs.roles import INDEX
-from .common import needs_grad
+from .common import memory_format, needs_grad, sample_chunks
 
 Pair = tuple[int, int]
 
@@ -29,18 +29,34 @@ def _corners(shape: torch.Size, stride: Pair, padding: Pair, device: torch.devic
     return rows.unsqueeze(1), columns.unsqueeze(0)
 
 
+def _places(index: Tensor, width: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Where in its window each maximum lies, row * kernel width + column, from its flat index, which is overwritten."""
+    top, left = _corners(index.shape, stride, padding, index.device)
+    row = index.div(width, rounding_mode="floor")
+    column = index.sub_(row * width).sub_(left).div_(dilation[1], rounding_mode="floor")
+    return row.sub_(top).div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(column)
+
+
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
         ctx.settings, ctx.shape = (kernel, stride, padding, dilation, ceil_mode), x.shape
-        out, index = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
-        width = x.shape[-1]
-        top, left = _corners(out.shape, stride, padding, x.device)
-        # in place: the flat index becomes the place in the window, row * kernel width + column
-        row = index.div(width, rounding_mode="floor")
-        column = index.sub_(row * width).sub_(left).div_(dilation[1], rounding_mode="floor")
-        place = row.sub_(top).div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(column)
-        ctx.save_for_backward(mark(place.to(torch.uint8), INDEX))
+        settings = (kernel, stride, padding, dilation, ceil_mode)
+        out = place = None
+        # the wide index, twice in passing, exists for some samples only
+        for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size()):
+            part, index = F.max_pool2d(x[start:stop], *settings, return_indices=True)
+            if out is None:
+                shape = (x.shape[0], *part.shape[1:])
+                out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+                place = torch.empty_like(out, dtype=torch.uint8)
+            out[start:stop] = part
+            place[start:stop] = _places(index, x.shape[-1], kernel, stride, padding, dilation)
+            del part, index
+        if out is None:  # an empty batch
+            out = F.max_pool2d(x, *settings)
+            place = out.to(torch.uint8)
+        ctx.save_for_backward(mark(place, INDEX))
         return out
 
     @staticmethod

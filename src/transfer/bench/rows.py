@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from transfer.training.methods import apply_method, set_train_mode
 
 BATCH = {"vit_b16": 16}  # images a step; 8 for the convolutional networks
 CLASSES = 100
-QUICK = ("dense", "checkpointing by block", "compact 0.9", "compact 0.97")  # the main rows
+MAIN = ("dense", "checkpointing by block", "compact 0.9", "compact 0.95", "compact 0.97")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Row:
     checkpointing: str = "none"
     micro: int | None = None
     bn: str = "frozen"
+    offload: bool = False
     precision: str = "float32"
     image: int = 224
     batch: int | None = None
@@ -60,7 +62,8 @@ class Row:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
 
         def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            saving = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
+            with saving, torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 logits = model(x)
             return F.cross_entropy(logits.float(), y)
 
@@ -84,10 +87,25 @@ class Row:
         return ledger.total_bytes
 
 
-def rows_of(backbone: str, precision: str = "float32", micro: int = 1) -> list[Row]:
-    """All rows of one backbone. ``micro`` sizes the micro-batch rival: the largest whose peak is at most that of
-    compact 0.9."""
-    shared = {"backbone": backbone, "precision": precision}
+def micro_batch(backbone: str, precision: str, images: int) -> int:
+    """The largest micro-batch of the plain network whose predicted peak is at most that of compact 0.9 on the whole
+    batch; 1 where even that one peaks higher."""
+    budget = _predicted(Row(backbone, "", razor=("compact", 0.9), precision=precision), images)
+    plain = Row(backbone, "", precision=precision)
+    fitting = [size for size in range(1, images) if images % size == 0 and _predicted(plain, size) <= budget]
+    return max(fitting, default=1)
+
+
+def _predicted(row: Row, images: int) -> int:
+    model = replace(row, batch=1).build().model
+    autocast = torch.bfloat16 if row.precision == "bfloat16" else None
+    return br.memory.predict(model, (3, row.image, row.image), images, autocast=autocast).peak_bytes
+
+
+def rows_of(backbone: str, precision: str = "float32", device: str = "cpu", batch: int | None = None) -> list[Row]:
+    """All rows of one backbone, dense first. ``save_on_cpu`` is a rival on a device with memory of its own only."""
+    shared: dict = {"backbone": backbone, "precision": precision, "device": device, "batch": batch}
+    micro = micro_batch(backbone, precision, Row(label="", **shared).images)
     rows = [
         Row(label="dense", **shared),
         Row(label="checkpointing by block", checkpointing="block", **shared),
@@ -101,6 +119,8 @@ def rows_of(backbone: str, precision: str = "float32", micro: int = 1) -> list[R
         Row(label="compact 0.97", razor=("compact", 0.97), **shared),
         Row(label="compact 0.9 + checkpointing", razor=("compact", 0.9), checkpointing="block", **shared),
     ]
+    if device != "cpu":
+        rows.insert(3, Row(label="save_on_cpu", offload=True, **shared))
     if backbone != "vit_b16":
         rows.insert(1, Row(label="dense, BN trained", bn="train", **shared))
     return rows
