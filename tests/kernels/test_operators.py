@@ -11,6 +11,7 @@ from torch import Tensor
 import backrazor as br
 from backrazor import kernels
 from backrazor.functional.activation import quantiser
+from backrazor.kernels import dispatch
 from backrazor.kernels.layernorm import reference as layernorm
 from tests.backrazor.compare import assert_close, assert_same_bits
 from tests.backrazor.networks import convnet, mlp
@@ -118,6 +119,16 @@ def test_a_compiled_network_has_the_eager_gradients(build, shape: tuple[int, ...
 def test_no_fusion_is_claimed_on_the_cpu() -> None:
     assert not kernels.fused_norm(torch.randn(3, 4), 4)
     assert not kernels.fused_softmax(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(("choice", "fused"), [(None, False), ("triton", True), ("interpret", True)])
+def test_a_norm_that_rounds_otherwise_is_off_by_default(
+    choice: str | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "implementation", lambda family, tensor: layernorm)  # as a CUDA tensor would have it
+    monkeypatch.setattr(dispatch, "forced", lambda: choice)
+    assert kernels.fused_norm(torch.randn(3, 4), 4) is fused
+    assert not kernels.fused_norm(torch.randn(3, 4), 0)
 
 
 def test_an_empty_norm() -> None:

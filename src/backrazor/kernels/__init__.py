@@ -18,13 +18,15 @@ reference is the arithmetic that PyTorch's own operators do one after another.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .bitmask import reference as bitmask_reference
 from .derivative import reference as derivative_reference
-from .dispatch import implementation
+from .dispatch import implementation, triton_by_name
 from .layernorm import reference as layernorm_reference
 from .layernorm.reference import LONGEST_ROW
 from .rowquant import reference as rowquant_reference
@@ -262,10 +264,18 @@ def row_decode(
     return (fast or rowquant_reference).decode(codes, scales, m, bits, dtype, weight, bias)
 
 
+@_disable_dynamo
 def fused_norm(x: Tensor, m: int) -> bool:
-    """Whether ``norm_forward`` and ``norm_backward`` are one kernel each for rows of m elements of x's type and
-    device."""
-    return implementation("layernorm", x) is not None and 0 < m <= LONGEST_ROW
+    """Whether ``norm_forward`` and ``norm_backward`` are one kernel each for rows of m elements of x's type and device.
+
+    Only where BACKRAZOR_KERNELS asks for Triton by name: its forward sums in another order than PyTorch's, and by
+    default every forward equals the dense one to the bit.
+    """
+    return triton_by_name() and _norm_kernel(x, m) is not None
+
+
+def _norm_kernel(x: Tensor, m: int) -> ModuleType | None:
+    return implementation("layernorm", x) if 0 < m <= LONGEST_ROW else None
 
 
 def _norm_forward_fake(x, weight, bias, eps, bits):
@@ -283,7 +293,7 @@ def norm_forward(
     """LayerNorm of x (R, m), weight and bias (m,): out (R, m), and what backward reads: codes and scales
     as ``row_encode`` gives them, rstd (R,) float32."""
     x = x.contiguous()
-    fast = implementation("layernorm", x) if fused_norm(x, x.shape[1]) else None
+    fast = _norm_kernel(x, x.shape[1])
     return (fast or layernorm_reference).forward(x, weight, bias, eps, bits)
 
 
@@ -303,7 +313,7 @@ def norm_backward(
     """The gradients of x (R, m), of weight and of bias (m,) float32 from the gradient (R, m) and what ``norm_forward``
     gave."""
     grad, codes, scales, rstd = (part.contiguous() for part in (grad, codes, scales, rstd))
-    fast = implementation("layernorm", grad) if fused_norm(grad, grad.shape[1]) else None
+    fast = _norm_kernel(grad, grad.shape[1])
     return (fast or layernorm_reference).backward(grad, codes, scales, rstd, weight, bits)
 
 

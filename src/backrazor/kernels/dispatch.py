@@ -61,6 +61,12 @@ def forced() -> str | None:
     return value
 
 
+def triton_by_name() -> bool:
+    """Whether BACKRAZOR_KERNELS asks for the Triton kernels, which switches on those that round otherwise than
+    PyTorch."""
+    return forced() in ("triton", "interpret")
+
+
 @_disable_dynamo  # it would trace through the caches
 def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
     """The fast module of a kernel folder for this tensor, or None where the reference has to do: some folders have no
