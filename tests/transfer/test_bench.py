@@ -11,6 +11,7 @@ import pytest
 import backrazor as br
 from transfer.bench import measure
 from transfer.bench.rows import MAIN, micro_batch, rows_of
+from transfer.tables.figures import fastest_front
 
 
 def test_rows_name_every_rival() -> None:
@@ -75,4 +76,4 @@ def test_the_front_holds_what_nothing_beats() -> None:
     part = pandas.DataFrame(
         {"row": list("abcd"), "peak_MB": [10.0, 20.0, 30.0, 40.0], "time_ratio": [1.5, 1.6, 1.0, 1.2]}
     )
-    assert list(measure.front(part)["row"]) == ["a", "c"]
+    assert list(fastest_front(part)["row"]) == ["a", "c"]

@@ -40,8 +40,8 @@ def _places(index: Tensor, width: int, kernel: Pair, stride: Pair, padding: Pair
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
-        ctx.settings, ctx.shape = (kernel, stride, padding, dilation, ceil_mode), x.shape
-        settings = (kernel, stride, padding, dilation, ceil_mode)
+        ctx.settings = settings = (kernel, stride, padding, dilation, ceil_mode)
+        ctx.shape = x.shape
         out = place = None
         # the wide index, twice in passing, exists for some samples only
         for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size()):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import pandas
 import torch
 from torch.autograd.profiler import profile
@@ -16,11 +14,9 @@ from torch.autograd.profiler import profile
 import backrazor as br
 from backrazor.memory.peak import in_fresh_process
 from transfer.bench.rows import Row
-from transfer.files import atomic_write_text
+from transfer.files import atomic_write, atomic_write_text
 from transfer.records import circumstances
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from transfer.tables.figures import time_against_peak
 
 SHOWN = ["backbone", "row", "saved_MB", "saved_ratio", "peak_MB", "peak_ratio", "step_s", "time_ratio", "codec_share"]
 KEY = ["backbone", "precision", "row"]  # what makes two lines of the results the same measurement
@@ -55,6 +51,7 @@ def measure_backbone(
     goes on. Peaks do not depend on what else the machine does; times want it idle, and the two may be measured apart.
     """
     threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if rows[0].device == "cuda" else rows[0].device
     for round_ in range(repeats):
         for row in rows:
             for quantity in what:
@@ -63,7 +60,7 @@ def measure_backbone(
                     continue
                 print(f"  round {round_ + 1}/{repeats}, {quantity}: {_name(row)}", flush=True)
                 measured = br.memory.measure_step(row.build, repeats=1, steps=steps, what=(quantity,))
-                answer: dict = {"circumstances": circumstances(row.device, threads)}
+                answer: dict = {"circumstances": circumstances(device, threads)}
                 if quantity == "peak":
                     answer |= {"peak_bytes": measured.peak_bytes, "process_bytes": measured.process_peak_bytes}
                     if round_ == 0:
@@ -151,47 +148,12 @@ def write(table: list[dict], results: Path, command: str) -> pandas.DataFrame:
         old = known.set_index(KEY).index.isin(frame.set_index(KEY).index)
         frame = pandas.concat([known[~old], frame], ignore_index=True)
     results.parent.mkdir(parents=True, exist_ok=True)
-    _atomically(results, partial(frame.to_csv, index=False))
-    parts = [
-        f"## {backbone}, {precision}, batch {part['batch'].iloc[0]}\n\n"
-        + part[[*SHOWN[1:], "time_ratio_min", "time_ratio_max", "processes_time"]].to_markdown(index=False)
-        for (backbone, precision), part in frame.groupby(["backbone", "precision"], sort=False)
-    ]
-    atomic_write_text(results.with_suffix(".md"), f"`{command}`\n\n" + "\n\n".join(parts) + "\n")
+    with atomic_write(results) as file:
+        frame.to_csv(file, index=False)
+    parts = []
     for (backbone, precision), part in frame.groupby(["backbone", "precision"], sort=False):
-        pareto_figure(part, results.with_name(f"{results.stem}-{backbone}-{precision}.png"))
+        shown = part[[*SHOWN[1:], "time_ratio_min", "time_ratio_max", "processes_time"]].to_markdown(index=False)
+        parts.append(f"## {backbone}, {precision}, batch {part['batch'].iloc[0]}\n\n{shown}")
+        time_against_peak(part, results.with_name(f"{results.stem}-{backbone}-{precision}.png"))
+    atomic_write_text(results.with_suffix(".md"), f"`{command}`\n\n" + "\n\n".join(parts) + "\n")
     return frame
-
-
-def _atomically(file: Path, save: Callable[[Path], object]) -> None:
-    part = file.with_name(file.name + ".part")
-    save(part)
-    part.replace(file)
-
-
-def front(part: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows that no other row beats in both peak and time, by rising peak."""
-    ordered = part.sort_values(["peak_MB", "time_ratio"])
-    best_before = ordered["time_ratio"].cummin().shift(fill_value=float("inf"))
-    return ordered[ordered["time_ratio"] < best_before]
-
-
-def pareto_figure(part: pandas.DataFrame, path: Path) -> None:
-    """Draw time of a step beside dense over measured peak, the spread over processes as a bar, the Pareto front as a
-    dashed line."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for i, (_, row) in enumerate(part.iterrows()):
-        spread = [[row["time_ratio"] - row["time_ratio_min"]], [row["time_ratio_max"] - row["time_ratio"]]]
-        marker = "os^Dv"[i // 10 % 5]
-        axes.errorbar(row["peak_MB"], row["time_ratio"], yerr=spread, fmt=marker, capsize=3, label=row["row"])
-    best = front(part)
-    axes.plot(best["peak_MB"], best["time_ratio"], "--", color="black", linewidth=0.8, label="Pareto front")
-    first = part.iloc[0]
-    axes.set(title=f"{first['backbone']}, batch {first['batch']}, {first['precision']}")
-    axes.set(xlabel="measured peak of a step above weights, gradients and optimizer state, MB")
-    axes.set(ylabel="time of a step / dense")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    _atomically(path, partial(figure.savefig, dpi=110, format="png"))
-    plt.close(figure)

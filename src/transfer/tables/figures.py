@@ -22,6 +22,31 @@ def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
     return ordered[ordered["accuracy"] > best_before]
 
 
+def fastest_front(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that no other row beats in both ``peak_MB`` and ``time_ratio``, by rising peak."""
+    return pareto_front(rows.assign(peak_mb=rows["peak_MB"], accuracy=-rows["time_ratio"]))
+
+
+def time_against_peak(rows: pd.DataFrame, path: Path) -> Path:
+    """Draw time of a step beside dense over measured peak, the spread over processes as a bar, the Pareto front as a
+    dashed line; ``rows`` of one backbone, with the columns of the step benchmark."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for i, (_, row) in enumerate(rows.iterrows()):
+        spread = [[row["time_ratio"] - row["time_ratio_min"]], [row["time_ratio_max"] - row["time_ratio"]]]
+        marker = "os^Dv"[i // 10 % 5]
+        axes.errorbar(row["peak_MB"], row["time_ratio"], yerr=spread, fmt=marker, capsize=3, label=row["row"])
+    best = fastest_front(rows)
+    axes.plot(best["peak_MB"], best["time_ratio"], "--", color="black", linewidth=0.8, label="Pareto front")
+    first = rows.iloc[0]
+    axes.set(title=f"{first['backbone']}, batch {first['batch']}, {first['precision']}")
+    axes.set(xlabel="measured peak of a step above weights, gradients and optimizer state, MB")
+    axes.set(ylabel="time of a step / dense")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return _save(figure, path)
+
+
 def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     """Draw test accuracy over measured peak, one point a row, its spread over seeds as a bar, the Pareto front as a
     dashed line through ringed points; None without a peak.
