@@ -4,9 +4,10 @@
     python scripts/benchmark.py --backbones proxylessnas --quick        # the main rows of one backbone in minutes
     python scripts/benchmark.py --what peak                    # peaks alone, which need no idle machine
 
-Every figure comes from a fresh process; the rows of a backbone take turns, and the table holds medians with their
-spread and the median of the ratios to dense round by round. Operator tests run first: a benchmark of wrong gradients is
-none. Written: the CSV file, the same as Markdown, and a figure of time against peak for each backbone.
+Every figure comes from a fresh process. Where time is measured, the processes of a backbone's rows take turns step by
+step, and the table holds the median of the ratios to dense, turn by turn, with its spread over rounds. Operator tests
+run first: a benchmark of wrong gradients is none. Written: the CSV file, the same as Markdown, and a figure of time
+against peak for each backbone.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes a figure")
     parser.add_argument("--steps", type=int, default=7, help="timed steps a process")
     parser.add_argument("--quick", action="store_true", help="the main rows, one process of five steps")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark"), help="where measurements are kept")
+    parser.add_argument("--folder", type=Path, help="where measurements are kept (outputs/benchmark[-quick])")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/steps.csv"))
     parser.add_argument("--skip-tests", action="store_true", help="do not run the operator tests first")
     options = parser.parse_args()
+    options.folder = options.folder or Path("outputs/benchmark-quick" if options.quick else "outputs/benchmark")
     if options.quick:
         options.repeats, options.steps, options.rows = 1, 5, options.rows or ["main"]
     if not options.skip_tests and not operators_are_green():

@@ -40,7 +40,10 @@ def measure(paths: list[Path], repeats: int | None, steps: int | None, what: tup
         str(path): StepFactory(config, records[path]["classes"], batch, size) for path, config in configs.items()
     }
     first = next(iter(configs.values()))["trainer"]["measure"]
-    results = br.memory.measure_steps(factories, repeats or first["repeats"], steps or first["steps"], what)
+    on_cpu = all(record["circumstances"]["device"] == "cpu" for record in records.values())
+    results = br.memory.measure_steps(
+        factories, repeats or first["repeats"], steps or first["steps"], what, turns="step" if on_cpu else "process"
+    )
     for path, record in records.items():
         record["memory"] |= measured_columns(results[str(path)], rows=len(paths))
         before = record["circumstances"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,10 +49,26 @@ def test_what_is_measured_is_not_measured_again(measured: tuple[list, Path], mon
         raise AssertionError("measured again")
 
     rows, folder = measured
+    monkeypatch.setattr(br.memory, "measure_steps", never)
     monkeypatch.setattr(br.memory, "measure_step", never)
     measure.measure_backbone(rows, folder, repeats=1, steps=1)
     with pytest.raises(AssertionError, match="measured again"):
         measure.measure_backbone(rows, folder, repeats=2, steps=1)
+
+
+def test_a_time_stands_beside_the_dense_steps_of_its_turns(measured: tuple[list, Path]) -> None:
+    rows, folder = measured
+    dense, compact = (json.loads(measure._file(folder, row, "time", 0).read_text()) for row in rows)
+    assert compact["dense_times"] == dense["times"] != compact["times"]
+    line = measure.summary(folder, rows[1], rows[0])
+    assert line is not None
+    assert line["time_ratio"] == pytest.approx(sum(compact["times"][0]) / sum(dense["times"][0]), abs=1e-3)
+
+
+def test_a_network_of_the_benchmark_has_gradients() -> None:
+    step = replace(rows_of("proxylessnas")[0], image=64, batch=2).build()
+    step.forward().backward()
+    assert all(p.grad.abs().max() > 1e-6 for p in step.model.parameters() if p.requires_grad)
 
 
 def test_a_row_without_time_is_left_out(measured: tuple[list, Path]) -> None:

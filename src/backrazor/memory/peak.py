@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -113,10 +114,19 @@ def measure_steps(
     steps: int = 5,
     what: tuple[str, ...] = ("peak", "time"),
     threads: int | None = None,
+    turns: str = "step",
 ) -> dict[str, Measurement]:
     """``measure_step`` for several configurations in turn, A B C A B C ..., so that a drifting machine does not favour
-    one of them."""
+    one of them.
+
+    turns: what takes turns where time is measured. "step": the processes of all configurations stand ready together and
+        run one step each, over and over, so that the i-th samples of all were taken within seconds of each other and
+        may be compared one by one; memory must hold them all. "process": one process after the other, for a device
+        whose memory one configuration may fill.
+    """
     unknown = set(what) - {"peak", "time"}
+    if turns not in ("step", "process"):
+        raise ValueError(f"turns={turns!r}: use 'step' or 'process'")
     if unknown or repeats < 1 or steps < 1:
         raise ValueError(
             f"what={what!r}, repeats={repeats}, steps={steps}: use 'peak' and 'time', and at least one repeat and step"
@@ -130,8 +140,11 @@ def measure_steps(
         for name, factory in factories.items():
             if "peak" in what:
                 peaks[name].append(in_fresh_process(_peak_of, factory, threads, stable_malloc=True))
-            if "time" in what:
-                times[name].extend(in_fresh_process(_times_of, factory, threads, steps))
+        if "time" in what:
+            together = [factories] if turns == "step" else [{name: factory} for name, factory in factories.items()]
+            for group in together:
+                for name, samples in _times_in_turns(group, threads, steps).items():
+                    times[name].extend(samples)
     return {
         name: Measurement(tuple(p for p, _ in peaks[name]), tuple(w for _, w in peaks[name]), tuple(times[name]))
         for name in factories
@@ -151,38 +164,62 @@ def _check_picklable(factory: Callable[[], Step]) -> None:
 def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False) -> Any:
     """``function(*arguments)`` in a new interpreter; with ``stable_malloc`` freed memory returns to the system at once
     (glibc)."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=False)
-    before = {name: os.environ.get(name) for name in _STABLE_MALLOC}
-    try:
-        if stable_malloc:
-            os.environ.update(_STABLE_MALLOC)  # read by the allocator when the new process starts
-        process.start()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    sender.close()
-    try:
-        succeeded, answer = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"the measuring process died with exit code {process.exitcode}; out of memory if it is -9"
-        ) from None
-    finally:
-        receiver.close()
-    process.join()
-    if not succeeded:
-        raise RuntimeError(f"the measured step failed in its process:\n{answer}")
-    return answer
+    with _FreshProcess(_call, function, arguments, stable_malloc=stable_malloc) as process:
+        return process.receive()
 
 
-def _answer(sender: Connection, function: Callable, arguments: tuple) -> None:
+def _call(connection: Connection, function: Callable, arguments: tuple) -> None:
+    connection.send((True, function(*arguments)))
+
+
+class _FreshProcess:
+    """A new interpreter that runs ``serve(connection, *arguments)`` and answers over the connection in pairs: whether
+    it succeeded, and the answer or the traceback."""
+
+    def __init__(self, serve: Callable, *arguments: object, stable_malloc: bool = False) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, serve, arguments), daemon=False)
+        before = {name: os.environ.get(name) for name in _STABLE_MALLOC}
+        try:
+            if stable_malloc:
+                os.environ.update(_STABLE_MALLOC)  # read by the allocator when the new process starts
+            self._process.start()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        other.close()
+
+    def __enter__(self) -> _FreshProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self._process.join()
+
+    def receive(self) -> Any:
+        """The next answer.
+
+        Raises:
+            RuntimeError: the process failed, or died.
+        """
+        try:
+            succeeded, answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise RuntimeError(
+                f"the measuring process died with exit code {self._process.exitcode}; out of memory if it is -9"
+            ) from None
+        if not succeeded:
+            raise RuntimeError(f"the measured step failed in its process:\n{answer}")
+        return answer
+
+
+def _serve(connection: Connection, serve: Callable, arguments: tuple) -> None:
     try:
-        sender.send((True, function(*arguments)))
+        serve(connection, *arguments)
     except BaseException:
-        sender.send((False, traceback.format_exc()))
+        connection.send((False, traceback.format_exc()))
 
 
 def _device_of(step: Step) -> torch.device:
@@ -213,13 +250,34 @@ def _run(step: Step, device: torch.device) -> tuple[float, float, float]:
     return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
 
 
-def _times_of(factory: Callable[[], Step], threads: int, steps: int) -> list[tuple[float, float, float]]:
+def _times_in_turns(
+    factories: Mapping[str, Callable[[], Step]], threads: int, steps: int
+) -> dict[str, list[tuple[float, float, float]]]:
+    """Seconds of ``steps`` steps of each configuration: one fresh process each, warmed up one after the other, then one
+    step each in turn. Whoever waits for its turn sleeps."""
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in factories}
+    with ExitStack() as stack:
+        processes = {}
+        for name, factory in factories.items():
+            processes[name] = stack.enter_context(_FreshProcess(_step_on_demand, factory, threads))
+            processes[name].receive()  # warmed up
+        for _ in range(steps):
+            for name, process in processes.items():
+                process.connection.send("step")
+                times[name].append(process.receive())
+    return times
+
+
+def _step_on_demand(connection: Connection, factory: Callable[[], Step], threads: int) -> None:
     torch.set_num_threads(threads)
     step = factory()
     device = _device_of(step)
     for _ in range(WARM_UP_STEPS):
         _run(step, device)
-    return [_run(step, device) for _ in range(steps)]
+    connection.send((True, None))
+    with suppress(EOFError):  # the other end is closed when it has enough
+        while connection.recv():
+            connection.send((True, _run(step, device)))
 
 
 def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, int]:

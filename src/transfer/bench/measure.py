@@ -45,32 +45,42 @@ def codec_share_of(row: Row, threads: int) -> float:
 def measure_backbone(
     rows: list[Row], folder: Path, repeats: int, steps: int, what: Sequence[str] = ("peak", "time")
 ) -> None:
-    """Measure peak and time of every row ``repeats`` times, the rows in turn, each in a fresh process.
+    """Measure peak and time of every row ``repeats`` times, each in a fresh process; the first row is dense.
 
-    One json file a row, quantity and round below ``folder``: what exists is not measured again, so an interrupted run
-    goes on. Peaks do not depend on what else the machine does; times want it idle, and the two may be measured apart.
+    For the time the processes of a round's rows and one of dense stand ready together and run a step each in turn (on a
+    CUDA device, whose speed is steady and whose memory one row may fill: one process after the other). One json file a
+    row, quantity and round below ``folder``: what exists is not measured again, so an interrupted run goes on, and a
+    row added later takes its turns with a dense process of its own. Peaks do not depend on what else the machine does;
+    times want it idle, and the two may be measured apart.
     """
     threads = torch.get_num_threads()
     device = torch.cuda.get_device_name() if rows[0].device == "cuda" else rows[0].device
+    made = {"circumstances": circumstances(device, threads)}
+    folder.mkdir(parents=True, exist_ok=True)
     for round_ in range(repeats):
-        for row in rows:
-            for quantity in what:
-                file = _file(folder, row, quantity, round_)
-                if file.exists():
-                    continue
-                print(f"  round {round_ + 1}/{repeats}, {quantity}: {_name(row)}", flush=True)
-                measured = br.memory.measure_step(row.build, repeats=1, steps=steps, what=(quantity,))
-                answer: dict = {"circumstances": circumstances(device, threads)}
-                if quantity == "peak":
-                    answer |= {"peak_bytes": measured.peak_bytes, "process_bytes": measured.process_peak_bytes}
-                    if round_ == 0:
-                        answer["saved_bytes"] = in_fresh_process(saved_of, row, threads)
-                else:
-                    answer["times"] = measured.time_samples
-                    if round_ == 0 and row.razor is not None:
-                        answer["codec_share"] = in_fresh_process(codec_share_of, row, threads)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write_text(file, json.dumps(answer))
+        missing = {
+            quantity: [row for row in rows if not _file(folder, row, quantity, round_).exists()] for quantity in what
+        }
+        for row in missing.get("peak", ()):
+            print(f"  round {round_ + 1}/{repeats}, peak: {_name(row)}", flush=True)
+            peak = br.memory.measure_step(row.build, repeats=1, what=("peak",))
+            answer: dict = {"peak_bytes": peak.peak_bytes, "process_bytes": peak.process_peak_bytes}
+            if round_ == 0:
+                answer["saved_bytes"] = in_fresh_process(saved_of, row, threads)
+            atomic_write_text(_file(folder, row, "peak", round_), json.dumps(made | answer))
+        if missing.get("time"):
+            turn = {row.label: row.build for row in [rows[0], *missing["time"]]}
+            print(f"  round {round_ + 1}/{repeats}, time: {_name(rows[0])}, in turns with the others", flush=True)
+            turns = "process" if rows[0].device == "cuda" else "step"
+            times = br.memory.measure_steps(turn, repeats=1, steps=steps, what=("time",), turns=turns)
+            for row in missing["time"]:
+                answer = {
+                    "times": times[row.label].time_samples,
+                    "dense_times": times[rows[0].label].time_samples,
+                }
+                if round_ == 0 and row.razor is not None:
+                    answer["codec_share"] = in_fresh_process(codec_share_of, row, threads)
+                atomic_write_text(_file(folder, row, "time", round_), json.dumps(made | answer))
 
 
 def _name(row: Row) -> str:
@@ -100,14 +110,15 @@ def table_of(rows: list[Row], folder: Path) -> list[dict]:
 
 def summary(folder: Path, row: Row, dense: Row) -> dict | None:
     """One line of the table, None where peak or time is missing; ratios are dense / row for bytes and row / dense for
-    time, round by round, their median."""
-    peaks, times = _read(folder, row, "peak"), _read(folder, row, "time")
-    dense_peaks, dense_times = _read(folder, dense, "peak"), _read(folder, dense, "time")
-    if not (peaks and times and dense_peaks and dense_times):
+    time: a round's is the median over its turns, and the table's the median over rounds, with their range."""
+    peaks, times, dense_peaks = _read(folder, row, "peak"), _read(folder, row, "time"), _read(folder, dense, "peak")
+    if not (peaks and times and dense_peaks):
         return None
-    step = {i: statistics.median(sum(t) for t in r["times"]) for i, r in times.items()}
-    dense_step = {i: statistics.median(sum(t) for t in r["times"]) for i, r in dense_times.items()}
-    ratios = [step[i] / dense_step[i] for i in step if i in dense_step]
+    step = [statistics.median(sum(t) for t in r["times"]) for r in times.values()]
+    ratios = [
+        statistics.median(sum(t) / sum(d) for t, d in zip(r["times"], r["dense_times"], strict=True))
+        for r in times.values()
+    ]
     parts = [statistics.median(t[i] for r in times.values() for t in r["times"]) for i in range(len(_PARTS))]
     samples = [r["peak_bytes"] for r in peaks.values()]
     peak, dense_peak = (statistics.median(r["peak_bytes"] for r in p.values()) for p in (peaks, dense_peaks))
@@ -126,7 +137,7 @@ def summary(folder: Path, row: Row, dense: Row) -> dict | None:
         "peak_MB_max": round(max(samples) / 1e6, 1),
         "peak_ratio": round(dense_peak / peak, 2),
         "process_MB": round(statistics.median(r["process_bytes"] for r in peaks.values()) / 1e6, 1),
-        "step_s": round(statistics.median(step.values()), 4),
+        "step_s": round(statistics.median(step), 4),
         "time_ratio": round(statistics.median(ratios), 3),
         "time_ratio_min": round(min(ratios), 3),
         "time_ratio_max": round(max(ratios), 3),

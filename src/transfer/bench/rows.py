@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import backrazor as br
 from transfer.models import build_backbone
@@ -43,12 +45,15 @@ class Row:
         return self.batch or BATCH.get(self.backbone, 8)
 
     def build(self) -> br.memory.Step:
-        """The training step: random weights (memory and time do not depend on them), SGD with momentum,
+        """The training step: random weights with batch norm statistics of their own, SGD with momentum,
         cross-entropy."""
         torch.manual_seed(0)
-        config = {"name": self.backbone, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "zero"}
+        config = {"name": self.backbone, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "linear"}
         backbone = build_backbone(config, CLASSES, "pretrain")
         model = backbone.model.to(self.device)
+        images = torch.randn(self.images, 3, self.image, self.image, device=self.device)
+        labels = torch.randint(CLASSES, (self.images,), device=self.device)
+        _settle_batch_norm(model, images)
         state = {"frozen": "frozen", "train": "train"}[self.bn]
         statistics = "frozen" if self.bn == "frozen" else "batch"
         frozen = apply_method(model, backbone.head, {"name": "full", "bn_affine": state, "bn_stats": statistics})
@@ -57,8 +62,6 @@ class Row:
             br.razor_(model, getattr(br.RazorConfig, preset)(sparsity))
         apply_checkpointing(model, backbone.stages, self.checkpointing)
         set_train_mode(model, frozen)
-        images = torch.randn(self.images, 3, self.image, self.image, device=self.device)
-        labels = torch.randint(CLASSES, (self.images,), device=self.device)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
 
         def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -85,6 +88,15 @@ class Row:
             loss = step.forward()
         del loss
         return ledger.total_bytes
+
+
+def _settle_batch_norm(model: nn.Module, images: torch.Tensor) -> None:
+    """Statistics of the network's own activations, and scales of one: with those of a fresh network, frozen, signals
+    would die out with depth and gradients be zero, where a pretrained network's are of order one."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_parameters()
+    update_bn([images], model)
 
 
 def micro_batch(backbone: str, precision: str, images: int) -> int:
