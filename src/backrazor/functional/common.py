@@ -33,6 +33,24 @@ def accumulator(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=wide, device=like.device)
 
 
+def added(total: Tensor | None, part: Tensor, whole: bool) -> Tensor:
+    """``total`` + ``part``, in float32 where they have 16 bits; ``part`` itself where it is the ``whole`` sum."""
+    if total is not None:
+        return total.add_(part)
+    return part if whole or part.element_size() != 2 else part.float()
+
+
+def placed(total: Tensor | None, part: Tensor, start: int, batch: int) -> Tensor:
+    """The samples of ``part`` put at ``start`` of ``total`` (made for the first); ``part`` itself where it is the whole
+    ``batch``."""
+    if len(part) == batch:
+        return part.contiguous()
+    if total is None:
+        total = part.new_empty(batch, *part.shape[1:])
+    total[start : start + len(part)] = part
+    return total
+
+
 def add_product(total: Tensor, rows: Tensor, x_hat: Tensor) -> None:
     """total (O, I) += rows^T x_hat for rows (t, O) and x_hat (t, I)."""
     if total.dtype == rows.dtype:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import Layout, Pruned, pack_shared, unpack
-from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
+from .common import added, autocast_dtype, needs_grad, placed, sample_chunks
 
 
 class ConvSpec(NamedTuple):
@@ -58,9 +58,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
         return forward_of_chunk(x, weight, bias, spec)
     out = None
     for start, stop in chunks:
-        part = forward_of_chunk(x[start:stop], weight, bias, spec)
-        out = part.new_empty(x.shape[0], *part.shape[1:]) if out is None else out
-        out[start:stop] = part
+        out = placed(out, forward_of_chunk(x[start:stop], weight, bias, spec), start, x.shape[0])
     return out
 
 
@@ -172,17 +170,19 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *packed = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-        grad_x = grad.new_empty(ctx.shape) if need_x else None
-        grad_weight = accumulator(tuple(weight.shape), grad) if need_weight else None
-        sample_bytes = backward_sample_bytes(ctx.shape, grad, ctx.spec)
-        for start, stop in sample_chunks(grad.shape[0], sample_bytes):
+        batch = grad.shape[0]
+        if batch == 0:
+            grad_x, grad_weight = grad.new_empty(ctx.shape), torch.zeros_like(weight)
+            return grad_x, grad_weight, grad.sum((0, 2, 3)) if need_bias else None, *(None for _ in rest)
+        grad_x = grad_weight = None
+        for start, stop in sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)):
             x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype) if need_weight else None
             shape = (stop - start, *ctx.shape[1:])
             part_x, part_weight = backward_of_chunk(grad[start:stop], x_hat, shape, weight, ctx.spec, need_x)
             if need_x:
-                grad_x[start:stop] = part_x
+                grad_x = placed(grad_x, part_x, start, batch)
             if need_weight:
-                grad_weight.add_(part_weight)
+                grad_weight = added(grad_weight, part_weight, stop - start == batch)
             del x_hat, part_x, part_weight  # or they would live on beside the next chunk's
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import Layout, Pruned, pack_shared, unpack
-from .common import accumulator, autocast_dtype, needs_grad, sample_chunks
+from .common import added, autocast_dtype, needs_grad, placed, sample_chunks
 from .conv import ConvSpec, backward_of_chunk, backward_sample_bytes, explicit, forward_chunks, forward_of_chunk
 from .epilogue import Act, activate, encode, gradient, join
 
@@ -86,11 +86,14 @@ class _ConvNormAct(torch.autograd.Function):
         out, codes = None, []
         for start, stop in forward_chunks(x, weight, spec):
             y = _normalise(forward_of_chunk(x[start:stop], weight, bias, spec), norm)
-            if out is None:
-                out = y.new_empty(x.shape[0], *y.shape[1:])
             if keeps and act is not None:
                 codes.append(encode(y, act))
-            activate(y, act, out[start:stop])
+            if len(y) == x.shape[0]:
+                out = y
+                activate(y, act, y)
+            else:
+                out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
+                activate(y, act, out[start:stop])
             del y
         if out is None:  # an empty batch
             return _normalise(forward_of_chunk(x, weight, bias, spec), norm)
@@ -103,29 +106,37 @@ class _ConvNormAct(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, norm_weight, running_var, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+        batch = grad.shape[0]
+        if batch == 0:
+            zeros = grad.new_empty(ctx.shape), torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+            return *zeros, *(None for _ in rest)
         codes, packed = (kept[0], tuple(kept[1:])) if ctx.act is not None else (None, tuple(kept))
         scale = torch.rsqrt(running_var + ctx.eps)
-        scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(1, -1, 1, 1)
-        grad_x = grad.new_empty(ctx.shape) if need_x else None
-        grad_weight = accumulator(tuple(weight.shape), grad) if need_weight else None
-        grad_bias = accumulator((weight.shape[0],), grad) if need_bias else None
-        sample_bytes = backward_sample_bytes(ctx.shape, grad, ctx.spec)
-        for start, stop in sample_chunks(grad.shape[0], sample_bytes):
-            if codes is None:
-                part = grad[start:stop] * scale
-            else:
-                part = gradient(grad[start:stop], codes[start:stop], ctx.act).mul_(scale)
+        scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
+        # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if smaller
+        folded = weight.numel() < grad.numel()
+        carrier = weight * scale if folded else weight
+        grad_x = grad_weight = grad_bias = None
+        for start, stop in sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)):
+            part = grad[start:stop]
+            if codes is not None:
+                part = gradient(part, codes[start:stop], ctx.act)
+            if not folded:
+                part = part * scale.view(1, -1, 1, 1)
             x_hat = unpack(packed, ctx.layout, start, stop, grad.dtype) if need_weight else None
             part_x, part_weight = backward_of_chunk(
-                part, x_hat, (stop - start, *ctx.shape[1:]), weight, ctx.spec, need_x
+                part, x_hat, (stop - start, *ctx.shape[1:]), carrier, ctx.spec, need_x
             )
+            whole = stop - start == batch
             if need_x:
-                grad_x[start:stop] = part_x
+                grad_x = placed(grad_x, part_x, start, batch)
             if need_weight:
-                grad_weight.add_(part_weight)
+                grad_weight = added(grad_weight, part_weight, whole)
             if need_bias:
-                grad_bias.add_(part.sum((0, 2, 3), dtype=grad_bias.dtype))
+                grad_bias = added(grad_bias, part.sum((0, 2, 3)), whole)
             del part, x_hat, part_x, part_weight  # or they would live on beside the next chunk's
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight.mul_(scale) if folded else grad_weight).to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = (grad_bias.mul_(scale.flatten()) if folded else grad_bias).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)

@@ -25,9 +25,10 @@ class Act(NamedTuple):
 
 
 def activate(y: Tensor, act: Act | None, out: Tensor) -> None:
-    """The activation of y into ``out``, by PyTorch's own operators."""
+    """The activation of y into ``out``, which may be y, by PyTorch's own operators."""
     if act is None:
-        out.copy_(y)
+        if out is not y:
+            out.copy_(y)
     elif act.name != "clamp":
         out.copy_(ACTIVATIONS[act.name].forward(y))
     elif math.isnan(act.high):
