@@ -23,12 +23,11 @@ class RazorConfig:
         sparsity: share of each sample's activation that is dropped, in [0, 1); 0 keeps all of it and stores no index.
         head_sparsity: the same for the classifier's input; None means ``sparsity``.
         values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" (a
-            float16 scale for each 256
-            values), or "paper" (convolutions float32, Linear and attention float16, the Linear head of a network with
-            convolutions int8). A 16-bit input keeps its own type under every 16- or 32-bit choice.
+            bfloat16 scale for each 256 values), or "paper" (convolutions float32, Linear and attention float16, the
+            Linear head of a network with convolutions int8). A 16-bit input keeps its own type under every 16- or
+            32-bit choice.
         index: how positions are stored: "bitmap" (1 bit an element), "tile" (8-bit offsets in tiles of 256 elements and
-            a count a tile) or
-            "auto", the smaller of the two for each layer.
+            a count a tile) or "auto", the smaller of the two for each layer.
         norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned",
             "bfloat16", or the normalised
             input in "int8" or "int4" with a float16 scale a row.

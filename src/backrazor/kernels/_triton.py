@@ -80,14 +80,16 @@ def from_float32(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def scale_of(largest, LIMIT: tl.constexpr):
-    """(scale float16, its reciprocal float32 or 0 where it has none) for int32 magnitudes ``largest`` of float32 that
-    are to become ``LIMIT``."""
+def scale_of(largest, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
+    """(scale of DTYPE, zero below 2^-126; its reciprocal float32, or 0 where it has none) for int32 magnitudes
+    ``largest`` of float32 that are to become ``LIMIT``."""
     scale = from_float32(
-        tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, LIMIT, tl.float32)), tl.float16
+        tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, LIMIT, tl.float32)), DTYPE
     )
-    exact = scale.to(tl.float32)
-    usable = (magnitude(exact) < INFINITY) & (exact != 0)
+    exact = to_float32(scale)
+    large = magnitude(exact) >= 0x00800000
+    scale = from_float32(tl.where(large, exact, 0.0), DTYPE)
+    usable = large & (magnitude(exact) < INFINITY)
     inverse = tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), tl.where(usable, exact, 1.0))
     return scale, tl.where(usable, inverse, 0.0)
 

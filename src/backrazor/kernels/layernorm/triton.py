@@ -62,7 +62,7 @@ def _forward(
     rstd = tl.div_rn(tl.full((ROWS, 1, 1), 1.0, tl.float32), tl.sqrt_rn(variance + eps))
     normalised = centred * rstd
     largest = tl.max(tl.max(tl.where(inside, magnitude(normalised), 0), axis=2), axis=1)
-    scale, inverse = scale_of(largest, LIMIT)
+    scale, inverse = scale_of(largest, LIMIT, tl.float16)
     store_codes(codes, row, rows, 0, normalised, inverse[:, None, None], inside, m, BITS, COLUMNS)
     tl.store(scales + row, scale, mask=row < rows)
     tl.store(rstds + at, rstd, mask=at < rows)

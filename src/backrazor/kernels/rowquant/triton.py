@@ -59,7 +59,7 @@ def _encode(
         inside = (at < rows) & (element < m)
         value = _normalised(x, at, element, inside, mean, rstd, m)
         largest = tl.max(tl.max(tl.where(inside, magnitude(value), 0), axis=2), axis=1)
-        scale, inverse = scale_of(largest, LIMIT)
+        scale, inverse = scale_of(largest, LIMIT, tl.float16)
         store_codes(codes, row, rows, 0, value, inverse[:, None, None], inside, m, BITS, COLUMNS)
     else:
         largest = tl.zeros((ROWS,), tl.int32)
@@ -67,7 +67,7 @@ def _encode(
             inside = (at < rows) & (first + element < m)
             value = _normalised(x, at, first + element, inside, mean, rstd, m)
             largest = tl.maximum(largest, tl.max(tl.max(tl.where(inside, magnitude(value), 0), axis=2), axis=1))
-        scale, inverse = scale_of(largest, LIMIT)
+        scale, inverse = scale_of(largest, LIMIT, tl.float16)
         for first in range(0, m, COLUMNS):
             inside = (at < rows) & (first + element < m)
             value = _normalised(x, at, first + element, inside, mean, rstd, m)

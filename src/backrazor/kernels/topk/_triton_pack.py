@@ -224,7 +224,7 @@ def cast(x, values, flag, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
-    """(B, K) -> int8 (B, K) and a float16 scale for each run of 256. A program owns ``RUNS`` whole runs of one
+    """(B, K) -> int8 (B, K) and a bfloat16 scale for each run of 256. A program owns ``RUNS`` whole runs of one
     sample."""
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
@@ -233,7 +233,7 @@ def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
     inside = at < keep
     value = to_float32(tl.load(x + sample * keep + at, mask=inside, other=0))
     largest = tl.max(magnitude(value), axis=1)
-    scale, inverse = scale_of(largest, 127.0)
+    scale, inverse = scale_of(largest, 127.0, scales.dtype.element_ty)
     quantised = quantise(value, inverse[:, None], 127.0, 0.0)
     tl.store(values + sample * keep + at, quantised.to(tl.int8), mask=inside)
     runs = (keep + TILE - 1) // TILE

@@ -230,13 +230,13 @@ def _store_values(value_kind, stage, count, values, scales, position):
         status |= NON_FINITE
     if value_kind == INT8:
         put_f32(spare, bits_float(largest) / numpy.float32(127.0))
-        cast_store(F16, spare, spill)
+        cast_store(BF16, spare, spill)
+        if get_u16(spill) < 0x0080:  # below the normal numbers its reciprocal is infinite
+            put_u16(spill, 0)
         put_u16(scales + (position // TILE) * 2, get_u16(spill))
-        cast_load(F16, spill, spare)
+        cast_load(BF16, spill, spare)
         scale = get_f32(spare)
         infinite = (float_bits(scale) & 0x7FFFFFFF) >= 0x7F800000
-        if infinite and largest < 0x7F800000:
-            status |= OVERFLOW
         inverse = numpy.float32(0.0) if infinite or scale == 0 else numpy.float32(1.0) / scale
         for i in range(count):
             quantised = numpy.float32(0.0) if infinite else round_even(get_f32(stage + i * 4) * inverse)
@@ -375,7 +375,7 @@ def _decode(kind, value_kind, values, scales, position, count, stage):
     if value_kind == INT8:
         spare = stage + (TILE + 32) * 4
         put_u16(spare + 64, get_u16(scales + (position // TILE) * 2))
-        cast_load(F16, spare + 64, spare)
+        cast_load(BF16, spare + 64, spare)
         scale = get_f32(spare)
         for i in range(count):
             put_f32(stage + i * 4, numpy.float32((get_u8(values + position + i) ^ 128) - 128) * scale)

@@ -44,9 +44,9 @@ def allocate(batch: int, n: int, keep: int, values: torch.dtype, index: str, dev
     tiles = -(-n // TILE)
     return Stored(
         values=new(batch, keep, dtype=values),
-        scales=new(batch, -(-keep // TILE), dtype=torch.float16)
+        scales=new(batch, -(-keep // TILE), dtype=torch.bfloat16)
         if values == torch.int8
-        else new(0, dtype=torch.float16),
+        else new(0, dtype=torch.bfloat16),
         index={"none": lambda: new(0), "bitmap": lambda: new(batch, -(-n // 8)), "tile": lambda: new(batch, keep)}[
             index
         ](),

@@ -35,10 +35,10 @@ def kept_indices(x: Tensor, keep: int) -> Tensor:
 
 
 def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
-    """(B, K) -> stored values (B, K), scales (B, V) float16 (empty but for int8), status bits.
+    """(B, K) -> stored values (B, K), scales (B, V) bfloat16 (empty but for int8), status bits.
 
-    int8: each run of 256 kept values shares a scale, its largest magnitude / 127 in float16; q = round(v / scale) to
-        even.
+    int8: each run of 256 kept values shares a scale, its largest magnitude / 127 in bfloat16, which has the range
+        of float32 (below 2^-126: zero); q = round(v / scale) to even, and rounding the scale moves no q past 127.
     """
     status = 0 if bool(torch.isfinite(kept).all()) else NON_FINITE
     if values != "int8":
@@ -49,15 +49,14 @@ def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
             )  # casts differ in the NaN they make: one form for all
         if bool((torch.isinf(stored) & torch.isfinite(kept)).any()):
             status |= OVERFLOW
-        return stored, kept.new_empty(0, dtype=torch.float16), status
+        return stored, kept.new_empty(0, dtype=torch.bfloat16), status
     batch, keep = kept.shape
     tiles = -(-keep // TILE)
     padded = torch.nn.functional.pad(kept.float(), (0, tiles * TILE - keep)).view(batch, tiles, TILE)
     largest = padded.abs().amax(dim=2)
-    scales = (largest / 127).to(torch.float16)
+    scales = (largest / 127).to(torch.bfloat16)
+    scales = torch.where(scales < torch.finfo(torch.bfloat16).tiny, 0, scales)
     scale = scales.float().unsqueeze(2)
-    if bool((torch.isfinite(largest) & ~torch.isfinite(scales)).any()):
-        status |= OVERFLOW
     usable = torch.isfinite(scale) & (scale != 0)
     inverse = torch.where(usable, 1 / scale, 0)
     quantised = torch.where(torch.isfinite(scale), torch.round(padded * inverse), 0).clamp(-127, 127)
