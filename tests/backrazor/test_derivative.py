@@ -60,6 +60,24 @@ def test_codes_count_the_thresholds_that_are_reached(bits: int) -> None:
     assert_same_bits("codes", codes.long(), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "thresholds",
+    [
+        torch.linspace(-5.9531, 5.9531, 255),  # even, in steps that are no power of two
+        (torch.arange(255) - 126) / 32,  # such steps, but not about zero
+        (torch.arange(255) - 127) / 8,
+        torch.linspace(-1, 1, 255) ** 3,
+    ],
+    ids=["even", "shifted", "coarse", "cubes"],
+)
+def test_eight_bits_with_other_thresholds(thresholds: Tensor, dtype: torch.dtype) -> None:
+    edges = torch.cat([thresholds, thresholds.nextafter(torch.tensor(-torch.inf))])
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-30, -1e-30])
+    x = torch.cat([edges, special, torch.randn(500) * 3]).to(dtype).unsqueeze(0)
+    assert_same_bits("codes", level_encode(x, thresholds, 8), reference.encode(x, thresholds, 8))
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_survive_packing(bits: int) -> None:
     for n in (1, 2, 3, 4, 5, 8, 123):

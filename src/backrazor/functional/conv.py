@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -142,6 +143,66 @@ def backward_of_chunk(
     return _padded_backward(grad_x, shape, spec) if need_x else None, grad_weight
 
 
+# From this many positions a sample on, the matrix product of a pointwise convolution's input gradient is faster than
+# the convolution library, which copies its operands into a layout of its own first.
+MATRIX_POSITIONS = 128
+
+
+def backward_in_chunks(
+    batch: int,
+    part_of: Callable[[int, int], Tensor],
+    x_hat_of: Callable[[int, int], Tensor] | None,
+    chunks: Iterable[tuple[int, int]],
+    shape: tuple[int, ...],
+    weight: Tensor,
+    spec: ConvSpec,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of x or None, gradient of the weight or None) of an ``explicit`` convolution, some samples at a time.
+
+    ``part_of(start, stop)`` is the gradient of the output for some samples, ``x_hat_of`` their input, None where no
+    weight gradient is asked for; ``shape`` that of the whole input.
+    """
+    grad_x = grad_weight = None
+    for start, stop in chunks:
+        part = part_of(start, stop)
+        x_hat = None if x_hat_of is None else x_hat_of(start, stop)
+        if _is_matrix_product(part, spec, weight):
+            if need_x:
+                grad_x = part.new_empty(shape) if grad_x is None else grad_x
+                rows = grad_x[start:stop].flatten(2)
+                torch.bmm(weight.flatten(1).t().expand(len(part), -1, -1), part.flatten(2), out=rows)
+            if x_hat is not None:
+                grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
+                for grad, x in zip(part.flatten(2), x_hat.flatten(2), strict=True):
+                    grad_weight.flatten(1).addmm_(grad, x.t())
+        else:
+            part_x, part_weight = backward_of_chunk(part, x_hat, (stop - start, *shape[1:]), weight, spec, need_x)
+            if need_x:
+                grad_x = placed(grad_x, part_x, start, batch)
+            if x_hat is not None:
+                grad_weight = added(grad_weight, part_weight, stop - start == batch)
+            del part_x, part_weight
+        del part, x_hat  # or they would live on beside the next chunk's
+    return grad_x, grad_weight
+
+
+def _is_matrix_product(grad: Tensor, spec: ConvSpec, weight: Tensor) -> bool:
+    """Whether both gradients are written in place by matrix products: a pointwise convolution in float32 on the CPU (in
+    16 bits the sums over chunks are float32, which a product of 16-bit matrices is not; CUDA's library copies
+    nothing)."""
+    return (
+        grad.device.type == "cpu"
+        and grad.dtype == torch.float32
+        and weight.shape[2:] == (1, 1)
+        and spec.stride == (1, 1)
+        and spec.padding == (0, 0)
+        and spec.groups == 1
+        and spec.pad is None
+        and grad.shape[2] * grad.shape[3] >= MATRIX_POSITIONS
+    )
+
+
 def largest_sample_bytes(x: Tensor, out_channels: int, spec: ConvSpec) -> int:
     """Bytes of one sample of the input or of the output, whichever is larger (the output taken at x's size over the
     stride)."""
@@ -174,16 +235,16 @@ class _Conv2d(torch.autograd.Function):
         if batch == 0:
             grad_x, grad_weight = grad.new_empty(ctx.shape), torch.zeros_like(weight)
             return grad_x, grad_weight, grad.sum((0, 2, 3)) if need_bias else None, *(None for _ in rest)
-        grad_x = grad_weight = None
-        for start, stop in sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)):
-            x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype) if need_weight else None
-            shape = (stop - start, *ctx.shape[1:])
-            part_x, part_weight = backward_of_chunk(grad[start:stop], x_hat, shape, weight, ctx.spec, need_x)
-            if need_x:
-                grad_x = placed(grad_x, part_x, start, batch)
-            if need_weight:
-                grad_weight = added(grad_weight, part_weight, stop - start == batch)
-            del x_hat, part_x, part_weight  # or they would live on beside the next chunk's
+        grad_x, grad_weight = backward_in_chunks(
+            batch,
+            lambda start, stop: grad[start:stop],
+            (lambda start, stop: unpack(tuple(packed), ctx.layout, start, stop, grad.dtype)) if need_weight else None,
+            sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)),
+            ctx.shape,
+            weight,
+            ctx.spec,
+            need_x,
+        )
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)

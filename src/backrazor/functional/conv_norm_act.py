@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import Layout, Pruned, pack_shared, unpack
-from .common import added, autocast_dtype, needs_grad, placed, sample_chunks
-from .conv import ConvSpec, backward_of_chunk, backward_sample_bytes, explicit, forward_chunks, forward_of_chunk
-from .epilogue import Act, activate, encode, gradient, join
+from .common import added, autocast_dtype, needs_grad, sample_chunks
+from .conv import ConvSpec, backward_in_chunks, backward_sample_bytes, explicit, forward_chunks, forward_of_chunk
+from .epilogue import Act, activate_, encode, gradient, join
 
 
 class Norm(NamedTuple):
@@ -62,6 +62,17 @@ def _normalise(y: Tensor, norm: Norm) -> Tensor:
     return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
+def _normalise_into(y: Tensor, norm: Norm, out: Tensor) -> None:
+    """``_normalise`` into ``out``; without a copy where PyTorch runs an operator that can."""
+    if y.device.type != "cpu" or y.dtype != norm.running_mean.dtype:
+        out.copy_(_normalise(y, norm))
+        return
+    unused = y.new_empty(0), y.new_empty(0)  # statistics of the batch
+    torch.native_batch_norm(
+        y, norm.weight, norm.bias, norm.running_mean, norm.running_var, False, 0.0, norm.eps, out=(out, *unused)
+    )
+
+
 class _ConvNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,16 +96,15 @@ class _ConvNormAct(torch.autograd.Function):
         )
         out, codes = None, []
         for start, stop in forward_chunks(x, weight, spec):
-            y = _normalise(forward_of_chunk(x[start:stop], weight, bias, spec), norm)
-            if keeps and act is not None:
-                codes.append(encode(y, act))
-            if len(y) == x.shape[0]:
-                out = y
-                activate(y, act, y)
-            else:
-                out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
-                activate(y, act, out[start:stop])
+            y = forward_of_chunk(x[start:stop], weight, bias, spec)
+            out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
+            part = out[start:stop]
+            _normalise_into(y, norm, part)
             del y
+            if act is not None:
+                if keeps:
+                    codes.append(encode(part, act))
+                activate_(part, act)
         if out is None:  # an empty batch
             return _normalise(forward_of_chunk(x, weight, bias, spec), norm)
         kept = [join(codes, act)] if codes else []
@@ -116,25 +126,29 @@ class _ConvNormAct(torch.autograd.Function):
         # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if smaller
         folded = weight.numel() < grad.numel()
         carrier = weight * scale if folded else weight
-        grad_x = grad_weight = grad_bias = None
-        for start, stop in sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)):
+        grad_bias = None
+
+        def part_of(start: int, stop: int) -> Tensor:
+            nonlocal grad_bias
             part = grad[start:stop]
             if codes is not None:
                 part = gradient(part, codes[start:stop], ctx.act)
             if not folded:
                 part = part * scale.view(1, -1, 1, 1)
-            x_hat = unpack(packed, ctx.layout, start, stop, grad.dtype) if need_weight else None
-            part_x, part_weight = backward_of_chunk(
-                part, x_hat, (stop - start, *ctx.shape[1:]), carrier, ctx.spec, need_x
-            )
-            whole = stop - start == batch
-            if need_x:
-                grad_x = placed(grad_x, part_x, start, batch)
-            if need_weight:
-                grad_weight = added(grad_weight, part_weight, whole)
             if need_bias:
-                grad_bias = added(grad_bias, part.sum((0, 2, 3)), whole)
-            del part, x_hat, part_x, part_weight  # or they would live on beside the next chunk's
+                grad_bias = added(grad_bias, part.sum((0, 2, 3)), stop - start == batch)
+            return part
+
+        grad_x, grad_weight = backward_in_chunks(
+            batch,
+            part_of,
+            (lambda start, stop: unpack(packed, ctx.layout, start, stop, grad.dtype)) if need_weight else None,
+            sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)),
+            ctx.shape,
+            carrier,
+            ctx.spec,
+            need_x,
+        )
         if grad_weight is not None:
             grad_weight = (grad_weight.mul_(scale) if folded else grad_weight).to(weight.dtype)
         if grad_bias is not None:

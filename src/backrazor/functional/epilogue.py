@@ -24,17 +24,14 @@ class Act(NamedTuple):
     bits: int = 0
 
 
-def activate(y: Tensor, act: Act | None, out: Tensor) -> None:
-    """The activation of y into ``out``, which may be y, by PyTorch's own operators."""
-    if act is None:
-        if out is not y:
-            out.copy_(y)
-    elif act.name != "clamp":
-        out.copy_(ACTIVATIONS[act.name].forward(y))
+def activate_(y: Tensor, act: Act) -> None:
+    """The activation of y in its place, by PyTorch's own operators."""
+    if act.name != "clamp":
+        y.copy_(ACTIVATIONS[act.name].forward(y))
     elif math.isnan(act.high):
-        torch.ops.aten.relu.out(y, out=out)
+        torch.relu_(y)
     else:
-        torch.ops.aten.hardtanh.out(y, act.low, act.high, out=out)
+        torch.ops.aten.hardtanh_(y, act.low, act.high)
 
 
 def encode(y: Tensor, act: Act) -> Tensor:

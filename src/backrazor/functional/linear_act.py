@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..codecs import Layout, Pruned, pack_shared, unpack
 from .common import accumulator, add_product, autocast_dtype, needs_grad, sample_chunks
-from .epilogue import Act, activate, encode, gradient, join
+from .epilogue import Act, activate_, encode, gradient, join
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, codec: Pruned, flag: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class _LinearAct(torch.autograd.Function):
             y = out[start:stop]
             if keeps:
                 codes.append(encode(y, act))
-            activate(y, act, y)
+            activate_(y, act)
         ctx.save_for_backward(weight if keeps else None, join(codes, act) if codes else None, *packed)
         return out
 

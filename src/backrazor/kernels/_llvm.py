@@ -15,6 +15,7 @@ from functools import cache
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 LANES = 16
@@ -231,6 +232,54 @@ def _broadcast(builder, address, index, element):
     return _splat(builder, builder.load(pointer, align=1))
 
 
+def _has_avx512() -> bool:
+    """Whether Numba compiles for a processor whose one instruction permutes 16 floats by 16 indices."""
+    return "+avx512f" in cpu_target.target_context.codegen()._tm_features.split(",")
+
+
+def _search_16(builder, value, thresholds):
+    """How many of 15 ascending thresholds each lane reaches, by bisection: four permutations and comparisons."""
+    permute = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(_vec(_F32), [_vec(_F32), _vec(_I32)]),
+        "llvm.x86.avx512.permvar.sf.512",
+    )
+    table = ir.Constant(_vec(_F32), ir.Undefined)
+    for i in range(LANES - 1):
+        pointer = builder.inttoptr(builder.add(thresholds, ir.Constant(_I64, 4 * i)), _F32.as_pointer())
+        table = builder.insert_element(table, builder.load(pointer, align=1), ir.Constant(_I32, i))
+    code = _const(_I32, 0)
+    for half in (8, 4, 2, 1):
+        middle = builder.call(permute, [table, builder.add(code, _const(_I32, half - 1))])
+        reached = builder.fcmp_ordered(">=", value, middle)
+        code = builder.select(reached, builder.add(code, _const(_I32, half)), code)
+    return code
+
+
+@cache
+def encode_even(kind: str):
+    """(address, per unit, destination): the 8-bit number of each lane's cell on an even grid about zero, clamp(floor(x
+    * per_unit) + 128, 0, 255), as bytes; NaN gives 0. Exact where ``per_unit`` is a power of two."""
+
+    @intrinsic
+    def encode(typingctx, address, per_unit, destination):
+        def codegen(context, builder, signature, args):
+            scaled = builder.fmul(_load_float(builder, args[0], kind), _splat(builder, args[1]))
+            low, high = _const(_F32, -128.0), _const(_F32, 127.0)
+            scaled = builder.select(builder.fcmp_ordered(">", scaled, low), scaled, low)  # NaN, too, becomes low
+            scaled = builder.select(builder.fcmp_ordered("<", scaled, high), scaled, high)
+            floor = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_vec(_F32), [_vec(_F32)]), f"llvm.floor.v{LANES}f32"
+            )
+            cell = builder.fptosi(builder.call(floor, [scaled]), _vec(_I32))
+            _store(builder, builder.trunc(builder.add(cell, _const(_I32, 128)), _vec(_I8)), args[2])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.float32, types.int64), codegen
+
+    return encode
+
+
 @cache
 def encode_level(kind: str, bits: int):
     """(address, thresholds, destination): the number of thresholds (2^bits - 1 ascending float32) that x reaches,
@@ -244,10 +293,13 @@ def encode_level(kind: str, bits: int):
     def encode(typingctx, address, thresholds, destination):
         def codegen(context, builder, signature, args):
             value = _load_float(builder, args[0], kind)
-            code = _const(_I32, 0)
-            for i in range(2**bits - 1):
-                reached = builder.fcmp_ordered(">=", value, _broadcast(builder, args[1], i, _F32))
-                code = builder.sub(code, builder.sext(reached, _vec(_I32)))
+            if bits == 4 and _has_avx512():
+                code = _search_16(builder, value, args[1])
+            else:
+                code = _const(_I32, 0)
+                for i in range(2**bits - 1):
+                    reached = builder.fcmp_ordered(">=", value, _broadcast(builder, args[1], i, _F32))
+                    code = builder.sub(code, builder.sext(reached, _vec(_I32)))
             per_word = 32 // bits
             shifts = [bits * (lane % per_word) for lane in range(LANES)]
             code = builder.shl(code, ir.Constant(_vec(_I32), shifts))

@@ -219,7 +219,8 @@ def _serve(connection: Connection, serve: Callable, arguments: tuple) -> None:
     try:
         serve(connection, *arguments)
     except BaseException:
-        connection.send((False, traceback.format_exc()))
+        with suppress(BrokenPipeError):  # nobody listens any more
+            connection.send((False, traceback.format_exc()))
 
 
 def _device_of(step: Step) -> torch.device:

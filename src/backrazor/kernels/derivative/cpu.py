@@ -1,5 +1,6 @@
-"""Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons, 8 bits by a guess on the even grid that the
-thresholds correct."""
+"""Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons; 8 bits by one multiplication where the
+thresholds are an even grid about zero in steps of a power of two (those of ``functional.activation`` are), else by a
+guess on an even grid that the thresholds correct."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from .._llvm import (
     cast_store,
     copy_bytes,
     element_bytes,
+    encode_even,
     encode_level,
     fetch_add,
     get_f32,
@@ -28,11 +30,13 @@ from .._llvm import (
     tail_block,
 )
 
+_CELLS = numpy.arange(-127, 128)
 RUN = 1 << 15  # elements a thread takes at a time: a multiple of 16
 SPARE_BYTES = 192  # scratch of a thread: three blocks of 16 float32
 
 _encode_2_f32, _encode_2_f16, _encode_2_bf16 = (encode_level(kind, 2) for kind in ("f32", "f16", "bf16"))
 _encode_4_f32, _encode_4_f16, _encode_4_bf16 = (encode_level(kind, 4) for kind in ("f32", "f16", "bf16"))
+_even_f32, _even_f16, _even_bf16 = (encode_even(kind) for kind in ("f32", "f16", "bf16"))
 _apply_2_f32, _apply_2_f16, _apply_2_bf16 = (apply_level(kind, 2) for kind in ("f32", "f16", "bf16"))
 _apply_4_f32, _apply_4_f16, _apply_4_bf16 = (apply_level(kind, 4) for kind in ("f32", "f16", "bf16"))
 
@@ -59,8 +63,15 @@ def _encode_bytes(kind, source, thresholds, destination, spare):
 
 
 @njit(forceinline=True)
-def _encode_block(kind, bits, source, thresholds, destination, spare):
-    if bits == 2:
+def _encode_block(kind, bits, source, thresholds, per_unit, destination, spare):
+    if bits == 8 and per_unit > 0:
+        if kind == F32:
+            _even_f32(source, per_unit, destination)
+        elif kind == F16:
+            _even_f16(source, per_unit, destination)
+        else:
+            _even_bf16(source, per_unit, destination)
+    elif bits == 2:
         if kind == F32:
             _encode_2_f32(source, thresholds, destination)
         elif kind == F16:
@@ -103,10 +114,11 @@ def _apply_block(kind, bits, grad, codes, levels, out, spare):
 
 @njit(forceinline=True)
 def _encode_worker(kind, bits, block):
-    """Argument block: counter, slot, batch, n, x, thresholds, codes, scratch."""
+    """Argument block: counter, slot, batch, n, x, thresholds, codes, scratch, cells a unit of an even grid or 0."""
     batch, n = get_i64(block + 16), get_i64(block + 24)
     source, thresholds, codes = get_i64(block + 32), get_i64(block + 40), get_i64(block + 48)
     spare = get_i64(block + 56) + fetch_add(block + 8, 1) * SPARE_BYTES
+    per_unit = numpy.float32(get_i64(block + 64))
     runs = (n + RUN - 1) // RUN
     task = fetch_add(block, 1)
     while task < batch * runs:
@@ -115,10 +127,12 @@ def _encode_worker(kind, bits, block):
         row = codes + sample * ((n * bits + 7) // 8)
         for i in range(start, min(start + RUN, n), 16):
             if i + 16 <= n:
-                _encode_block(kind, bits, at + i * element_bytes(kind), thresholds, row + i * bits // 8, spare)
+                _encode_block(
+                    kind, bits, at + i * element_bytes(kind), thresholds, per_unit, row + i * bits // 8, spare
+                )
             else:
                 tail = tail_block(kind, at, n, i // 16, spare)
-                _encode_block(kind, bits, tail, thresholds, spare + 64, spare + 128)
+                _encode_block(kind, bits, tail, thresholds, per_unit, spare + 64, spare + 128)
                 left = (n - i) * bits
                 copy_bytes(spare + 64, row + i * bits // 8, (left + 7) // 8)
                 if left % 8:  # the padding took part: clear its bits
@@ -232,14 +246,23 @@ def _entry(verb: str, dtype: torch.dtype, bits: int):
     return globals()[f"_{verb}_{_NAME[dtype]}_{bits}"]
 
 
+def _cells_per_unit(thresholds: Tensor) -> int:
+    """1 / step of 255 thresholds (i - 127) * step where that is a power of two, else 0."""
+    values = thresholds.numpy()
+    per_unit = 1 / float(values[128]) if values[128] > 0 else 0.0
+    whole = per_unit.is_integer() and int(per_unit).bit_count() == 1 and per_unit < 1 << 16
+    return int(per_unit) if whole and bool((values * per_unit == _CELLS).all()) else 0
+
+
 def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
     """As ``reference.encode``; x contiguous."""
     batch, n = x.shape
     codes = torch.empty(batch, -(-n * bits // 8), dtype=torch.uint8)
     tasks = batch * -(-n // RUN)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
-    arguments = [0, batch, n, x.data_ptr(), thresholds.data_ptr(), codes.data_ptr(), scratch.data_ptr()]
-    launch(_entry("encode", x.dtype, bits), arguments, tasks)
+    pointers = [tensor.data_ptr() for tensor in (x, thresholds, codes, scratch)]
+    per_unit = _cells_per_unit(thresholds) if bits == 8 else 0
+    launch(_entry("encode", x.dtype, bits), [0, batch, n, *pointers, per_unit], tasks)
     return codes
 
 
