@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from backrazor.kernels import _launch
 from backrazor.kernels.dispatch import implementation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,3 +115,20 @@ def test_import_is_lean() -> None:
 @pytest.mark.parametrize("family", ["layernorm", "softmax"])
 def test_a_family_without_a_cpu_version_takes_the_reference(family: str) -> None:
     assert implementation(family, torch.zeros(1)) is None
+
+
+def test_compiled_code_is_kept_under_the_state_of_all_kernel_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numba's own cache looks at the file of a kernel only, and would run old code after an inlined part changed."""
+    cpu = pytest.importorskip("backrazor.kernels.bitmask.cpu")
+    cpu.encode(torch.randn(1, 64), 0.0, 1.0)
+    assert any(_launch._digest() in name for name in (f.__qualname__ for f in vars(cpu).values() if callable(f)))
+    part = tmp_path / "bitmask" / "part.py"
+    part.parent.mkdir()
+    monkeypatch.setattr(_launch, "__file__", str(tmp_path / "_launch.py"))
+    states = []
+    for text in ("a = 1", "a = 2"):
+        part.write_text(text)
+        states.append(_launch._digest.__wrapped__())
+    assert states[0] != states[1]

@@ -9,10 +9,12 @@ operator. Where no such runtime is found the kernel runs on Python threads (the 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numba
 import torch
@@ -51,8 +53,19 @@ def threads_for(tasks: int) -> int:
 
 
 @cache
+def _digest() -> str:
+    """Names the state of all kernel sources."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+
+
+@cache
 def _compile(kernel: Callable[[int], None]) -> int:
-    """Address of the machine code of ``kernel``; compiled at first use, then kept in Numba's cache on disk."""
+    """Address of the machine code of ``kernel``; compiled at first use, then kept in Numba's cache on disk.
+
+    The name there changes with the sources: Numba itself looks at the kernel's own file alone, not at what is inlined.
+    """
+    kernel.__qualname__ = f"{kernel.__name__}_{_digest()}"
     signature = numba.types.void(numba.types.int64)
     return numba.cfunc(signature, cache=True, error_model="numpy")(kernel).address
 

@@ -9,24 +9,8 @@ from numba import njit
 from torch import Tensor
 
 from .._launch import launch, threads_for
-from .._llvm import (
-    BF16,
-    F16,
-    F32,
-    between,
-    bits_float,
-    copy_bytes,
-    element_bytes,
-    fetch_add,
-    get_i64,
-    get_u8,
-    get_u16,
-    keep_lanes,
-    put_u8,
-    put_u16,
-    tail_block,
-    valid_lanes,
-)
+from .._llvm.lanes import BF16, F16, F32, between, copy_bytes, element_bytes, keep_lanes, tail_block, valid_lanes
+from .._llvm.scalars import bits_float, fetch_add, get_i64, get_u8, get_u16, put_u8, put_u16
 
 RUN = 1 << 16  # elements a thread takes at a time: a multiple of 16
 SPARE_BYTES = 128  # scratch of a thread: two blocks of 16 float32

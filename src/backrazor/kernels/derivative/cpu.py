@@ -10,25 +10,9 @@ from numba import njit
 from torch import Tensor
 
 from .._launch import launch, threads_for
-from .._llvm import (
-    BF16,
-    F16,
-    F32,
-    apply_level,
-    cast_load,
-    cast_store,
-    copy_bytes,
-    element_bytes,
-    encode_even,
-    encode_level,
-    fetch_add,
-    get_f32,
-    get_i64,
-    get_u8,
-    put_f32,
-    put_u8,
-    tail_block,
-)
+from .._llvm.lanes import BF16, F16, F32, cast_load, cast_store, copy_bytes, element_bytes, tail_block
+from .._llvm.scalars import fetch_add, get_f32, get_i64, get_u8, put_f32, put_u8
+from ._lanes import apply_level, encode_even, encode_level
 
 _CELLS = numpy.arange(-127, 128)
 RUN = 1 << 15  # elements a thread takes at a time: a multiple of 16

@@ -9,30 +9,20 @@ from numba import njit
 from torch import Tensor
 
 from .._launch import launch, threads_for
-from .._llvm import (
-    BF16,
-    F16,
-    F32,
+from .._llvm.lanes import BF16, F16, F32, cast_load, cast_store, copy_bytes, element_bytes, tail_block, valid_lanes
+from .._llvm.scalars import (
     bits_float,
-    cast_load,
-    cast_store,
-    copy_bytes,
-    dequantise,
-    element_bytes,
     fetch_add,
     float_bits,
     get_f32,
     get_i64,
     get_u8,
     get_u16,
-    largest_normalised,
     put_f32,
     put_u8,
     put_u16,
-    quantise_normalised,
-    tail_block,
-    valid_lanes,
 )
+from ._lanes import dequantise, largest_normalised, quantise_normalised
 from .reference import affine
 
 ROWS = 64  # rows a thread takes at a time

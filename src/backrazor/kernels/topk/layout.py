@@ -13,7 +13,7 @@ TILE = 256
 class Stored(NamedTuple):
     """The packed form of a (B, n) tensor; unused parts are empty.
 
-    values (B, K): float32, float16, bfloat16 or int8. scales (B, ceil(K / 256)) float16: int8 only. index uint8:
+    values (B, K): float32, float16, bfloat16 or int8. scales (B, ceil(K / 256)) bfloat16: int8 only. index uint8:
     "bitmap" (B, ceil(n / 8)) or "tile" (B, K). counts (B, T) and full (B, ceil(T / 8)) uint8: "tile" only, T = ceil(n /
     256).
     """

@@ -1,0 +1,212 @@
+"""The second pass of packing: values, cast or quantised, and the index, written in order.
+
+Shape legend: n elements a sample, K kept, T = ceil(n / 256) tiles.
+"""
+
+from __future__ import annotations
+
+import numpy
+from numba import njit
+
+from .._llvm.lanes import (
+    BF16,
+    F16,
+    F32,
+    cast_load,
+    cast_store,
+    compress_offset,
+    copy_bytes,
+    element_bytes,
+    gather_values,
+    magnitude_masks,
+    tail_block,
+    valid_lanes,
+)
+from .._llvm.scalars import (
+    atomic_or,
+    bits_float,
+    fetch_add,
+    float_bits,
+    get_f32,
+    get_i32,
+    get_i64,
+    get_u16,
+    popcount,
+    put_f32,
+    put_i32,
+    put_u8,
+    put_u16,
+    round_even,
+    trailing_zeros,
+)
+from ._cpu_select import BITMAP, BUFFER_AT, INT8, SPARE_AT, STAGE_AT, TILES, threshold_of
+from .layout import TILE
+
+NON_FINITE, OVERFLOW = 1, 2
+
+
+@njit(forceinline=True)
+def _lowest_bits(mask, count):
+    """The ``count`` lowest set bits of ``mask``."""
+    if popcount(mask) <= count:
+        return mask
+    rest = mask
+    for _ in range(count):
+        rest &= rest - 1
+    return mask & ~rest
+
+
+@njit(forceinline=True)
+def _store_values(value_kind, stage, count, values, scales, position):
+    """Write ``count`` staged float32 from index ``position`` on, cast or quantised; returns their status bits."""
+    status = 0
+    largest = largest_finite = 0
+    spare = stage + (TILE + 32) * 4
+    spill = spare + 64
+    for i in range(count):
+        bits = get_i32(stage + i * 4) & 0x7FFFFFFF
+        largest = max(largest, bits)
+        largest_finite = max(largest_finite, bits if bits < 0x7F800000 else 0)
+    if largest >= 0x7F800000:
+        status |= NON_FINITE
+    if value_kind == INT8:
+        put_f32(spare, bits_float(largest) / numpy.float32(127.0))
+        cast_store(BF16, spare, spill)
+        if get_u16(spill) < 0x0080:  # below the normal numbers its reciprocal is infinite
+            put_u16(spill, 0)
+        put_u16(scales + (position // TILE) * 2, get_u16(spill))
+        cast_load(BF16, spill, spare)
+        scale = get_f32(spare)
+        infinite = (float_bits(scale) & 0x7FFFFFFF) >= 0x7F800000
+        inverse = numpy.float32(0.0) if infinite or scale == 0 else numpy.float32(1.0) / scale
+        for i in range(count):
+            quantised = numpy.float32(0.0) if infinite else round_even(get_f32(stage + i * 4) * inverse)
+            quantised = min(max(quantised, numpy.float32(-127.0)), numpy.float32(127.0))
+            put_u8(values + position + i, int(quantised))
+        return status
+    # 65520 and 2^128 - 2^119: from there on a cast rounds to infinity
+    if (value_kind == F16 and largest_finite >= 0x477FF000) or (value_kind == BF16 and largest_finite >= 0x7F7F8000):
+        status |= OVERFLOW
+    size = element_bytes(value_kind)
+    blocks = count // 16
+    for block in range(blocks):
+        cast_store(value_kind, stage + block * 64, values + (position + block * 16) * size)
+    if blocks * 16 < count:
+        cast_store(value_kind, stage + blocks * 64, spill)
+        copy_bytes(spill, values + (position + blocks * 16) * size, (count - blocks * 16) * size)
+    return status
+
+
+@njit(forceinline=True)
+def _emit(
+    kind, value_kind, index_kind, source, n, keep, threshold, ties, stage, spare, values, scales, index, counts, full
+):
+    """Write the kept values and their index; returns the status bits."""
+    status = 0
+    staged = 0
+    written = 0
+    offset_at = 0
+    tile_start = 0
+    flags = 0
+    for block in range((n + 15) // 16):
+        address = tail_block(kind, source, n, block, spare)
+        valid = valid_lanes(n, block)
+        if threshold < 0:
+            mask = valid
+        else:
+            mask, equal = magnitude_masks(kind, address, threshold)
+            mask &= valid
+            equal &= valid
+            if equal and ties:
+                equal = _lowest_bits(equal, ties)
+                ties -= popcount(equal)
+                mask |= equal
+        kept = popcount(mask)
+        if index_kind == BITMAP:
+            put_u8(index + block * 2, mask & 255)
+            if block * 16 + 8 < n:
+                put_u8(index + block * 2 + 1, mask >> 8)
+        elif index_kind == TILES:
+            base = (block * 16) & (TILE - 1)
+            if offset_at + 16 <= keep:
+                compress_offset(base, mask, index + offset_at)
+            else:
+                rest = mask
+                for i in range(kept):
+                    put_u8(index + offset_at + i, base + trailing_zeros(rest))
+                    rest &= rest - 1
+            offset_at += kept
+            if base == TILE - 16 or block == (n + 15) // 16 - 1:
+                tile = block // (TILE // 16)
+                in_tile = offset_at - tile_start
+                put_u8(counts + tile, in_tile & 255)
+                if in_tile == TILE:
+                    flags |= 1 << (tile & 7)
+                if (tile & 7) == 7 or block == (n + 15) // 16 - 1:
+                    put_u8(full + tile // 8, flags)
+                    flags = 0
+                tile_start = offset_at
+        gather_values(kind, address, mask, stage + staged * 4)
+        staged += kept
+        if staged >= TILE:
+            status |= _store_values(value_kind, stage, TILE, values, scales, written)
+            written += TILE
+            staged -= TILE
+            for i in range(staged):
+                put_i32(stage + i * 4, get_i32(stage + (TILE + i) * 4))
+    if staged:
+        status |= _store_values(value_kind, stage, staged, values, scales, written)
+    return status
+
+
+@njit(forceinline=True)
+def _pack_worker(kind, block):
+    """Take samples from the shared counter until none is left. The argument block is laid out by ``pack``."""
+    batch, n, keep = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32)
+    value_kind, index_kind = get_i64(block + 40), get_i64(block + 48)
+    source, values, scales = get_i64(block + 56), get_i64(block + 64), get_i64(block + 72)
+    index, counts, full, flag = get_i64(block + 80), get_i64(block + 88), get_i64(block + 96), get_i64(block + 104)
+    index_stride, capacity = get_i64(block + 128), get_i64(block + 136)
+    scratch = get_i64(block + 112) + fetch_add(block + 8, 1) * get_i64(block + 120)
+    tiles = (n + TILE - 1) // TILE
+    value_bytes = 1 if value_kind == INT8 else element_bytes(value_kind)
+    sample = fetch_add(block, 1)
+    while sample < batch:
+        at = source + sample * n * element_bytes(kind)
+        threshold, ties = -1, 0
+        if keep < n:
+            threshold, ties = threshold_of(
+                kind, at, n, keep, scratch, scratch + BUFFER_AT, capacity, scratch + SPARE_AT
+            )
+        status = _emit(
+            kind,
+            value_kind,
+            index_kind,
+            at,
+            n,
+            keep,
+            threshold,
+            ties,
+            scratch + STAGE_AT,
+            scratch + SPARE_AT,
+            values + sample * keep * value_bytes,
+            scales + sample * ((keep + TILE - 1) // TILE) * 2,
+            index + sample * index_stride,
+            counts + sample * tiles,
+            full + sample * ((tiles + 7) // 8),
+        )
+        if status:
+            atomic_or(flag, status)
+        sample = fetch_add(block, 1)
+
+
+def pack_f32(block):
+    _pack_worker(F32, block)
+
+
+def pack_f16(block):
+    _pack_worker(F16, block)
+
+
+def pack_bf16(block):
+    _pack_worker(BF16, block)

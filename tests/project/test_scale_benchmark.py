@@ -1,0 +1,76 @@
+"""The batch benchmark's arithmetic: slopes, ratios, the search for the largest batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pandas
+import pytest
+
+from transfer.bench.rows import Row
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def scale() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("scale", BENCHMARKS / "scale.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def points(slopes: dict[str, float], start: float = 3.0) -> pandas.DataFrame:
+    """Lines through (0, start) of these slopes; the predicted ones a tenth steeper."""
+    return pandas.DataFrame(
+        {
+            "backbone": "mobilenetv2",
+            "row": row,
+            "batch": batch,
+            **{f"{q}_MB": slope * batch + start for q in ("saved", "peak")},
+            **{f"predicted_{q}_MB": 1.1 * slope * batch for q in ("saved", "peak")},
+        }
+        for row, slope in slopes.items()
+        for batch in (1, 2, 4, 8)
+    )
+
+
+def test_slopes_and_ratios(scale: ModuleType) -> None:
+    table = scale.slopes(points({"dense": 80.0, "compact 0.9": 8.0})).set_index("row")
+    assert table.loc["dense", "peak_MB_an_image"] == pytest.approx(80)
+    assert table.loc["compact 0.9", "predicted_saved_MB_an_image"] == pytest.approx(8.8)
+    assert table.loc["compact 0.9", "saved_ratio"] == pytest.approx(10)
+    assert table.loc["compact 0.9", "peak_ratio_off"] == pytest.approx(0, abs=1e-6)
+    assert table["peak_MB_off_the_line"].max() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [500e6, 5e9])
+def test_the_largest_batch_is_bracketed(scale: ModuleType, budget: float, tmp_path: Path) -> None:
+    def peak(batch: int) -> float:
+        return (8.0 * batch + 3 + 0.001 * batch**2) * 1e6  # not quite a line
+
+    row, asked = Row("mobilenetv2", "compact 0.9", razor=("compact", 0.9)), []
+
+    def measured(_row: Row, batch: int, _folder: Path) -> float:
+        asked.append(batch)
+        return peak(batch)
+
+    scale.peak_of = measured
+    found = scale.largest_batch(row, int(budget), points({"compact 0.9": 8.0}), tmp_path)
+    assert peak(found["largest_batch"]) <= budget < peak(found["too_large"])
+    assert found["too_large"] - found["largest_batch"] <= max(scale.TOLERANCE * found["largest_batch"], 1)
+    assert len(asked) < 10
+
+
+def test_a_point_is_measured_once(scale: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "point.json"
+    assert scale._kept(file, lambda: 5) == 5
+    assert scale._kept(file, lambda: 6) == 5 == json.loads(file.read_text())
