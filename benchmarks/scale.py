@@ -39,7 +39,7 @@ def rows_of(backbone: str) -> list[Row]:
     ]
 
 
-def _kept(file: Path, measure) -> int:  # noqa: ANN001
+def _kept(file: Path, measure) -> int:
     """What ``file`` holds, or what ``measure`` returns, which then lies there."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
