@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=BACKBONES, choices=BACKBONES)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rows", nargs="+", help=f"labels of the rows to run, or main: {', '.join(MAIN)}")
+    parser.add_argument("--rows", nargs="+", help=f"labels of rows to run; main: {', '.join(MAIN)}")
     parser.add_argument("--what", nargs="+", default=("peak", "time"), choices=("peak", "time"))
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes a figure")
     parser.add_argument("--steps", type=int, default=7, help="timed steps a process")
@@ -51,7 +51,7 @@ def main() -> int:
     if not options.skip_tests and not operators_are_green():
         print("benchmark.py: the operator tests fail, so nothing was measured: mend them first", file=sys.stderr)
         return 1
-    wanted = MAIN if options.rows == ["main"] else options.rows
+    wanted = options.rows and [label for name in options.rows for label in (MAIN if name == "main" else [name])]
     for backbone in options.backbones:
         every = rows_of(backbone, options.precision)
         unknown = set(wanted or ()) - {row.label for row in every}
