@@ -11,7 +11,6 @@ machine's, not ours.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import statistics
 import time
@@ -19,20 +18,19 @@ from pathlib import Path
 
 import torch
 from _circumstances import append_rows, circumstances
+from _malloc import keep_freed_memory
 
 import backrazor as br
 from backrazor.functional import common
 from transfer.bench.rows import Row
 
 RESULTS = Path(__file__).parent / "results" / "choices.csv"
-KEEP = ((-3, 1 << 30), (-1, (1 << 31) - 1))  # mallopt: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def build(row: Row, chunk_mib: int | None, keep: bool) -> br.memory.Step:
     """The step of ``row`` under these choices, in the process that runs it."""
     if keep:
-        for parameter, value in KEEP:
-            ctypes.CDLL(None).mallopt(parameter, value)
+        keep_freed_memory()
     if chunk_mib is not None:
         common.CHUNK_BYTES = chunk_mib << 20
     return row.build()

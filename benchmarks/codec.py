@@ -10,7 +10,6 @@ outputs beyond its threshold (32 MiB) pay the system for fresh pages, as ``clone
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import statistics
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from _circumstances import append_rows, circumstances
+from _malloc import keep_freed_memory
 from torch import Tensor
 
 from backrazor.codecs import Pruned, kept_count, pack, unpack
@@ -41,13 +41,6 @@ def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def keep_freed_memory() -> None:
-    """No mmap of large blocks, no trimming of the heap (mallopt: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)."""
-    libc = ctypes.CDLL(None)
-    for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):
-        libc.mallopt(parameter, value)
 
 
 def measure(

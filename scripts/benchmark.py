@@ -42,10 +42,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7, help="timed steps a process")
     parser.add_argument("--quick", action="store_true", help="the main rows, one process of five steps")
     parser.add_argument("--folder", type=Path, help="where measurements are kept (outputs/benchmark[-quick])")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/steps.csv"))
+    parser.add_argument("--results", type=Path, help="CSV (benchmarks/results/steps.csv; --quick: in the folder)")
     parser.add_argument("--skip-tests", action="store_true", help="do not run the operator tests first")
     options = parser.parse_args()
     options.folder = options.folder or Path("outputs/benchmark-quick" if options.quick else "outputs/benchmark")
+    options.results = options.results or (
+        options.folder / "steps.csv" if options.quick else Path("benchmarks/results/steps.csv")
+    )
     if options.quick:
         options.repeats, options.steps, options.rows = 1, 5, options.rows or ["main"]
     if not options.skip_tests and not operators_are_green():

@@ -44,6 +44,7 @@ PRUNING: dict[str, Case] = {
     "linear of a vector": Case(_linear(123, 7), (123,)),
     "linear of one number": Case(_linear(1, 1), (5, 1)),
     "linear of an empty batch": Case(_linear(8, 3), (0, 8)),
+    "conv 1x1 by matrix products": Case(_conv(7, 5, 1), (3, 7, 12, 13)),
     "conv 1x1": Case(_conv(7, 5, 1), (3, 7, 6, 5)),
     "conv, padding and stride": Case(_conv(3, 8, 3, stride=2, padding=1), (5, 3, 11, 13)),
     "conv, no bias": Case(_conv(3, 8, 3, bias=False), (2, 3, 9, 9)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,6 +80,16 @@ def failing_step() -> br.memory.Step:
     """Fails in its forward."""
     model = nn.Linear(2, 2)
     return br.memory.Step(model, lambda: model(torch.randn(1, 3)).sum())
+
+
+def die() -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return torch.zeros(())
+
+
+def dying_step() -> br.memory.Step:
+    """What the kernel does to a process when memory runs out."""
+    return br.memory.Step(mlp(), die)
 
 
 def small_step() -> br.memory.Step:

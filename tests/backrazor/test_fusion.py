@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import backrazor as br
+from backrazor.functional import common
 from tests.backrazor.compare import assert_close, assert_same_bits
 from tests.backrazor.networks import convnet, freeze_norms
 
@@ -149,6 +150,65 @@ def test_a_channels_last_input_takes_the_members_apart() -> None:
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     assert_same_bits("forward", model(x), plain(x))
     model(x).sum().backward()
+
+
+CHAINS = {
+    # weight smaller than the gradient, larger, pointwise by matrix products, pointwise with few positions
+    "folded": (lambda: nn.Conv2d(6, 8, 3, padding=1), (4, 6, 12, 12)),
+    "not folded": (lambda: nn.Conv2d(16, 16, 3), (2, 16, 4, 4)),
+    "pointwise": (lambda: nn.Conv2d(6, 8, 1), (4, 6, 12, 12)),
+    "few positions": (lambda: nn.Conv2d(6, 8, 1), (4, 6, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 23, 1])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_has_the_gradients_of_its_operators(
+    name: str, channels_last: bool, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing pruned: the gradients of plain PyTorch, with a scale far from one, whatever the chunks and the weight's
+    layout."""
+    monkeypatch.setattr(common, "CHUNK_BYTES", chunk_bytes)
+    convolution, shape = CHAINS[name]
+    torch.manual_seed(0)
+    model = freeze_norms(nn.Sequential(nn.Conv2d(shape[1], shape[1], 1), convolution(), nn.BatchNorm2d(8), nn.ReLU()))
+    model[2] = freeze_norms(nn.BatchNorm2d(model[1].out_channels))
+    for tensor in (model[2].running_var, model[2].weight.data):
+        tensor.uniform_(0.2, 3)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    assert br.razor_(model, br.RazorConfig(0.0, values="float32")).fused == 1
+    x = torch.randn(shape)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = model(ours), plain(theirs)
+    assert_same_bits("forward", out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close("x", ours.grad, theirs.grad, 1e-5)
+    for (key, a), (_, b) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        if b.requires_grad:
+            assert_close(key, a.grad, b.grad, 1e-5)
+
+
+def test_float16_sums_are_scaled_before_they_overflow() -> None:
+    model = chain()
+    model[1].weight.data.fill_(1e-3)
+    model[1].bias.data.fill_(1.0)
+    model.half()
+    br.razor_(model, br.RazorConfig(0.0, values="float16"))
+    x = torch.ones(2, 3, 40, 40, dtype=torch.float16, requires_grad=True)
+    (model(x).float().sum() * 60).backward()  # 2 x 38 x 38 positions of 60: over 65504 before the scale, not after
+    assert bool(torch.isfinite(model[0].weight.grad).all()) and bool(torch.isfinite(model[0].bias.grad).all())
+
+
+def test_a_chain_takes_an_empty_batch() -> None:
+    model = chain()
+    br.razor_(model, CONFIG)
+    x = torch.empty(0, 3, 8, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.shape == x.shape and not model[0].weight.grad.any()
 
 
 class SharedActivation(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import multiprocessing
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tests.backrazor.cases import PRUNING
 from tests.backrazor.networks import (
     Attention,
     convnet,
+    dying_step,
     efficientnet_step,
     failing_step,
     freeze_norms,
@@ -269,6 +272,26 @@ def test_a_measured_step_has_all_its_figures() -> None:
 def test_a_failing_step_tells_why() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)failed in its process.*shapes cannot be multiplied"):
         br.memory.measure_step(failing_step, repeats=1, steps=1)
+
+
+@pytest.mark.parametrize("turns", ["step", "process"])
+def test_configurations_take_turns(turns: str) -> None:
+    results = br.memory.measure_steps(
+        {"a": small_step, "b": small_step}, repeats=1, steps=3, what=("time",), turns=turns
+    )
+    assert [len(result.time_samples) for result in results.values()] == [3, 3]
+
+
+def test_turns_have_two_names() -> None:
+    with pytest.raises(ValueError, match="turns='row': use 'step' or 'process'"):
+        br.memory.measure_steps({"a": small_step}, turns="row")
+
+
+@pytest.mark.parametrize("other", [failing_step, dying_step])
+def test_one_configuration_that_fails_ends_all(other: Callable[[], br.memory.Step]) -> None:
+    with pytest.raises(RuntimeError, match=r"failed in its process|died with exit code -9"):
+        br.memory.measure_steps({"a": small_step, "b": other}, repeats=1, steps=2, what=("time",))
+    assert not multiprocessing.active_children()
 
 
 def test_a_factory_that_cannot_travel_is_refused() -> None:

@@ -226,7 +226,7 @@ def test_the_rounding_of_int8() -> None:
     values, scales, _ = reference.encode_values(x, "int8")
     back = reference.decode_values(values, scales, torch.float32)
     steps = scales.float().repeat_interleave(256, dim=1)[:, :1000]
-    assert bool(((back - x).abs() <= 0.5 * steps + 127 * 2**-11 * steps).all())
+    assert bool(((back - x).abs() <= 0.5001 * steps).all())
 
 
 @pytest.mark.parametrize("size", [1e-36, 1e-30, 1e-12, 1e-6, 1.0, 1e6, 1e30, 1e38])

@@ -54,3 +54,32 @@ def test_pooling_by_samples_equals_the_whole_batch(batch: int, layout: torch.mem
     grad = torch.randn_like(expected)
     out.backward(grad), expected.backward(grad)
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class Residual(nn.Module):
+    def __init__(self, inside: nn.Module, after: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.after = inside, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(x + self.inside(x))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: Residual(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
+        lambda: Residual(nn.Conv2d(8, 8, 3, padding=1), nn.GELU()),
+        lambda: Residual(nn.Conv2d(8, 8, 3, padding=1), nn.Dropout(0.5)),
+    ],
+    ids=["relu", "gelu", "dropout"],
+)
+def test_gradients_of_a_residual_are_added_in_place(block) -> None:
+    """A gradient that is a view of something else cannot be added to: autograd would make a third tensor."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), block(), block())
+    br.razor_(model, br.RazorConfig(0.9))
+    loss = model(torch.randn(2, 3, 16, 16)).sum()
+    with torch.profiler.profile(record_shapes=True) as profiled:
+        loss.backward()
+    large = [e for e in profiled.events() if e.name == "aten::add" and e.input_shapes[:1] == [[2, 8, 16, 16]]]
+    assert not large

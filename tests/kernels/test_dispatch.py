@@ -123,7 +123,10 @@ def test_compiled_code_is_kept_under_the_state_of_all_kernel_sources(
     """Numba's own cache looks at the file of a kernel only, and would run old code after an inlined part changed."""
     cpu = pytest.importorskip("backrazor.kernels.bitmask.cpu")
     cpu.encode(torch.randn(1, 64), 0.0, 1.0)
-    assert any(_launch._digest() in name for name in (f.__qualname__ for f in vars(cpu).values() if callable(f)))
+    kept = Path(cpu.__file__).parent / "__pycache__"
+    assert list(kept.glob(f"*_{_launch._digest()}-*.nbi")), f"no machine code of these sources in {kept}"
+    cached = [file for file in Path(_launch.__file__).parent.rglob("*.py") if "cache=True" in file.read_text()]
+    assert [file.name for file in cached] == ["_launch.py"], "only _launch names what it keeps"
     part = tmp_path / "bitmask" / "part.py"
     part.parent.mkdir()
     monkeypatch.setattr(_launch, "__file__", str(tmp_path / "_launch.py"))

@@ -117,10 +117,10 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
     """(thresholds (2^bits - 1,), levels (2^bits,)) float32 for the derivative of activation ``name``.
 
     8 bits: an even grid about zero whose step is a power of two, so that a kernel finds the interval by one exact
-        multiplication: 1/32 (to +-4; SiLU 1/16, to +-8, as its derivative goes flat later). 4 and 2 bits: the
-        piecewise-constant fit of least squared error for x normal with deviation 1.5, found exactly by dynamic
-        programming over a grid of 1/128. Each level is the weighted mean of its interval, so that the error has no
-        bias.
+        multiplication: 1/32 (to +-4), or 1/16 (to +-8) where the derivative goes flat late, as SiLU's does. 4 and 2
+        bits: the piecewise-constant fit of least squared error for x normal with deviation 1.5, found exactly by
+        dynamic programming over a grid of 1/128. Each level is the weighted mean of its interval, so that the error has
+        no bias (the outermost intervals' mean is taken up to twice the last threshold; +-6 for 4 and 2 bits).
     """
     thresholds, levels = _fit(name, bits)
     return torch.from_numpy(thresholds), torch.from_numpy(levels)
@@ -146,9 +146,9 @@ def _resident(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tenso
 def _fit(name: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """The arrays behind ``quantiser``, float32."""
     if bits == 8:
-        step = 1 / 16 if name == "silu" else 1 / 32
-        grid = np.linspace(-128 * step, 128 * step, 256 * 16 + 1)
-        edges = np.arange(0, len(grid), 16)
+        step = 1 / 16 if name in ("silu", "quick_gelu") else 1 / 32
+        grid = np.arange(-256 * 16, 256 * 16 + 1) * (step / 16)
+        edges = np.array([0, *range(129 * 16, 384 * 16, 16), len(grid) - 1])  # the outermost two reach twice as far
     else:
         grid = _GRID
     x = (grid[1:] + grid[:-1]) / 2

@@ -44,7 +44,8 @@ def placed(total: Tensor | None, part: Tensor, start: int, batch: int) -> Tensor
     """The samples of ``part`` put at ``start`` of ``total`` (made for the first); ``part`` itself where it is the whole
     ``batch``."""
     if len(part) == batch:
-        return part.contiguous()
+        dense = part.is_contiguous() or part.is_contiguous(memory_format=torch.channels_last)
+        return part if dense else part.contiguous()  # what padding cut off would live on
     if total is None:
         total = part.new_empty(batch, *part.shape[1:])
     total[start : start + len(part)] = part
@@ -90,8 +91,14 @@ def as_rows(x: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def from_rows(rows: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
-    """The inverse of ``as_rows``, without a copy."""
+    """The inverse of ``as_rows`` for ``rows`` that nobody else holds, without a copy."""
     if layout == torch.channels_last:
         batch, channels, height, width = shape
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return rows.view(shape)
+    return reshaped(rows, shape)
+
+
+def reshaped(fresh: Tensor, shape: torch.Size) -> Tensor:
+    """``fresh``, which nobody else holds, in another shape. Not a view: autograd adds a second gradient to the first in
+    place only where no other tensor shares its storage, and a view would keep its base alive."""
+    return torch.ops.aten._unsafe_view(fresh, shape)

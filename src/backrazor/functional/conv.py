@@ -69,6 +69,8 @@ def forward_chunks(x: Tensor, weight: Tensor, spec: ConvSpec) -> list[tuple[int,
     chunks = list(sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)))
     if len(chunks) < 2:
         return chunks
+    if weight.stride(3) != 1:  # channels_last: there the convolution library rounds otherwise for other batches
+        return [(0, x.shape[0])]
     counts = {x.shape[0], *(stop - start for start, stop in chunks)}  # two or three, however many chunks there are
     backends = {_backend(count, x, weight, spec) for count in counts}
     return chunks if len(backends) == 1 else [(0, x.shape[0])]
@@ -143,8 +145,8 @@ def backward_of_chunk(
     return _padded_backward(grad_x, shape, spec) if need_x else None, grad_weight
 
 
-# From this many positions a sample on, the matrix product of a pointwise convolution's input gradient is faster than
-# the convolution library, which copies its operands into a layout of its own first.
+# From this many positions a sample on, the matrix products of a pointwise convolution's gradients are faster than the
+# convolution library, which copies its operands into a layout of its own first.
 MATRIX_POSITIONS = 128
 
 
@@ -194,6 +196,7 @@ def _is_matrix_product(grad: Tensor, spec: ConvSpec, weight: Tensor) -> bool:
     return (
         grad.device.type == "cpu"
         and grad.dtype == torch.float32
+        and torch.get_float32_matmul_precision() == "highest"  # convolutions do not follow that setting
         and weight.shape[2:] == (1, 1)
         and spec.stride == (1, 1)
         and spec.padding == (0, 0)

@@ -63,8 +63,10 @@ def _normalise(y: Tensor, norm: Norm) -> Tensor:
 
 
 def _normalise_into(y: Tensor, norm: Norm, out: Tensor) -> None:
-    """``_normalise`` into ``out``; without a copy where PyTorch runs an operator that can."""
-    if y.device.type != "cpu" or y.dtype != norm.running_mean.dtype:
+    """``_normalise`` into ``out``; without a copy where PyTorch runs an operator that can (it goes by the layout of y
+    alone, which is channels_last where the weight lies so)."""
+    plain = y.is_contiguous() and out.is_contiguous()
+    if y.device.type != "cpu" or y.dtype != norm.running_mean.dtype or not plain:
         out.copy_(_normalise(y, norm))
         return
     unused = y.new_empty(0), y.new_empty(0)  # statistics of the batch
@@ -106,6 +108,7 @@ class _ConvNormAct(torch.autograd.Function):
                     codes.append(encode(part, act))
                 activate_(part, act)
         if out is None:  # an empty batch
+            ctx.save_for_backward(weight, norm.weight, norm.running_var)
             return _normalise(forward_of_chunk(x, weight, bias, spec), norm)
         kept = [join(codes, act)] if codes else []
         ctx.save_for_backward(weight, norm.weight, norm.running_var, *kept, *packed)
@@ -114,18 +117,20 @@ class _ConvNormAct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, norm_weight, running_var, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+        weight, norm_weight, running_var, *kept = ctx.saved_tensors
         batch = grad.shape[0]
         if batch == 0:
             zeros = grad.new_empty(ctx.shape), torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
-            return *zeros, *(None for _ in rest)
+            needed = (zero if need else None for zero, need in zip(zeros, ctx.needs_input_grad[:3], strict=True))
+            return *needed, *(None for _ in rest)
         codes, packed = (kept[0], tuple(kept[1:])) if ctx.act is not None else (None, tuple(kept))
         scale = torch.rsqrt(running_var + ctx.eps)
         scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
-        # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if smaller
-        folded = weight.numel() < grad.numel()
-        carrier = weight * scale if folded else weight
+        # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if smaller.
+        # Not in float16, whose sums may overflow before they are scaled
+        folded = weight.numel() < grad.numel() and grad.dtype != torch.float16
+        scaled_weight = weight * scale if folded else weight
         grad_bias = None
 
         def part_of(start: int, stop: int) -> Tensor:
@@ -136,7 +141,8 @@ class _ConvNormAct(torch.autograd.Function):
             if not folded:
                 part = part * scale.view(1, -1, 1, 1)
             if need_bias:
-                grad_bias = added(grad_bias, part.sum((0, 2, 3)), stop - start == batch)
+                wide = torch.float32 if part.element_size() == 2 else part.dtype
+                grad_bias = added(grad_bias, part.sum((0, 2, 3), dtype=wide), stop - start == batch)
             return part
 
         grad_x, grad_weight = backward_in_chunks(
@@ -145,7 +151,7 @@ class _ConvNormAct(torch.autograd.Function):
             (lambda start, stop: unpack(packed, ctx.layout, start, stop, grad.dtype)) if need_weight else None,
             sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)),
             ctx.shape,
-            carrier,
+            scaled_weight,
             ctx.spec,
             need_x,
         )

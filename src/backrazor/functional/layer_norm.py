@@ -14,7 +14,7 @@ from ..codecs import AffineLayout, NormCodec, mark, remember_source
 from ..codecs.normalised import NormLayout, keep_normalised, read_normalised
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
-from .common import accumulator, needs_grad, sample_chunks
+from .common import accumulator, needs_grad, reshaped, sample_chunks
 
 QUANTISED_RULES = ("int8", "int4")
 
@@ -78,7 +78,7 @@ def _fused_backward(
     grad_x, *sums = norm_backward(grad.reshape(-1, layout.row), *arguments)
     if weight is not None:
         sums = [total.to(weight.dtype).view(weight.shape) for total in sums]
-    return tuple(part if need else None for part, need in zip((grad_x.view(grad.shape), *sums), mask, strict=True))
+    return tuple(part if need else None for part, need in zip((reshaped(grad_x, grad.shape), *sums), mask, strict=True))
 
 
 class _LayerNorm(torch.autograd.Function):

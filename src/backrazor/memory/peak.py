@@ -178,7 +178,7 @@ class _FreshProcess:
 
     def __init__(self, serve: Callable, *arguments: object, stable_malloc: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
+        self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, serve, arguments), daemon=False)
         before = {name: os.environ.get(name) for name in _STABLE_MALLOC}
         try:
@@ -193,9 +193,17 @@ class _FreshProcess:
     def __enter__(self) -> _FreshProcess:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._connection.close()
+        if kind is not None:
+            self._process.terminate()
         self._process.join()
+
+    def ask(self, question: object) -> Any:
+        """The answer to ``question``; errors as ``receive``."""
+        with suppress(BrokenPipeError, ConnectionResetError):  # ``receive`` tells why
+            self._connection.send(question)
+        return self.receive()
 
     def receive(self) -> Any:
         """The next answer.
@@ -204,7 +212,7 @@ class _FreshProcess:
             RuntimeError: the process failed, or died.
         """
         try:
-            succeeded, answer = self.connection.recv()
+            succeeded, answer = self._connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
             raise RuntimeError(
@@ -264,8 +272,7 @@ def _times_in_turns(
             processes[name].receive()  # warmed up
         for _ in range(steps):
             for name, process in processes.items():
-                process.connection.send("step")
-                times[name].append(process.receive())
+                times[name].append(process.ask("step"))
     return times
 
 
@@ -276,7 +283,7 @@ def _step_on_demand(connection: Connection, factory: Callable[[], Step], threads
     for _ in range(WARM_UP_STEPS):
         _run(step, device)
     connection.send((True, None))
-    with suppress(EOFError):  # the other end is closed when it has enough
+    with suppress(EOFError, OSError):  # the other end is closed when it has enough
         while connection.recv():
             connection.send((True, _run(step, device)))
 

@@ -18,6 +18,7 @@ from transfer.files import atomic_write, atomic_write_text
 from transfer.records import circumstances
 from transfer.tables.figures import time_against_peak
 
+TOGETHER = 5  # rows, beside dense, whose processes stand ready at a time: memory must hold them all
 SHOWN = ["backbone", "row", "saved_MB", "saved_ratio", "peak_MB", "peak_ratio", "step_s", "time_ratio", "codec_share"]
 KEY = ["backbone", "precision", "row"]  # what makes two lines of the results the same measurement
 _PARTS = ("forward", "backward", "optimizer")
@@ -47,11 +48,11 @@ def measure_backbone(
 ) -> None:
     """Measure peak and time of every row ``repeats`` times, each in a fresh process; the first row is dense.
 
-    For the time the processes of a round's rows and one of dense stand ready together and run a step each in turn (on a
-    CUDA device, whose speed is steady and whose memory one row may fill: one process after the other). One json file a
-    row, quantity and round below ``folder``: what exists is not measured again, so an interrupted run goes on, and a
-    row added later takes its turns with a dense process of its own. Peaks do not depend on what else the machine does;
-    times want it idle, and the two may be measured apart.
+    For the time the processes of ``TOGETHER`` rows and one of dense stand ready together and run a step each in turn
+    (on a CUDA device, whose speed is steady and whose memory one row may fill: one process after the other). One json
+    file a row, quantity and round below ``folder``: what exists is not measured again, so an interrupted run goes on,
+    and a row added later takes its turns with a dense process of its own. Peaks do not depend on what else the machine
+    does; times want it idle, and the two may be measured apart.
     """
     threads = torch.get_num_threads()
     device = torch.cuda.get_device_name() if rows[0].device == "cuda" else rows[0].device
@@ -68,12 +69,14 @@ def measure_backbone(
             if round_ == 0:
                 answer["saved_bytes"] = in_fresh_process(saved_of, row, threads)
             atomic_write_text(_file(folder, row, "peak", round_), json.dumps(made | answer))
-        if missing.get("time"):
-            turn = {row.label: row.build for row in [rows[0], *missing["time"]]}
-            print(f"  round {round_ + 1}/{repeats}, time: {_name(rows[0])}, in turns with the others", flush=True)
+        late = missing.get("time", [])
+        for start in range(0, len(late), TOGETHER):
+            group = late[start : start + TOGETHER]
+            print(f"  round {round_ + 1}/{repeats}, time, in turns: {', '.join(map(_name, group))}", flush=True)
+            turn = {row.label: row.build for row in [rows[0], *group]}
             turns = "process" if rows[0].device == "cuda" else "step"
             times = br.memory.measure_steps(turn, repeats=1, steps=steps, what=("time",), turns=turns)
-            for row in missing["time"]:
+            for row in group:
                 answer = {
                     "times": times[row.label].time_samples,
                     "dense_times": times[rows[0].label].time_samples,

@@ -2,10 +2,10 @@
 
 Numba's auto-vectoriser cannot express "compress the lanes that passed a comparison", which is what packing is. LLVM
 can: ``llvm.experimental.vector.compress`` becomes one instruction on AVX-512 and a short generic sequence elsewhere, so
-the same source is fast where the hardware allows it and correct everywhere. All functions work on blocks of 16 elements
-at raw addresses; a *kind* names how the elements are stored: "f32", "f16" or "bf16". The order of magnitudes is that of
-the bit pattern without its sign: for finite numbers the order of |x|, with infinity above every number and NaN above
-infinity.
+the same source is fast where the hardware allows it and correct everywhere. Vector functions work on blocks of 16
+elements at raw addresses; a *kind* names how the elements are stored: "f32", "f16" or "bf16". The order of magnitudes
+is that of the bit pattern without its sign: for finite numbers the order of |x|, with infinity above every number and
+NaN above infinity.
 
 vectors    what intrinsics are written with
 scalars    single numbers at raw addresses, atomic counters

@@ -1,6 +1,6 @@
-"""Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons; 8 bits by one multiplication where the
-thresholds are an even grid about zero in steps of a power of two (those of ``functional.activation`` are), else by a
-guess on an even grid that the thresholds correct."""
+"""Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons (4 by bisection on AVX-512); 8 bits by one
+multiplication where the thresholds are an even grid about zero in steps of a power of two (those of
+``functional.activation`` are), else by a guess on an even grid that the thresholds correct."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _count(histogram, digit):
     put_i32(slot, get_i32(slot) + 1)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _kth_largest_int(values, count, rank, low, high, histogram):
     """(value, ties) of the rank-th largest of ``count`` int32 in [low, high] at ``values``; reorders the buffer.
 

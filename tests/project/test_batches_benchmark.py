@@ -17,10 +17,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def scale() -> ModuleType:
+def batches() -> ModuleType:
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        spec = importlib.util.spec_from_file_location("scale", BENCHMARKS / "scale.py")
+        spec = importlib.util.spec_from_file_location("batches", BENCHMARKS / "batches.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:
@@ -43,8 +43,8 @@ def points(slopes: dict[str, float], start: float = 3.0) -> pandas.DataFrame:
     )
 
 
-def test_slopes_and_ratios(scale: ModuleType) -> None:
-    table = scale.slopes(points({"dense": 80.0, "compact 0.9": 8.0})).set_index("row")
+def test_slopes_and_ratios(batches: ModuleType) -> None:
+    table = batches.slopes(points({"dense": 80.0, "compact 0.9": 8.0})).set_index("row")
     assert table.loc["dense", "peak_MB_an_image"] == pytest.approx(80)
     assert table.loc["compact 0.9", "predicted_saved_MB_an_image"] == pytest.approx(8.8)
     assert table.loc["compact 0.9", "saved_ratio"] == pytest.approx(10)
@@ -53,7 +53,9 @@ def test_slopes_and_ratios(scale: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("budget", [500e6, 5e9])
-def test_the_largest_batch_is_bracketed(scale: ModuleType, budget: float, tmp_path: Path) -> None:
+def test_the_largest_batch_is_bracketed(
+    batches: ModuleType, budget: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def peak(batch: int) -> float:
         return (8.0 * batch + 3 + 0.001 * batch**2) * 1e6  # not quite a line
 
@@ -63,14 +65,15 @@ def test_the_largest_batch_is_bracketed(scale: ModuleType, budget: float, tmp_pa
         asked.append(batch)
         return peak(batch)
 
-    scale.peak_of = measured
-    found = scale.largest_batch(row, int(budget), points({"compact 0.9": 8.0}), tmp_path)
+    monkeypatch.setattr(batches, "peak_of", measured)
+    found = batches.largest_batch(row, int(budget), points({"compact 0.9": 8.0}), tmp_path)
     assert peak(found["largest_batch"]) <= budget < peak(found["too_large"])
-    assert found["too_large"] - found["largest_batch"] <= max(scale.TOLERANCE * found["largest_batch"], 1)
+    assert found["too_large"] - found["largest_batch"] <= max(batches.TOLERANCE * found["largest_batch"], 1)
     assert len(asked) < 10
 
 
-def test_a_point_is_measured_once(scale: ModuleType, tmp_path: Path) -> None:
+def test_a_point_is_measured_once(batches: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "new" / "point.json"
-    assert scale._kept(file, lambda: 5) == 5
-    assert scale._kept(file, lambda: 6) == 5 == json.loads(file.read_text())
+    assert batches._kept(file, lambda: 5) == 5
+    assert batches._kept(file, lambda: 6) == 5
+    assert json.loads(file.read_text())["commit"]

@@ -1,17 +1,18 @@
 """How saved bytes and peak grow with the batch, and the largest batch that a fixed memory holds.
 
-    python benchmarks/scale.py            # MobileNetV2 and ResNet-50: batch 1 to 64, and what fits into 2 GiB
+    python benchmarks/batches.py            # MobileNetV2 and ResNet-50: batch 1 to 64, and what fits into 2 GiB
 
-Each point is measured in fresh processes (one file a point below outputs/scale; what exists is not measured again).
+Each point is measured in fresh processes (one file a point below outputs/batches; what exists is not measured again).
 Slopes are least squares over all batches. The largest batch is searched by measuring: the batch given is the largest
 found to fit, the next column the smallest found not to, at most ``TOLERANCE`` apart. Peaks need no idle machine.
-Written: results/scale.csv (points), results/scale_slopes.csv, results/scale_fits.csv.
+Written: results/batches.csv (points), results/batches_slopes.csv, results/batches_fits.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import backrazor as br
 from backrazor.memory.peak import in_fresh_process
 from transfer.bench.measure import saved_of
 from transfer.bench.rows import Row
+from transfer.files import atomic_write_text
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.02
@@ -39,12 +41,12 @@ def rows_of(backbone: str) -> list[Row]:
     ]
 
 
-def _kept(file: Path, measure) -> int:
-    """What ``file`` holds, or what ``measure`` returns, which then lies there."""
+def _kept(file: Path, measure: Callable[[], int]) -> int:
+    """What ``file`` holds, or what ``measure`` returns, which then lies there with its circumstances."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(measure()))
-    return json.loads(file.read_text())
+        atomic_write_text(file, json.dumps({"bytes": measure(), **circumstances("python benchmarks/batches.py")}))
+    return json.loads(file.read_text())["bytes"]
 
 
 def _name(row: Row) -> str:
@@ -134,10 +136,10 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", default=["mobilenetv2", "resnet50"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--budget", type=float, default=2.0, help="GiB above what is resident")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/scale"))
+    parser.add_argument("--folder", type=Path, default=Path("outputs/batches"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    common = circumstances("python benchmarks/scale.py")
+    common = circumstances("python benchmarks/batches.py")
     rows = [row for backbone in options.backbones for row in rows_of(backbone)]
     points = []
     for row in rows:
@@ -145,12 +147,12 @@ def main() -> None:
             points.append(point(row, batch, options.folder))
             print({key: round(v, 1) if isinstance(v, float) else v for key, v in points[-1].items()}, flush=True)
     frame = pandas.DataFrame(points)
-    frame.round(3).assign(**common).to_csv(options.results / "scale.csv", index=False)
+    frame.round(3).assign(**common).to_csv(options.results / "batches.csv", index=False)
     table = slopes(frame)
-    table.assign(**common).to_csv(options.results / "scale_slopes.csv", index=False)
+    table.assign(**common).to_csv(options.results / "batches_slopes.csv", index=False)
     print(table.to_markdown(index=False))
     fits = pandas.DataFrame([largest_batch(row, int(options.budget * 2**30), frame, options.folder) for row in rows])
-    fits.assign(**common).to_csv(options.results / "scale_fits.csv", index=False)
+    fits.assign(**common).to_csv(options.results / "batches_fits.csv", index=False)
     print(fits.to_markdown(index=False))
 
 
