@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from backrazor.memory.peak import WARM_UP_STEPS
 from transfer.data.published import PUBLISHED
 from transfer.data.published.listing import missing_files
 from transfer.errors import UserError
@@ -17,7 +20,7 @@ from transfer.models.weights import find_weights
 from transfer.models.zoo import find_spec
 from transfer.recipes import Recipe
 from transfer.records import run_directory
-from transfer.training.costs import StepFactory, pick_device
+from transfer.training.costs import StepFactory, pick_device, step_shape
 
 DIGITS_IMAGES, DIGITS_CLASSES = 1797, 10
 PROBE_IMAGES = 8  # of the steps that an estimate is taken from
@@ -86,8 +89,10 @@ def estimated_seconds(cells: Sequence[Cell]) -> float:
     """Return an estimate of the time that ``cells`` take one after the other on this machine.
 
     Each row's step is timed once, on random images and random weights, at a few images, and scaled by the number of
-    images that training and evaluation see. Start-up, data loading and the memory measurement are not in it.
+    images that training and evaluation see; the fresh processes that measure a cell's peak and time count with their
+    start, timed once. Data loading is not in it.
     """
+    start = _start_seconds()
     probes: dict[str, tuple[float, float]] = {}
     total = 0.0
     for cell in cells:
@@ -96,8 +101,25 @@ def estimated_seconds(cells: Sequence[Cell]) -> float:
             probes[row] = _probe(cell.config, _classes(cell.config))
         step, forward = probes[row]
         trained, evaluated = _images(cell.config)
-        total += trained * step + evaluated * forward
+        total += trained * step + evaluated * forward + _measuring_seconds(cell.config, step, start)
     return total
+
+
+def _start_seconds() -> float:
+    """Seconds that a fresh process takes before its first step."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import transfer.training.costs"], check=True)
+    return time.perf_counter() - began
+
+
+def _measuring_seconds(config: Mapping[str, Any], step: float, start: float) -> float:
+    """Seconds of measuring peak and time, for ``step`` seconds an image and ``start`` seconds a process."""
+    measure = config["trainer"]["measure"]
+    if measure["mode"] != "all":
+        return 0.0
+    images, _ = step_shape(config)
+    steps = (WARM_UP_STEPS + 1) + (WARM_UP_STEPS + measure["steps"])  # of a process for the peak, of one for the time
+    return measure["repeats"] * (2 * start + steps * images * step)
 
 
 def _classes(config: Mapping[str, Any]) -> int:

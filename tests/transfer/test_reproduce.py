@@ -15,12 +15,14 @@ from conftest import TINY, compose_plain
 
 import backrazor as br
 import train
+from backrazor.memory.peak import WARM_UP_STEPS
 from scripts import reproduce, table3, write_recipes
+from transfer import reproduction
 from transfer.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
 from transfer.table3 import Cell
 from transfer.tables import cells, load_runs, pivot, to_latex
 from transfer.tables.figures import pareto_front
-from transfer.training.costs import StepFactory
+from transfer.training.costs import StepFactory, step_shape
 
 TINY_RUN = (*(s for s in TINY if not s.startswith(("razor=", "model"))), "trainer.steps=1", "data.test_fraction=0.1")
 
@@ -197,3 +199,15 @@ def test_table_3_goes_on_and_fills_every_column(tmp_path: Path, monkeypatch: pyt
     assert pruned.loc[0.9, "saved_mb"] < 0.2 * dense.loc[0.0, "saved_mb"]
     assert (tmp_path / "tables" / "memory_against_sparsity.png").is_file()
     assert table3.main(["--models", "nosuch", "--dry"]) == 2
+
+
+def test_an_estimate_counts_the_processes_that_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduction, "_probe", lambda config, classes: (0.1, 0.05))
+    monkeypatch.setattr(reproduction, "_start_seconds", lambda: 4.0)
+    config = compose_plain("data=digits", "trainer.measure.mode=none")
+    measured = compose_plain("data=digits", "trainer.measure.mode=all", "trainer.measure.repeats=2")
+    cells = [reproduction.Cell(SimpleNamespace(row=SimpleNamespace(name="full")), c) for c in (config, measured)]
+    apart = [reproduction.estimated_seconds([cell]) for cell in cells]
+    images, _ = step_shape(measured)
+    steps = 2 * WARM_UP_STEPS + 1 + measured["trainer"]["measure"]["steps"]
+    assert apart[1] - apart[0] == pytest.approx(2 * (2 * 4.0 + steps * images * 0.1))
