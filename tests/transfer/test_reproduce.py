@@ -21,6 +21,7 @@ from transfer import reproduction
 from transfer.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
 from transfer.table3 import Cell
 from transfer.tables import cells, load_runs, pivot, to_latex
+from transfer.tables.collect import row_label
 from transfer.tables.figures import pareto_front
 from transfer.training.costs import StepFactory, step_shape
 
@@ -211,3 +212,18 @@ def test_an_estimate_counts_the_processes_that_measure(monkeypatch: pytest.Monke
     images, _ = step_shape(measured)
     steps = 2 * WARM_UP_STEPS + 1 + measured["trainer"]["measure"]["steps"]
     assert apart[1] - apart[0] == pytest.approx(2 * (2 * 4.0 + steps * images * 0.1))
+
+
+def test_rows_that_differ_have_different_names() -> None:
+    settings = [
+        ("razor=none",),
+        ("razor=none", "trainer.micro_batch=4"),
+        ("razor=none", "trainer.checkpointing=block"),
+        ("razor=int8",),
+        ("razor=compact", "razor.sparsity=0.9"),
+        ("razor=compact", "razor.sparsity=0.97"),
+        ("razor=none", "method=last"),
+    ]
+    labels = [row_label(compose_plain("data=digits", "trainer.batch_size=8", *each)) for each in settings]
+    assert labels[:2] == ["full, dense", "full, dense + micro-batches of 4"]
+    assert len(set(labels)) == len(settings)
