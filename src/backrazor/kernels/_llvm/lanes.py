@@ -48,34 +48,30 @@ def compare_magnitude(kind: str):
     return compare
 
 
-@cache
-def compress_magnitude(kind: str):
-    """(address, mask, destination): the selected |x| bits, as int32, stored one after another."""
+def _compress_loaded(load, kind: str):
+    """(address, mask, destination): the selected of what ``load`` makes of the elements, stored one after another."""
 
     @intrinsic
     def compress(typingctx, address, mask, destination):
         def codegen(context, builder, signature, args):
-            compress_lanes(builder, load_magnitude(builder, args[0], kind), args[1], args[2])
+            compress_lanes(builder, load(builder, args[0], kind), args[1], args[2])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
 
     return compress
+
+
+@cache
+def compress_magnitude(kind: str):
+    """(address, mask, destination): the selected |x| bits, as int32, stored one after another."""
+    return _compress_loaded(load_magnitude, kind)
 
 
 @cache
 def compress_value(kind: str):
     """(address, mask, destination): the selected x, as float32, stored one after another."""
-
-    @intrinsic
-    def compress(typingctx, address, mask, destination):
-        def codegen(context, builder, signature, args):
-            compress_lanes(builder, load_as_float32(builder, args[0], kind), args[1], args[2])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
-
-    return compress
+    return _compress_loaded(load_as_float32, kind)
 
 
 @intrinsic
@@ -161,13 +157,29 @@ def load_float(kind: str):
 # serves all.
 F32, F16, BF16 = 0, 1, 2
 
-_compare_f32, _compare_f16, _compare_bf16 = (compare_magnitude(kind) for kind in ("f32", "f16", "bf16"))
-_magnitudes_f32, _magnitudes_f16, _magnitudes_bf16 = (compress_magnitude(kind) for kind in ("f32", "f16", "bf16"))
-_values_f32, _values_f16, _values_bf16 = (compress_value(kind) for kind in ("f32", "f16", "bf16"))
-_inside_f32, _inside_f16, _inside_bf16 = (inside_mask(kind) for kind in ("f32", "f16", "bf16"))
+
+def by_kind(make, *settings):
+    """``make(kind, *settings)`` of every kind as one function (kind, ...), inlined."""
+    of_f32, of_f16, of_bf16 = (make(kind, *settings) for kind in ("f32", "f16", "bf16"))
+
+    @njit(forceinline=True)
+    def chosen(kind, *arguments):
+        if kind == F32:
+            return of_f32(*arguments)
+        if kind == F16:
+            return of_f16(*arguments)
+        return of_bf16(*arguments)
+
+    return chosen
+
+
+magnitude_masks = by_kind(compare_magnitude)
+gather_magnitudes = by_kind(compress_magnitude)
+gather_values = by_kind(compress_value)
+between = by_kind(inside_mask)
+cast_store = by_kind(store_float)
+cast_load = by_kind(load_float)
 _select_16, _select_32 = select_lanes(2), select_lanes(4)
-_store_f32, _store_f16, _store_bf16 = (store_float(kind) for kind in ("f32", "f16", "bf16"))
-_load_f32, _load_f16, _load_bf16 = (load_float(kind) for kind in ("f32", "f16", "bf16"))
 
 
 @njit(forceinline=True)
@@ -176,69 +188,11 @@ def element_bytes(kind):
 
 
 @njit(forceinline=True)
-def magnitude_masks(kind, address, threshold):
-    if kind == F32:
-        return _compare_f32(address, threshold)
-    if kind == F16:
-        return _compare_f16(address, threshold)
-    return _compare_bf16(address, threshold)
-
-
-@njit(forceinline=True)
-def gather_magnitudes(kind, address, mask, destination):
-    if kind == F32:
-        _magnitudes_f32(address, mask, destination)
-    elif kind == F16:
-        _magnitudes_f16(address, mask, destination)
-    else:
-        _magnitudes_bf16(address, mask, destination)
-
-
-@njit(forceinline=True)
-def gather_values(kind, address, mask, destination):
-    if kind == F32:
-        _values_f32(address, mask, destination)
-    elif kind == F16:
-        _values_f16(address, mask, destination)
-    else:
-        _values_bf16(address, mask, destination)
-
-
-@njit(forceinline=True)
-def between(kind, address, low, high):
-    if kind == F32:
-        return _inside_f32(address, low, high)
-    if kind == F16:
-        return _inside_f16(address, low, high)
-    return _inside_bf16(address, low, high)
-
-
-@njit(forceinline=True)
 def keep_lanes(kind, source, mask, destination):
     if kind == F32:
         _select_32(source, mask, destination)
     else:
         _select_16(source, mask, destination)
-
-
-@njit(forceinline=True)
-def cast_store(kind, source, destination):
-    if kind == F32:
-        _store_f32(source, destination)
-    elif kind == F16:
-        _store_f16(source, destination)
-    else:
-        _store_bf16(source, destination)
-
-
-@njit(forceinline=True)
-def cast_load(kind, source, destination):
-    if kind == F32:
-        _load_f32(source, destination)
-    elif kind == F16:
-        _load_f16(source, destination)
-    else:
-        _load_bf16(source, destination)
 
 
 @njit(forceinline=True)

@@ -4,13 +4,15 @@ multiplication where the thresholds are an even grid about zero in steps of a po
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy
 import torch
 from numba import njit
 from torch import Tensor
 
 from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32, cast_load, cast_store, copy_bytes, element_bytes, tail_block
+from .._llvm.lanes import BF16, F16, F32, by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block
 from .._llvm.scalars import fetch_add, get_f32, get_i64, get_u8, put_f32, put_u8
 from ._lanes import apply_level, encode_even, encode_level
 
@@ -18,11 +20,9 @@ _CELLS = numpy.arange(-127, 128)
 RUN = 1 << 15  # elements a thread takes at a time: a multiple of 16
 SPARE_BYTES = 192  # scratch of a thread: three blocks of 16 float32
 
-_encode_2_f32, _encode_2_f16, _encode_2_bf16 = (encode_level(kind, 2) for kind in ("f32", "f16", "bf16"))
-_encode_4_f32, _encode_4_f16, _encode_4_bf16 = (encode_level(kind, 4) for kind in ("f32", "f16", "bf16"))
-_even_f32, _even_f16, _even_bf16 = (encode_even(kind) for kind in ("f32", "f16", "bf16"))
-_apply_2_f32, _apply_2_f16, _apply_2_bf16 = (apply_level(kind, 2) for kind in ("f32", "f16", "bf16"))
-_apply_4_f32, _apply_4_f16, _apply_4_bf16 = (apply_level(kind, 4) for kind in ("f32", "f16", "bf16"))
+_encode_2, _encode_4 = by_kind(encode_level, 2), by_kind(encode_level, 4)
+_encode_even = by_kind(encode_even)
+_apply_2, _apply_4 = by_kind(apply_level, 2), by_kind(apply_level, 4)
 
 
 @njit(forceinline=True)
@@ -48,27 +48,12 @@ def _encode_bytes(kind, source, thresholds, destination, spare):
 
 @njit(forceinline=True)
 def _encode_block(kind, bits, source, thresholds, per_unit, destination, spare):
-    if bits == 8 and per_unit > 0:
-        if kind == F32:
-            _even_f32(source, per_unit, destination)
-        elif kind == F16:
-            _even_f16(source, per_unit, destination)
-        else:
-            _even_bf16(source, per_unit, destination)
-    elif bits == 2:
-        if kind == F32:
-            _encode_2_f32(source, thresholds, destination)
-        elif kind == F16:
-            _encode_2_f16(source, thresholds, destination)
-        else:
-            _encode_2_bf16(source, thresholds, destination)
+    if bits == 2:
+        _encode_2(kind, source, thresholds, destination)
     elif bits == 4:
-        if kind == F32:
-            _encode_4_f32(source, thresholds, destination)
-        elif kind == F16:
-            _encode_4_f16(source, thresholds, destination)
-        else:
-            _encode_4_bf16(source, thresholds, destination)
+        _encode_4(kind, source, thresholds, destination)
+    elif per_unit > 0:
+        _encode_even(kind, source, per_unit, destination)
     else:
         _encode_bytes(kind, source, thresholds, destination, spare)
 
@@ -76,19 +61,9 @@ def _encode_block(kind, bits, source, thresholds, per_unit, destination, spare):
 @njit(forceinline=True)
 def _apply_block(kind, bits, grad, codes, levels, out, spare):
     if bits == 2:
-        if kind == F32:
-            _apply_2_f32(grad, codes, levels, out)
-        elif kind == F16:
-            _apply_2_f16(grad, codes, levels, out)
-        else:
-            _apply_2_bf16(grad, codes, levels, out)
+        _apply_2(kind, grad, codes, levels, out)
     elif bits == 4:
-        if kind == F32:
-            _apply_4_f32(grad, codes, levels, out)
-        elif kind == F16:
-            _apply_4_f16(grad, codes, levels, out)
-        else:
-            _apply_4_bf16(grad, codes, levels, out)
+        _apply_4(kind, grad, codes, levels, out)
     else:
         cast_load(kind, grad, spare)
         for lane in range(16):
@@ -230,9 +205,10 @@ def _entry(verb: str, dtype: torch.dtype, bits: int):
     return globals()[f"_{verb}_{_NAME[dtype]}_{bits}"]
 
 
-def _cells_per_unit(thresholds: Tensor) -> int:
-    """1 / step of 255 thresholds (i - 127) * step where that is a power of two, else 0."""
-    values = thresholds.numpy()
+@lru_cache(maxsize=16)
+def _cells_per_unit(thresholds: bytes) -> int:
+    """1 / step of 255 float32 thresholds (i - 127) * step where that is a power of two, else 0."""
+    values = numpy.frombuffer(thresholds, dtype=numpy.float32)
     per_unit = 1 / float(values[128]) if values[128] > 0 else 0.0
     whole = per_unit.is_integer() and int(per_unit).bit_count() == 1 and per_unit < 1 << 16
     return int(per_unit) if whole and bool((values * per_unit == _CELLS).all()) else 0
@@ -245,7 +221,7 @@ def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
     tasks = batch * -(-n // RUN)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
     pointers = [tensor.data_ptr() for tensor in (x, thresholds, codes, scratch)]
-    per_unit = _cells_per_unit(thresholds) if bits == 8 else 0
+    per_unit = _cells_per_unit(thresholds.numpy().tobytes()) if bits == 8 else 0
     launch(_entry("encode", x.dtype, bits), [0, batch, n, *pointers, per_unit], tasks)
     return codes
 

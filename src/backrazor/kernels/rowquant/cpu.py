@@ -9,7 +9,18 @@ from numba import njit
 from torch import Tensor
 
 from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32, cast_load, cast_store, copy_bytes, element_bytes, tail_block, valid_lanes
+from .._llvm.lanes import (
+    BF16,
+    F16,
+    F32,
+    by_kind,
+    cast_load,
+    cast_store,
+    copy_bytes,
+    element_bytes,
+    tail_block,
+    valid_lanes,
+)
 from .._llvm.scalars import (
     bits_float,
     fetch_add,
@@ -28,54 +39,25 @@ from .reference import affine
 ROWS = 64  # rows a thread takes at a time
 SPARE_BYTES = 192
 
-_largest_f32, _largest_f16, _largest_bf16 = (largest_normalised(kind) for kind in ("f32", "f16", "bf16"))
-_quantise_4_f32, _quantise_4_f16, _quantise_4_bf16 = (quantise_normalised(kind, 4) for kind in ("f32", "f16", "bf16"))
-_quantise_8_f32, _quantise_8_f16, _quantise_8_bf16 = (quantise_normalised(kind, 8) for kind in ("f32", "f16", "bf16"))
-_expand_4_f32, _expand_4_f16, _expand_4_bf16 = (dequantise(kind, 4) for kind in ("f32", "f16", "bf16"))
-_expand_8_f32, _expand_8_f16, _expand_8_bf16 = (dequantise(kind, 8) for kind in ("f32", "f16", "bf16"))
-
-
-@njit(forceinline=True)
-def _largest(kind, address, mean, rstd, mask):
-    if kind == F32:
-        return _largest_f32(address, mean, rstd, mask)
-    if kind == F16:
-        return _largest_f16(address, mean, rstd, mask)
-    return _largest_bf16(address, mean, rstd, mask)
+_largest = by_kind(largest_normalised)
+_quantise_4, _quantise_8 = by_kind(quantise_normalised, 4), by_kind(quantise_normalised, 8)
+_expand_4, _expand_8 = by_kind(dequantise, 4), by_kind(dequantise, 8)
 
 
 @njit(forceinline=True)
 def _quantise(kind, bits, address, mean, rstd, inverse, to):
     if bits == 4:
-        if kind == F32:
-            _quantise_4_f32(address, mean, rstd, inverse, to)
-        elif kind == F16:
-            _quantise_4_f16(address, mean, rstd, inverse, to)
-        else:
-            _quantise_4_bf16(address, mean, rstd, inverse, to)
-    elif kind == F32:
-        _quantise_8_f32(address, mean, rstd, inverse, to)
-    elif kind == F16:
-        _quantise_8_f16(address, mean, rstd, inverse, to)
+        _quantise_4(kind, address, mean, rstd, inverse, to)
     else:
-        _quantise_8_bf16(address, mean, rstd, inverse, to)
+        _quantise_8(kind, address, mean, rstd, inverse, to)
 
 
 @njit(forceinline=True)
 def _expand(kind, bits, codes, scale, to):
     if bits == 4:
-        if kind == F32:
-            _expand_4_f32(codes, scale, to)
-        elif kind == F16:
-            _expand_4_f16(codes, scale, to)
-        else:
-            _expand_4_bf16(codes, scale, to)
-    elif kind == F32:
-        _expand_8_f32(codes, scale, to)
-    elif kind == F16:
-        _expand_8_f16(codes, scale, to)
+        _expand_4(kind, codes, scale, to)
     else:
-        _expand_8_bf16(codes, scale, to)
+        _expand_8(kind, codes, scale, to)
 
 
 @njit(forceinline=True)
