@@ -5,10 +5,17 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
+
+
+def command_line() -> str:
+    """The running benchmark as it was called."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def circumstances(command: str) -> dict[str, str]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _circumstances import append_rows, circumstances
+from _circumstances import append_rows, circumstances, command_line
+from _timing import quartiles, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,12 +54,6 @@ def norm_cases(x: Tensor, rule: str) -> dict[str, Callable[[], object]]:
 CASES = {"gelu": (gelu_cases, ("int2", "int4", "int8")), "layer_norm": (norm_cases, ("int4", "int8"))}
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def measure(operator: str, rule: str, threads: int, repeats: int) -> dict[str, object]:
     """One row."""
     torch.set_num_threads(threads)
@@ -74,7 +68,6 @@ def measure(operator: str, rule: str, threads: int, repeats: int) -> dict[str, o
         for name, function in candidates.items():
             samples[name].append(seconds(function))
     ratios = [f / p for f, p in zip(samples["forward"], samples["plain"], strict=True)]
-    quartiles = (round(q, 3) for q in statistics.quantiles(ratios, n=4))
     return {
         "operator": operator,
         "rule": rule,
@@ -82,7 +75,7 @@ def measure(operator: str, rule: str, threads: int, repeats: int) -> dict[str, o
         "threads": threads,
         "repeats": repeats,
         **{f"{name}_ms": round(1e3 * statistics.median(times), 3) for name, times in samples.items()},
-        **dict(zip(("ratio_q1", "ratio", "ratio_q3"), quartiles, strict=True)),
+        **dict(zip(("ratio_q1", "ratio", "ratio_q3"), (round(q, 3) for q in quartiles(ratios)), strict=True)),
     }
 
 
@@ -91,14 +84,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    threads_words = " ".join(map(str, options.threads))
     rows = []
     for threads in options.threads:
         for operator, (_, rules) in CASES.items():
             for rule in rules:
                 rows.append({"encode_ms": "", **measure(operator, rule, threads, options.repeats)})
                 print(rows[-1], flush=True)
-    append_rows(RESULTS, rows, circumstances(f"python benchmarks/activations.py --threads {threads_words}"))
+    append_rows(RESULTS, rows, circumstances(command_line()))
 
 
 if __name__ == "__main__":

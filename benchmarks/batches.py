@@ -19,17 +19,16 @@ from pathlib import Path
 import numpy
 import pandas
 import torch
-from _circumstances import circumstances
+from _circumstances import circumstances, command_line
 
 import backrazor as br
 from backrazor.memory.peak import in_fresh_process
 from transfer.bench.measure import saved_of
-from transfer.bench.rows import Row
+from transfer.bench.rows import Row, predictions
 from transfer.files import atomic_write_text
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.02
-PIXELS = (3, 224, 224)
 
 
 def rows_of(backbone: str) -> list[Row]:
@@ -45,7 +44,7 @@ def _kept(file: Path, measure: Callable[[], int]) -> int:
     """What ``file`` holds, or what ``measure`` returns, which then lies there with its circumstances."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(file, json.dumps({"bytes": measure(), **circumstances("python benchmarks/batches.py")}))
+        atomic_write_text(file, json.dumps({"bytes": measure(), **circumstances(command_line())}))
     return json.loads(file.read_text())["bytes"]
 
 
@@ -61,7 +60,7 @@ def peak_of(row: Row, batch: int, folder: Path) -> int:
     )
 
 
-def point(row: Row, batch: int, folder: Path) -> dict:
+def point(row: Row, batch: int, predicted: br.memory.Prediction, folder: Path) -> dict:
     """One row of the table of points; MB."""
     threads = torch.get_num_threads()
     saved = _kept(
@@ -69,7 +68,6 @@ def point(row: Row, batch: int, folder: Path) -> dict:
         lambda: in_fresh_process(saved_of, replace(row, batch=batch), threads),
     )
     peak = peak_of(row, batch, folder)
-    predicted = br.memory.predict(replace(row, batch=1).build().model, PIXELS, batch)
     return {
         "backbone": row.backbone,
         "row": row.label,
@@ -139,12 +137,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/batches"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    common = circumstances("python benchmarks/batches.py")
+    common = circumstances(command_line())
     rows = [row for backbone in options.backbones for row in rows_of(backbone)]
     points = []
     for row in rows:
-        for batch in options.batches:
-            points.append(point(row, batch, options.folder))
+        for batch, predicted in zip(options.batches, predictions(row, options.batches), strict=True):
+            points.append(point(row, batch, predicted, options.folder))
             print({key: round(v, 1) if isinstance(v, float) else v for key, v in points[-1].items()}, flush=True)
     frame = pandas.DataFrame(points)
     frame.round(3).assign(**common).to_csv(options.results / "batches.csv", index=False)

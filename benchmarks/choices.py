@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from _circumstances import append_rows, circumstances
+from _circumstances import append_rows, circumstances, command_line
 from _malloc import keep_freed_memory
+from _timing import quartiles, seconds
 
 import backrazor as br
 from backrazor.functional import common
@@ -60,12 +61,7 @@ def steadiness(points: int) -> list[dict]:
     medians: dict[str, list[float]] = {name: [] for name in operators}
     for _ in range(points):
         for name, operator in operators.items():
-            samples = []
-            for _ in range(20):
-                start = time.perf_counter()
-                operator()
-                samples.append(time.perf_counter() - start)
-            medians[name].append(1e3 * statistics.median(samples))
+            medians[name].append(1e3 * statistics.median(seconds(operator) for _ in range(20)))
         time.sleep(0.3)
     return [
         {
@@ -93,12 +89,11 @@ def main() -> None:
         measured = br.memory.measure_steps(factories, repeats=1, steps=options.steps, what=("time",))
         for name, result in measured.items():
             ratios = [a / b for a, b in zip(result.step_samples, measured["dense"].step_samples, strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
             line = {"kind": "step", "backbone": backbone, "variant": name, "step_s": round(result.step_seconds, 4)}
-            line |= dict(zip(("ratio_q1", "ratio", "ratio_q3"), (round(q, 3) for q in quartiles), strict=True))
+            line |= dict(zip(("ratio_q1", "ratio", "ratio_q3"), (round(q, 3) for q in quartiles(ratios)), strict=True))
             rows.append(empty | line)
             print(line, flush=True)
-    append_rows(RESULTS, rows, circumstances("python benchmarks/choices.py"))
+    append_rows(RESULTS, rows, circumstances(command_line()))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from _circumstances import append_rows, circumstances
 from _malloc import keep_freed_memory
+from _timing import quartiles, seconds
 from torch import Tensor
 
 from backrazor.codecs import Pruned, kept_count, pack, unpack
@@ -35,12 +34,6 @@ def pipeline(x: Tensor, sparsity: float) -> Tensor:
     out = torch.zeros_like(flat)
     out[mask] = values.to(x.dtype)
     return out
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def measure(
@@ -79,9 +72,9 @@ def measure(
         "ratio_to_clone": round(statistics.median(b / c for b, c in zip(both, samples["clone"], strict=True)), 2),
     }
     if rival:
-        ratios = sorted(r / b for r, b in zip(samples["pipeline"], both, strict=True))
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        row |= dict(zip(("speedup_q1", "speedup", "speedup_q3"), (round(q, 2) for q in quartiles), strict=True))
+        ratios = [r / b for r, b in zip(samples["pipeline"], both, strict=True)]
+        names = ("speedup_q1", "speedup", "speedup_q3")
+        row |= dict(zip(names, (round(q, 2) for q in quartiles(ratios)), strict=True))
     return row
 
 

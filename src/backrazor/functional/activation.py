@@ -108,9 +108,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardswish": Activation(F.hardswish, _hardswish_derivative, torch.ops.aten.hardswish_backward),
 }
 
-_GRID = np.linspace(
-    -6.0, 6.0, 1537
-)  # cells of 1/128; beyond, every derivative here is flat to 1e-7 or the gradient exact
+_GRID = np.linspace(-6.0, 6.0, 1537)  # cells of 1/128
 
 
 def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
@@ -148,17 +146,20 @@ def _fit(name: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
     if bits == 8:
         step = 1 / 16 if name in ("silu", "quick_gelu") else 1 / 32
         grid = np.arange(-256 * 16, 256 * 16 + 1) * (step / 16)
-        edges = np.array([0, *range(129 * 16, 384 * 16, 16), len(grid) - 1])  # the outermost two reach twice as far
+        value, weight = _weighed(name, grid)
+        edges = np.array([0, *range(129 * 16, 384 * 16, 16), len(value)])  # the outermost two reach twice as far
     else:
         grid = _GRID
-    x = (grid[1:] + grid[:-1]) / 2
-    value = ACTIVATIONS[name].derivative(x)
-    weight = np.exp(-0.5 * (x / 1.5) ** 2) + 1e-6  # the floor keeps far intervals meaningful
-    if bits != 8:
+        value, weight = _weighed(name, grid)
         edges = _segment(value, weight, 2**bits)
     levels = [np.average(value[a:b], weights=weight[a:b]) for a, b in pairwise(edges)]
-    thresholds = grid[edges[1:-1]]
-    return thresholds.astype(np.float32), np.array(levels, dtype=np.float32)
+    return grid[edges[1:-1]].astype(np.float32), np.array(levels, dtype=np.float32)
+
+
+def _weighed(name: str, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The derivative in the middle of each cell of ``grid``, and how much the cell counts."""
+    x = (grid[1:] + grid[:-1]) / 2
+    return ACTIVATIONS[name].derivative(x), np.exp(-0.5 * (x / 1.5) ** 2) + 1e-6  # the floor keeps far cells meaningful
 
 
 def _segment(value: np.ndarray, weight: np.ndarray, count: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -151,24 +151,27 @@ MATRIX_POSITIONS = 128
 
 
 def backward_in_chunks(
-    batch: int,
+    grad: Tensor,
     part_of: Callable[[int, int], Tensor],
-    x_hat_of: Callable[[int, int], Tensor] | None,
-    chunks: Iterable[tuple[int, int]],
+    packed: tuple[Tensor, ...],
+    layout: Layout | None,
     shape: tuple[int, ...],
     weight: Tensor,
     spec: ConvSpec,
     need_x: bool,
+    need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(gradient of x or None, gradient of the weight or None) of an ``explicit`` convolution, some samples at a time.
 
-    ``part_of(start, stop)`` is the gradient of the output for some samples, ``x_hat_of`` their input, None where no
-    weight gradient is asked for; ``shape`` that of the whole input.
+    ``part_of(start, stop)`` is the gradient of the convolution's output for some samples, of the shape of ``grad``'s;
+    ``packed`` and ``layout`` hold its input, of which ``shape`` is the whole.
     """
-    grad_x = grad_weight = None
-    for start, stop in chunks:
+    batch = grad.shape[0]
+    grad_x = grad.new_empty(shape) if need_x and not batch else None
+    grad_weight = torch.zeros_like(weight) if need_weight and not batch else None
+    for start, stop in sample_chunks(batch, backward_sample_bytes(shape, grad, spec)):
         part = part_of(start, stop)
-        x_hat = None if x_hat_of is None else x_hat_of(start, stop)
+        x_hat = unpack(packed, layout, start, stop, grad.dtype) if need_weight else None
         if _is_matrix_product(part, spec, weight):
             if need_x:
                 grad_x = part.new_empty(shape) if grad_x is None else grad_x
@@ -176,8 +179,8 @@ def backward_in_chunks(
                 torch.bmm(weight.flatten(1).t().expand(len(part), -1, -1), part.flatten(2), out=rows)
             if x_hat is not None:
                 grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
-                for grad, x in zip(part.flatten(2), x_hat.flatten(2), strict=True):
-                    grad_weight.flatten(1).addmm_(grad, x.t())
+                for rows, x in zip(part.flatten(2), x_hat.flatten(2), strict=True):
+                    grad_weight.flatten(1).addmm_(rows, x.t())
         else:
             part_x, part_weight = backward_of_chunk(part, x_hat, (stop - start, *shape[1:]), weight, spec, need_x)
             if need_x:
@@ -234,19 +237,16 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *packed = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-        batch = grad.shape[0]
-        if batch == 0:
-            grad_x, grad_weight = grad.new_empty(ctx.shape), torch.zeros_like(weight)
-            return grad_x, grad_weight, grad.sum((0, 2, 3)) if need_bias else None, *(None for _ in rest)
         grad_x, grad_weight = backward_in_chunks(
-            batch,
+            grad,
             lambda start, stop: grad[start:stop],
-            (lambda start, stop: unpack(tuple(packed), ctx.layout, start, stop, grad.dtype)) if need_weight else None,
-            sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)),
+            tuple(packed),
+            ctx.layout,
             ctx.shape,
             weight,
             ctx.spec,
             need_x,
+            need_weight,
         )
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None

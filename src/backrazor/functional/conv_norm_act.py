@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import Layout, Pruned, pack_shared, unpack
-from .common import added, autocast_dtype, needs_grad, sample_chunks
-from .conv import ConvSpec, backward_in_chunks, backward_sample_bytes, explicit, forward_chunks, forward_of_chunk
+from ..codecs import Layout, Pruned, pack_shared
+from .common import added, autocast_dtype, needs_grad
+from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
 from .epilogue import Act, activate_, encode, gradient, join
 
 
@@ -97,7 +97,7 @@ class _ConvNormAct(torch.autograd.Function):
             x.shape,
         )
         out, codes = None, []
-        for start, stop in forward_chunks(x, weight, spec):
+        for start, stop in forward_chunks(x, weight, spec) or [(0, 0)]:  # one for an empty batch, too
             y = forward_of_chunk(x[start:stop], weight, bias, spec)
             out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
             part = out[start:stop]
@@ -107,9 +107,6 @@ class _ConvNormAct(torch.autograd.Function):
                 if keeps:
                     codes.append(encode(part, act))
                 activate_(part, act)
-        if out is None:  # an empty batch
-            ctx.save_for_backward(weight, norm.weight, norm.running_var)
-            return _normalise(forward_of_chunk(x, weight, bias, spec), norm)
         kept = [join(codes, act)] if codes else []
         ctx.save_for_backward(weight, norm.weight, norm.running_var, *kept, *packed)
         return out
@@ -119,11 +116,6 @@ class _ConvNormAct(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         weight, norm_weight, running_var, *kept = ctx.saved_tensors
-        batch = grad.shape[0]
-        if batch == 0:
-            zeros = grad.new_empty(ctx.shape), torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
-            needed = (zero if need else None for zero, need in zip(zeros, ctx.needs_input_grad[:3], strict=True))
-            return *needed, *(None for _ in rest)
         codes, packed = (kept[0], tuple(kept[1:])) if ctx.act is not None else (None, tuple(kept))
         scale = torch.rsqrt(running_var + ctx.eps)
         scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
@@ -131,7 +123,7 @@ class _ConvNormAct(torch.autograd.Function):
         # Not in float16, whose sums may overflow before they are scaled
         folded = weight.numel() < grad.numel() and grad.dtype != torch.float16
         scaled_weight = weight * scale if folded else weight
-        grad_bias = None
+        grad_bias = weight.new_zeros(weight.shape[0]) if need_bias and not len(grad) else None
 
         def part_of(start: int, stop: int) -> Tensor:
             nonlocal grad_bias
@@ -142,18 +134,11 @@ class _ConvNormAct(torch.autograd.Function):
                 part = part * scale.view(1, -1, 1, 1)
             if need_bias:
                 wide = torch.float32 if part.element_size() == 2 else part.dtype
-                grad_bias = added(grad_bias, part.sum((0, 2, 3), dtype=wide), stop - start == batch)
+                grad_bias = added(grad_bias, part.sum((0, 2, 3), dtype=wide), stop - start == len(grad))
             return part
 
         grad_x, grad_weight = backward_in_chunks(
-            batch,
-            part_of,
-            (lambda start, stop: unpack(packed, ctx.layout, start, stop, grad.dtype)) if need_weight else None,
-            sample_chunks(batch, backward_sample_bytes(ctx.shape, grad, ctx.spec)),
-            ctx.shape,
-            scaled_weight,
-            ctx.spec,
-            need_x,
+            grad, part_of, packed, ctx.layout, ctx.shape, scaled_weight, ctx.spec, need_x, need_weight
         )
         if grad_weight is not None:
             grad_weight = (grad_weight.mul_(scale) if folded else grad_weight).to(weight.dtype)

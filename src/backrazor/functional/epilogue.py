@@ -36,7 +36,7 @@ def activate_(y: Tensor, act: Act) -> None:
 
 def encode(y: Tensor, act: Act) -> Tensor:
     """What the gradient at y (b, ...) needs: uint8 (b, bytes)."""
-    rows = y.reshape(y.shape[0], -1)
+    rows = y.reshape(y.shape[0], math.prod(y.shape[1:]))
     if act.name == "clamp":
         return mask_encode(rows, act.low, act.high)
     thresholds, _ = quantiser_on(act.name, act.bits, y.device)
@@ -50,7 +50,7 @@ def join(codes: list[Tensor], act: Act) -> Tensor:
 
 def gradient(grad: Tensor, codes: Tensor, act: Act) -> Tensor:
     """A new tensor: the gradient before the activation, for samples whose ``codes`` are given."""
-    rows = grad.reshape(grad.shape[0], -1)
+    rows = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
     if act.name == "clamp":
         return mask_apply(rows, codes).view(grad.shape)
     _, levels = quantiser_on(act.name, act.bits, grad.device)

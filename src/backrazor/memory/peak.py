@@ -276,12 +276,17 @@ def _times_in_turns(
     return times
 
 
-def _step_on_demand(connection: Connection, factory: Callable[[], Step], threads: int) -> None:
+def _warmed_up(factory: Callable[[], Step], threads: int) -> tuple[Step, torch.device]:
     torch.set_num_threads(threads)
     step = factory()
     device = _device_of(step)
     for _ in range(WARM_UP_STEPS):
         _run(step, device)
+    return step, device
+
+
+def _step_on_demand(connection: Connection, factory: Callable[[], Step], threads: int) -> None:
+    step, device = _warmed_up(factory, threads)
     connection.send((True, None))
     with suppress(EOFError, OSError):  # the other end is closed when it has enough
         while connection.recv():
@@ -289,11 +294,7 @@ def _step_on_demand(connection: Connection, factory: Callable[[], Step], threads
 
 
 def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, int]:
-    torch.set_num_threads(threads)
-    step = factory()
-    device = _device_of(step)
-    for _ in range(WARM_UP_STEPS):
-        _run(step, device)
+    step, device = _warmed_up(factory, threads)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

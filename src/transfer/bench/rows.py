@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -102,16 +103,18 @@ def _settle_batch_norm(model: nn.Module, images: torch.Tensor) -> None:
 def micro_batch(backbone: str, precision: str, images: int) -> int:
     """The largest micro-batch of the plain network whose predicted peak is at most that of compact 0.9 on the whole
     batch; 1 where even that one peaks higher."""
-    budget = _predicted(Row(backbone, "", razor=("compact", 0.9), precision=precision), images)
-    plain = Row(backbone, "", precision=precision)
-    fitting = [size for size in range(1, images) if images % size == 0 and _predicted(plain, size) <= budget]
+    (budget,) = predictions(Row(backbone, "", razor=("compact", 0.9), precision=precision), [images])
+    sizes = [size for size in range(1, images) if images % size == 0]
+    plain = predictions(Row(backbone, "", precision=precision), sizes)
+    fitting = [size for size, one in zip(sizes, plain, strict=True) if one.peak_bytes <= budget.peak_bytes]
     return max(fitting, default=1)
 
 
-def _predicted(row: Row, images: int) -> int:
+def predictions(row: Row, batches: Iterable[int]) -> list[br.memory.Prediction]:
+    """The predicted memory of the step of ``row`` at each batch."""
     model = replace(row, batch=1).build().model
     autocast = torch.bfloat16 if row.precision == "bfloat16" else None
-    return br.memory.predict(model, (3, row.image, row.image), images, autocast=autocast).peak_bytes
+    return [br.memory.predict(model, (3, row.image, row.image), images, autocast=autocast) for images in batches]
 
 
 def rows_of(backbone: str, precision: str = "float32", device: str = "cpu", batch: int | None = None) -> list[Row]:

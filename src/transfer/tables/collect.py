@@ -16,18 +16,15 @@ MEMORY = ("saved_bytes", "predicted_bytes", "official_bytes", "peak_bytes", "pro
 
 def row_label(config: Mapping[str, Any]) -> str:
     """Return what tells one table row from another: method, razor with its sparsity, checkpointing, micro-batches."""
-    razor, checkpointing, micro = (
-        config["razor"],
-        config["trainer"]["checkpointing"],
-        config["trainer"].get("micro_batch"),
-    )
+    razor, trainer = config["razor"], config["trainer"]
+    checkpointing, micro = trainer["checkpointing"], trainer.get("micro_batch")
     if razor["name"] == "none":
         parts = ["dense"] if checkpointing == "none" else []
     else:
         parts = [razor["name"]] if razor["name"] == "int8" else [f"{razor['name']} {razor['sparsity']:g}"]
     if checkpointing != "none":
         parts.append(f"checkpointing by {checkpointing}")
-    if micro and micro < config["trainer"]["batch_size"]:
+    if micro and micro < trainer["batch_size"]:
         parts.append(f"micro-batches of {micro}")
     return f"{config['method']['name']}, " + " + ".join(parts)
 
