@@ -76,6 +76,10 @@ class PackedLayout:
     def sample_numel(self) -> int:
         return math.prod(self.shape[1:])
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return getattr(torch, self.values)
+
 
 class Packed(NamedTuple):
     """The non-empty stored tensors, in the order of ``Stored``, and the layout."""
@@ -98,7 +102,7 @@ def pack(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
     return Packed(tuple(mark(part, role) for part, role, present in kept if present), layout)
 
 
-def _stored_of(tensors: tuple[Tensor, ...], layout: PackedLayout, start: int, stop: int) -> Stored:
+def stored_of(tensors: tuple[Tensor, ...], layout: PackedLayout, start: int, stop: int) -> Stored:
     """Samples start to stop of the packed tensors, with the empty ones back in place."""
     rows = iter(tensor[start:stop] for tensor in tensors)
     empty = tensors[0].new_empty(0, dtype=torch.uint8)
@@ -116,7 +120,7 @@ def unpack_pruned(
     input's memory format."""
     stop = layout.shape[0] if stop is None else stop
     dense = topk_unpack(
-        *_stored_of(tensors, layout, start, stop), layout.sample_numel, layout.index, dtype or layout.dtype
+        *stored_of(tensors, layout, start, stop), layout.sample_numel, layout.index, dtype or layout.dtype
     )
     dense = dense.view(stop - start, *layout.shape[1:])
     return dense.contiguous(memory_format=torch.channels_last) if layout.channels_last else dense
@@ -135,6 +139,6 @@ def unpack_normalised(
     mean, rstd = statistics
     n = layout.sample_numel
     row = n // max(mean.shape[1], 1)
-    stored = _stored_of(tensors, layout, start, stop)
+    stored = stored_of(tensors, layout, start, stop)
     dense = topk_unpack_normalised(*stored, mean, rstd, n, row, layout.index, dtype)
     return dense.view(stop - start, *layout.shape[1:])

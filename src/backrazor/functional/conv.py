@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import Layout, Pruned, pack_shared, unpack
+from ..codecs import ConvProduct, Layout, Pruned, Window, pack_shared, unpack
 from .common import added, autocast_dtype, needs_grad, placed, sample_chunks
 
 
@@ -169,9 +169,14 @@ def backward_in_chunks(
     batch = grad.shape[0]
     grad_x = grad.new_empty(shape) if need_x and not batch else None
     grad_weight = torch.zeros_like(weight) if need_weight and not batch else None
+    window = _window(shape, weight, spec) if need_weight and batch else None
+    product = None if window is None else ConvProduct.of(layout, window, grad)
     for start, stop in sample_chunks(batch, backward_sample_bytes(shape, grad, spec)):
         part = part_of(start, stop)
-        x_hat = unpack(packed, layout, start, stop, grad.dtype) if need_weight else None
+        if product is not None:
+            product.add(part, packed, start, stop)
+        dense = need_weight and product is None
+        x_hat = unpack(packed, layout, start, stop, grad.dtype) if dense else None
         if _is_matrix_product(part, spec, weight):
             if need_x:
                 grad_x = part.new_empty(shape) if grad_x is None else grad_x
@@ -181,15 +186,26 @@ def backward_in_chunks(
                 grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
                 for rows, x in zip(part.flatten(2), x_hat.flatten(2), strict=True):
                     grad_weight.flatten(1).addmm_(rows, x.t())
-        else:
+        elif need_x or dense:
             part_x, part_weight = backward_of_chunk(part, x_hat, (stop - start, *shape[1:]), weight, spec, need_x)
             if need_x:
                 grad_x = placed(grad_x, part_x, start, batch)
             if x_hat is not None:
                 grad_weight = added(grad_weight, part_weight, stop - start == batch)
-            del part_x, part_weight
+            part_x = part_weight = None
         del part, x_hat  # or they would live on beside the next chunk's
-    return grad_x, grad_weight
+    return grad_x, grad_weight if product is None else product.result()
+
+
+def _window(shape: tuple[int, ...], weight: Tensor, spec: ConvSpec) -> Window | None:
+    """An ``explicit`` convolution as products with its packed input see it; None where they do not: groups of several
+    channels, padding by other than zeros."""
+    left, _, top, _ = spec.pad or (0, 0, 0, 0)
+    depthwise = spec.groups > 1 and spec.groups == shape[1] == weight.shape[0]
+    if (spec.groups > 1 and not depthwise) or (spec.pad and (spec.pad_mode != "constant" or min(spec.pad) < 0)):
+        return None
+    padding = spec.padding[0] + top, spec.padding[1] + left
+    return Window(tuple(shape[1:]), tuple(weight.shape[2:]), spec.stride, padding, spec.dilation, depthwise)
 
 
 def _is_matrix_product(grad: Tensor, spec: ConvSpec, weight: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import Layout, Pruned, pack_shared, unpack
+from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
 from .common import accumulator, add_product, autocast_dtype, needs_grad, sample_chunks
 
 
@@ -57,8 +57,12 @@ def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -
     the batch."""
     batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
     grad = grad.reshape(batch, math.prod(layout.shape[1:-1]), outputs)
-    total = accumulator((outputs, inputs), grad)
+    product = LinearProduct.of(layout, grad)
+    total = accumulator((outputs, inputs), grad) if product is None else None
     for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size(), grad.device):
+        if product is not None:
+            product.add(grad[start:stop], packed, start, stop)
+            continue
         x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
         add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
-    return total.to(grad.dtype)
+    return (total if product is None else product.result()).to(grad.dtype)

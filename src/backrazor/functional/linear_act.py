@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import Layout, Pruned, pack_shared, unpack
+from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
 from .common import accumulator, add_product, autocast_dtype, needs_grad, sample_chunks
 from .epilogue import Act, activate_, encode, gradient, join
 
@@ -62,17 +62,21 @@ class _LinearAct(torch.autograd.Function):
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         outputs, inputs = weight.shape
         grad_x = grad.new_empty(*grad.shape[:-1], inputs) if need_x else None
-        grad_weight = accumulator((outputs, inputs), grad) if need_weight else None
+        product = LinearProduct.of(ctx.layout, grad) if need_weight else None
+        grad_weight = accumulator((outputs, inputs), grad) if need_weight and product is None else None
         grad_bias = accumulator((outputs,), grad) if need_bias else None
         for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size()):
             part = gradient(grad[start:stop], codes[start:stop], ctx.act)
             rows = part.reshape(-1, outputs)
             if need_x:
                 torch.matmul(part, weight, out=grad_x[start:stop])
-            if need_weight:
+            if product is not None:
+                product.add(part, tuple(packed), start, stop)
+            elif need_weight:
                 x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype).reshape(-1, inputs)
                 add_product(grad_weight, rows, x_hat)
             if need_bias:
                 grad_bias.add_(rows.sum(0, dtype=grad_bias.dtype))
+        grad_weight = grad_weight if product is None else product.result()
         totals = (None if total is None else total.to(weight.dtype) for total in (grad_weight, grad_bias))
         return grad_x, *totals, *(None for _ in rest)

@@ -8,6 +8,7 @@ row: (B, n), where row b is sample b in logical order. Rows that do not lie cont
     topk        keep the K largest magnitudes of each sample
     bitmask     one bit an element: the derivative of piecewise-linear functions
     derivative  the quantised derivative of smooth functions
+    product     weight gradients straight from what topk packed
     rowquant    normalised rows quantised with a scale each
     layernorm   LayerNorm that packs its output while it is produced, and its backward from the codes
     softmax     the backward of a softmax between a scale and a dropout
@@ -19,6 +20,7 @@ reference is the arithmetic that PyTorch's own operators do one after another.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,10 @@ from .derivative import reference as derivative_reference
 from .dispatch import implementation, triton_by_name
 from .layernorm import reference as layernorm_reference
 from .layernorm.reference import LONGEST_ROW
+from .product import reference as product_reference
+from .product.layout import Window, fits
+from .product.layout import lanes_of_taps as product_lanes
+from .product.layout import sums_shape as product_sums_shape
 from .rowquant import reference as rowquant_reference
 from .softmax import reference as softmax_reference
 from .topk import reference as topk_reference
@@ -37,6 +43,9 @@ from .topk.layout import TILE, Stored, allocate, index_bytes
 __all__ = [
     "TILE",
     "Stored",
+    "Window",
+    "add_conv_product",
+    "add_linear_product",
     "fused_norm",
     "fused_softmax",
     "index_bytes",
@@ -44,8 +53,12 @@ __all__ = [
     "level_encode",
     "mask_apply",
     "mask_encode",
+    "multiplies_packed",
     "norm_backward",
     "norm_forward",
+    "product_lanes",
+    "product_sums_shape",
+    "product_transposed",
     "row_decode",
     "row_encode",
     "softmax_backward",
@@ -332,3 +345,72 @@ def softmax_backward(grad: Tensor, p: Tensor, bits: Tensor | None, keep_scale: f
     grad, p, bits = grad.contiguous(), p.contiguous(), None if bits is None else bits.contiguous()
     fast = implementation("softmax", grad)
     return (fast or softmax_reference).backward(grad, p, bits, keep_scale, scale)
+
+
+def multiplies_packed(stored: torch.dtype, index: str, grad: Tensor, window: Window | None = None) -> bool:
+    """Whether ``add_linear_product`` and ``add_conv_product`` run on the packed form itself, for values of type
+    ``stored`` and a gradient like ``grad``, of which ``grad`` (B, D, Ho, Wo) is a convolution's by ``window``."""
+    fast = implementation("product", grad)
+    fitting = window is None or fits(window, tuple(grad.shape[2:]))
+    return fast is not None and index != "none" and stored != torch.float64 and fitting
+
+
+def _product_fake(sums, grad, values, *_):
+    return None
+
+
+@_operator(
+    "add_linear_product(Tensor(a!) sums, Tensor grad, Tensor values, Tensor scales, Tensor index, Tensor counts, "
+    "Tensor full, str index_kind) -> ()",
+    _product_fake,
+)
+def add_linear_product(
+    sums: Tensor,
+    grad: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    full: Tensor,
+    index_kind: str,
+) -> None:
+    """sums (I, O padded to whole vectors) float32 += x_hat^T grad for grad (B, T, O) and the packed x_hat (B, T, I)."""
+    stored = Stored(values, scales, index, counts, full)
+    direct = multiplies_packed(values.dtype, index_kind, grad)
+    (implementation("product", grad) if direct else product_reference).linear(sums, grad, stored, index_kind)
+
+
+@_operator(
+    "add_conv_product(Tensor(a!) sums, Tensor grad, Tensor values, Tensor scales, Tensor index, Tensor counts, "
+    "Tensor full, str index_kind, int[3] shape, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool depthwise) -> ()",
+    _product_fake,
+)
+def add_conv_product(
+    sums: Tensor,
+    grad: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    full: Tensor,
+    index_kind: str,
+    *window: Any,
+) -> None:
+    """sums, shaped as ``product.layout.sums_shape`` says, += the weight's gradient for grad (B, D, Ho, Wo) and the
+    packed x_hat (B, *shape); the fields of ``Window`` follow."""
+    stored = Stored(values, scales, index, counts, full)
+    direct = multiplies_packed(values.dtype, index_kind, grad)
+    shape, kernel, stride, padding, dilation, depthwise = window
+    sizes = (tuple(numbers) for numbers in (shape, kernel, stride, padding, dilation))
+    product = implementation("product", grad) if direct else product_reference
+    product.conv(sums, grad, stored, index_kind, Window(*sizes, depthwise))
+
+
+@_operator(
+    "product_transposed(Tensor sums, int outputs) -> Tensor",
+    lambda sums, outputs: sums.new_empty((outputs, sums.shape[0])),
+)
+def product_transposed(sums: Tensor, outputs: int) -> Tensor:
+    """sums (I, O padded) float32 -> (O, I), contiguous."""
+    return (implementation("product", sums) or product_reference).transposed(sums, outputs)

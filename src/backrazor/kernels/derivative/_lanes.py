@@ -6,7 +6,6 @@ from functools import cache
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .._llvm.vectors import (
@@ -17,17 +16,13 @@ from .._llvm.vectors import (
     LANES,
     broadcast,
     constant,
+    has_avx512,
     load_as_float32,
     splat,
     store_lanes,
     store_rounded,
     vector_of,
 )
-
-
-def _has_avx512() -> bool:
-    """Whether Numba compiles for a processor whose one instruction permutes 16 floats by 16 indices."""
-    return "+avx512f" in cpu_target.target_context.codegen()._tm_features.split(",")
 
 
 def _search_16(builder, value, thresholds):
@@ -88,7 +83,7 @@ def encode_level(kind: str, bits: int):
     def encode(typingctx, address, thresholds, destination):
         def codegen(context, builder, signature, args):
             value = load_as_float32(builder, args[0], kind)
-            if bits == 4 and _has_avx512():
+            if bits == 4 and has_avx512():
                 code = _search_16(builder, value, args[1])
             else:
                 code = constant(I32, 0)

@@ -36,7 +36,7 @@ from .layout import TILE
 
 
 @njit(forceinline=True)
-def _decode(kind, value_kind, values, scales, position, count, stage):
+def decode_values(kind, value_kind, values, scales, position, count, stage):
     """Values position .. position + count (at most a tile) as ``kind`` at ``stage``."""
     if value_kind == INT8:
         spare = stage + (TILE + 32) * 4
@@ -86,7 +86,7 @@ def _scatter(kind, value_kind, index_kind, values, scales, index, counts, full, 
     if index_kind == NO_INDEX:
         while position < keep:
             count = min(TILE, keep - position)
-            _decode(kind, value_kind, values, scales, position, count, stage)
+            decode_values(kind, value_kind, values, scales, position, count, stage)
             for i in range(count):
                 _move(kind, stage, i, out, position + i)
             position += count
@@ -98,7 +98,7 @@ def _scatter(kind, value_kind, index_kind, values, scales, index, counts, full, 
             mask = get_u8(index + byte)
             while mask:
                 if position & (TILE - 1) == 0:
-                    _decode(kind, value_kind, values, scales, position, min(TILE, keep - position), stage)
+                    decode_values(kind, value_kind, values, scales, position, min(TILE, keep - position), stage)
                 _move(kind, stage, position & (TILE - 1), out, byte * 8 + trailing_zeros(mask))
                 position += 1
                 mask &= mask - 1
@@ -108,7 +108,7 @@ def _scatter(kind, value_kind, index_kind, values, scales, index, counts, full, 
         _zero(kind, out, tile * TILE, n)
         for _ in range(count):
             if position & (TILE - 1) == 0:
-                _decode(kind, value_kind, values, scales, position, min(TILE, keep - position), stage)
+                decode_values(kind, value_kind, values, scales, position, min(TILE, keep - position), stage)
             _move(kind, stage, position & (TILE - 1), out, tile * TILE + get_u8(index + position))
             position += 1
 

@@ -1,0 +1,94 @@
+"""Weight gradients straight from a pruned input, without a dense copy of it.
+
+Of the products that make a weight's gradient only those with a kept element are not zero: at a sparsity of 0.9 a tenth
+of the arithmetic of the dense product. Shape legend: B samples, T tokens, I/O inputs/outputs of a Linear, C/D
+input/output channels of a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..kernels import (
+    Window,
+    add_conv_product,
+    add_linear_product,
+    multiplies_packed,
+    product_lanes,
+    product_sums_shape,
+    product_transposed,
+)
+from .pruned import PackedLayout, stored_of
+from .shared import Layout
+
+# Above this share of kept elements the dense product is as fast (benchmarks/products.py).
+MOST_KEPT = 0.2
+# Below this many tokens, or positions of a depthwise convolution, there is too little to sum for each weight.
+FEWEST_TOKENS = 16
+FEWEST_POSITIONS = 196
+
+
+def _sparse(layout: Layout | None) -> bool:
+    return isinstance(layout, PackedLayout) and layout.keep <= MOST_KEPT * layout.sample_numel + 1
+
+
+class LinearProduct:
+    """The gradient of a Linear's weight, summed over calls of ``add``."""
+
+    def __init__(self, layout: PackedLayout, outputs: int, grad: Tensor) -> None:
+        self._layout, self._outputs = layout, outputs
+        inputs = layout.shape[-1]
+        whole = product_sums_shape(Window((inputs, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1), False), outputs)
+        self._sums = grad.new_zeros(whole, dtype=torch.float32).view(inputs, -1)
+
+    @staticmethod
+    def of(layout: Layout | None, grad: Tensor) -> LinearProduct | None:
+        """For a gradient like ``grad`` (B, *, O); None where the dense product is no slower."""
+        if not _sparse(layout) or math.prod(layout.shape[1:-1]) < FEWEST_TOKENS:
+            return None
+        if not multiplies_packed(layout.stored_dtype, layout.index, grad):
+            return None
+        return LinearProduct(layout, grad.shape[-1], grad)
+
+    def add(self, grad: Tensor, packed: tuple[Tensor, ...], start: int, stop: int) -> None:
+        """``grad`` (stop - start, *, O) is that of these samples."""
+        rows = grad.reshape(stop - start, -1, self._outputs)
+        stored = stored_of(packed, self._layout, start, stop)
+        add_linear_product(self._sums, rows, *stored, self._layout.index)
+
+    def result(self) -> Tensor:
+        """(O, I) float32."""
+        return product_transposed(self._sums, self._outputs)
+
+
+class ConvProduct:
+    """The gradient of a convolution's weight, summed over calls of ``add``."""
+
+    def __init__(self, layout: PackedLayout, window: Window, grad: Tensor) -> None:
+        self._layout, self._window, self._shape = layout, window, grad.shape[1:]
+        self._sums = grad.new_zeros(product_sums_shape(window, grad.shape[1]), dtype=torch.float32)
+
+    @staticmethod
+    def of(layout: Layout | None, window: Window, grad: Tensor) -> ConvProduct | None:
+        """For a gradient like ``grad`` (B, D, Ho, Wo); None where the dense product is no slower."""
+        if not _sparse(layout) or not multiplies_packed(layout.stored_dtype, layout.index, grad, window):
+            return None
+        if window.depthwise and math.prod(grad.shape[2:]) < FEWEST_POSITIONS:
+            return None
+        return ConvProduct(layout, window, grad)
+
+    def add(self, grad: Tensor, packed: tuple[Tensor, ...], start: int, stop: int) -> None:
+        """``grad`` (stop - start, D, Ho, Wo) is that of these samples."""
+        stored = stored_of(packed, self._layout, start, stop)
+        add_conv_product(self._sums, grad, *stored, self._layout.index, *self._window)
+
+    def result(self) -> Tensor:
+        """(D, C, kh, kw) float32; depthwise (C, 1, kh, kw)."""
+        window, outputs = self._window, self._shape[0]
+        if window.depthwise:
+            return self._sums[:, :, product_lanes(window, tuple(self._shape[1:]))].unsqueeze(1)
+        rows = self._sums.flatten(0, 1)
+        return product_transposed(rows, outputs).view(outputs, window.shape[0], *window.kernel)

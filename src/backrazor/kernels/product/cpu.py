@@ -1,0 +1,272 @@
+"""Products with a packed operand on the CPU: entries from the packed form, the gradient as a matrix, sums of scaled
+rows.
+
+Each weight's sum runs over samples and positions in one order whatever the number of threads.
+
+Shape legend: B samples, C/D input/output channels, T tokens, I/O inputs/outputs of a Linear, groups of 16 outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._launch import launch, threads_for
+from .._llvm.lanes import BF16, F16, F32
+from .._llvm.vectors import has_avx512
+from ..topk._cpu_select import BITMAP, INT8, TILES
+from ..topk.layout import TILE, Stored
+from . import reference
+from ._cpu_entries import CHANNELS, INPUTS, STRIDED, make_entries
+from ._cpu_sums import (
+    MOST_VECTORS,
+    TILE_BYTES,
+    VECTOR,
+    add_sums,
+    depthwise_bf16,
+    depthwise_f16,
+    depthwise_f32,
+    lay_bf16,
+    lay_f16,
+    lay_f32,
+)
+from .layout import LANES, Axis, Window, axes
+
+_KIND = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
+_INDEX = {"bitmap": BITMAP, "tile": TILES}
+_LAY = {torch.float32: lay_f32, torch.float16: lay_f16, torch.bfloat16: lay_bf16}
+_DEPTHWISE = {torch.float32: depthwise_f32, torch.float16: depthwise_f16, torch.bfloat16: depthwise_bf16}
+# The gradient of so many samples is laid out as a matrix at once, at least of one.
+MATRIX_BYTES = 4 << 20
+
+
+class _Entries(NamedTuple):
+    """entries (B, K, 2) int32 and starts (B, buckets + 2) int32: see ``_cpu_entries``."""
+
+    entries: Tensor
+    starts: Tensor
+
+    def of(self, sample: int) -> tuple[int, int, int, int]:
+        """Addresses for ``sample`` and the pitches to the next, in bytes."""
+        entries, starts = self
+        pitch, step = entries.stride(0) * 4, starts.stride(0) * 4
+        return entries.data_ptr() + sample * pitch, pitch, starts.data_ptr() + sample * step, step
+
+
+def _entries(
+    stored: Stored,
+    index: str,
+    n: int,
+    order: int,
+    buckets: int,
+    size: tuple[int, int],
+    strides: tuple[int, int],
+    pitch: int,
+    unit: int,
+) -> _Entries:
+    """``size`` is (height, width) of what positions count through, ``pitch`` the rows of the matrix from one line of
+    positions to the next, ``unit`` the bytes of a row."""
+    batch, keep = stored.values.shape
+    made = _Entries(torch.empty(batch, keep, 2, dtype=torch.int32), torch.empty(batch, buckets + 2, dtype=torch.int32))
+    scratch_bytes = ((keep + LANES) + (keep + TILE + 64) + (0 if order == CHANNELS else keep)) * 4
+    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8)
+    entries, entry_pitch, starts, start_pitch = made.of(0)
+    arguments = [
+        0,  # the next free scratch slot
+        batch,
+        n,
+        keep,
+        _KIND[stored.values.dtype],
+        _INDEX[index],
+        *(tensor.data_ptr() for tensor in stored),
+        stored.index.stride(0),
+        entries,
+        entry_pitch,
+        starts,
+        start_pitch,
+        order,
+        buckets,
+        *size,
+        *strides,
+        pitch,
+        unit,
+        scratch.data_ptr(),
+        scratch_bytes,
+    ]
+    launch(make_entries, arguments, batch)
+    return made
+
+
+def _table(by_class: list[list[tuple[int, int]]]) -> ctypes.Array:
+    """Taps by class, as kernels read them: where each class begins and ends, counted in pairs of words, then the pairs
+    (tap, offset in bytes)."""
+    head = len(by_class) + 1
+    words, pairs = [], -(-head // 2)
+    for taps in by_class:
+        words.append(pairs)
+        pairs += len(taps)
+    words.append(pairs)
+    words += [0] * (head % 2)
+    words += [word for taps in by_class for pair in taps for word in pair]
+    return (ctypes.c_int64 * len(words))(*words)
+
+
+def _add(
+    sums: Tensor,
+    entries: _Entries,
+    first: int,
+    batch: int,
+    matrix: tuple[int, int],
+    table: ctypes.Array,
+    shape: tuple[int, int, int, int],
+) -> None:
+    """Samples ``first`` to first + ``batch``; ``matrix`` is its address and the bytes from a sample to the next;
+    ``shape`` (channels, classes, taps, groups)."""
+    channels, classes, taps, groups = shape
+    ranges = -(-groups // (MOST_VECTORS if has_avx512() else 4))
+    pieces = max(min(-(-4 * torch.get_num_threads() // ranges), channels), 1)
+    piece = -(-channels // pieces)
+    address, entry_pitch, starts, start_pitch = entries.of(first)
+    arguments = [
+        channels,
+        piece,
+        ranges,
+        groups,
+        batch,
+        address,
+        entry_pitch,
+        starts,
+        start_pitch,
+        *matrix,
+        sums.data_ptr(),
+        classes,
+        ctypes.addressof(table),
+        taps,
+    ]
+    launch(add_sums, [0, *arguments], -(-channels // piece) * ranges)
+
+
+def _lay(grad: Tensor, matrix: Tensor, border: int, pitch: int) -> None:
+    """grad (b, D, Ho, Wo), contiguous, into matrix (b, rows, padded D) of float32: position (h, w) to row border + h *
+    pitch + w."""
+    batch, outputs, height, width = grad.shape
+    groups = matrix.shape[2] // LANES
+    scratch_bytes = 2 * TILE_BYTES + 2 * VECTOR
+    scratch = torch.empty(threads_for(batch * groups) * scratch_bytes, dtype=torch.uint8)
+    arguments = [
+        0,
+        batch,
+        groups,
+        outputs,
+        height * width,
+        width,
+        pitch,
+        border,
+        grad.data_ptr(),
+        matrix.data_ptr(),
+        matrix.stride(0) * 4,
+        matrix.stride(1) * 4,
+        scratch.data_ptr(),
+        scratch_bytes,
+    ]
+    launch(_LAY[grad.dtype], arguments, batch * groups)
+
+
+def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
+    """See the reference."""
+    batch, tokens, outputs = grad.shape
+    inputs, wide = sums.shape
+    rows = grad.contiguous()
+    if rows.dtype != torch.float32 or wide != outputs:
+        rows = torch.nn.functional.pad(rows.float(), (0, wide - outputs))
+    unit = wide * 4
+    entries = _entries(stored, index, tokens * inputs, INPUTS, inputs, (tokens, inputs), (1, 1), 1, unit)
+    matrix = rows.data_ptr(), rows.stride(0) * 4
+    _add(sums, entries, 0, batch, matrix, _table([[(0, 0)]]), (inputs, 1, 1, wide // LANES))
+
+
+def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window) -> None:
+    """See the reference."""
+    grad = grad.contiguous()
+    vertical, horizontal = axes(window, tuple(grad.shape[2:]))
+    if window.depthwise:
+        _conv_depthwise(sums, grad, stored, index, window, vertical, horizontal)
+        return
+    channels, height, width = window.shape
+    batch, outputs = grad.shape[:2]
+    wide = sums.shape[2]
+    pitch, rows, unit = horizontal.size, vertical.size * horizontal.size, wide * 4
+    classes = vertical.stride * horizontal.stride
+    by_class = [
+        [
+            (tap_y * window.kernel[1] + tap_x, (down * pitch + across) * unit)
+            for tap_y, down in vertical.taps[which // horizontal.stride]
+            for tap_x, across in horizontal.taps[which % horizontal.stride]
+        ]
+        for which in range(classes)
+    ]
+    entries = _entries(
+        stored,
+        index,
+        math.prod(window.shape),
+        CHANNELS if classes == 1 else STRIDED,
+        channels * classes,
+        (height, width),
+        window.stride,
+        pitch,
+        unit,
+    )
+    together = max(min(MATRIX_BYTES // (rows * unit), batch), 1)
+    border = vertical.border * pitch + horizontal.border
+    bare = grad.shape[2] * grad.shape[3] == rows and outputs == wide
+    matrix = (torch.empty if bare else torch.zeros)(together, rows, wide)
+    for first in range(0, batch, together):
+        count = min(together, batch - first)
+        _lay(grad[first : first + count], matrix, border, pitch)
+        at = matrix.data_ptr(), rows * unit
+        _add(sums, entries, first, count, at, _table(by_class), (channels, classes, sums.shape[1], wide // LANES))
+
+
+def _conv_depthwise(
+    sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window, vertical: Axis, horizontal: Axis
+) -> None:
+    channels, height, width = window.shape
+    batch, _, out_height, out_width = grad.shape
+    n, pitch = math.prod(window.shape), horizontal.size
+    entries = _entries(stored, index, n, CHANNELS, channels, (height, width), window.stride, pitch, 4)
+    table = _table([[(tap, place * pitch * 4) for tap, place in vertical.taps[0]]])
+    size = vertical.size * pitch + LANES  # the last row is read a vector at a time
+    scratch_bytes = size * 4 + 2 * VECTOR
+    scratch = torch.empty(threads_for(channels) * scratch_bytes, dtype=torch.uint8)
+    arguments = [
+        0,
+        batch,
+        channels,
+        out_height * out_width,
+        out_width,
+        size,
+        pitch,
+        vertical.border * pitch + horizontal.border,
+        grad.data_ptr(),
+        *entries.of(0),
+        sums.data_ptr(),
+        ctypes.addressof(table),
+        window.kernel[0],
+        scratch.data_ptr(),
+        scratch_bytes,
+    ]
+    launch(_DEPTHWISE[grad.dtype], arguments, channels)
+
+
+def transposed(sums: Tensor, outputs: int) -> Tensor:
+    """See the reference."""
+    inputs = sums.shape[0]
+    if outputs != sums.shape[1] or inputs % LANES:
+        return reference.transposed(sums, outputs)
+    out = torch.empty(outputs, inputs)
+    _lay(sums.view(1, inputs, outputs, 1), out.unsqueeze(0), 0, 1)
+    return out
