@@ -3,7 +3,7 @@
     python benchmarks/products.py         # appends to benchmarks/results/products.csv
 
 Layers of ResNet-50, MobileNetV2 and ViT-B/16, float32, values in int8, as many samples as a chunk of a backward holds.
-Both ways take turns; a row holds the medians and the quartiles of the ratio. Each time includes reading the packed form.
+Both ways take turns; a row holds the medians and the quartiles of the ratio. Reading the packed form is in each time.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ CONVS = {  # samples, C, size, D, kernel, stride, groups
     "mobilenetv2, depthwise 56": (2, 144, 56, 144, 3, 1, 144),
     "mobilenetv2, depthwise 14": (8, 384, 14, 384, 3, 1, 384),
     "mobilenetv2, depthwise 7": (8, 960, 7, 960, 3, 1, 960),
+    "proxylessnas, 5 x 5 depthwise 28": (8, 128, 28, 128, 5, 1, 128),
+    "proxylessnas, 5 x 5 depthwise 14": (8, 512, 14, 512, 5, 1, 512),
+    "proxylessnas, 7 x 7 depthwise 7": (8, 1152, 7, 1152, 7, 1, 1152),
 }
 LINEARS = {"vit_b16, proj": (8, 768, 768), "vit_b16, fc2": (3, 3072, 768)}  # samples, I, O, of 197 tokens
 ALWAYS = {"MOST_KEPT": 1.0, "FEWEST_TOKENS": 1, "FEWEST_POSITIONS": 1}

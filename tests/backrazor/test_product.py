@@ -150,7 +150,8 @@ LAYERS = {
     "linear and GELU": (lambda: nn.Sequential(nn.Linear(40, 24), nn.GELU()), (4, 32, 40), "linear_act"),
     "conv": (lambda: nn.Conv2d(8, 16, 3, 2, padding=1), (4, 8, 16, 16), "conv"),
     "same padding": (lambda: nn.Conv2d(8, 16, 4, padding="same"), (4, 8, 16, 16), "conv"),
-    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (4, 8, 16, 16), "conv"),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (4, 8, 28, 28), "conv"),
+    "depthwise 5 x 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8), (4, 8, 7, 7), "conv"),
 }
 
 

@@ -24,11 +24,13 @@ from ..kernels import (
 from .pruned import PackedLayout, stored_of
 from .shared import Layout
 
-# Above this share of kept elements the dense product is as fast (benchmarks/products.py).
+# Above this share of kept elements the dense product is about as fast (benchmarks/products.py).
 MOST_KEPT = 0.2
-# Below this many tokens, or positions of a depthwise convolution, there is too little to sum for each weight.
+# Below this many tokens there is too little to sum for each weight.
 FEWEST_TOKENS = 16
-FEWEST_POSITIONS = 196
+# The convolution library is fast at depthwise kernels of three columns where they see fewer positions than these, and
+# slow at wider ones everywhere.
+FEWEST_POSITIONS = 28 * 28
 
 
 def _sparse(layout: Layout | None) -> bool:
@@ -76,7 +78,7 @@ class ConvProduct:
         """For a gradient like ``grad`` (B, D, Ho, Wo); None where the dense product is no slower."""
         if not _sparse(layout) or not multiplies_packed(layout.stored_dtype, layout.index, grad, window):
             return None
-        if window.depthwise and math.prod(grad.shape[2:]) < FEWEST_POSITIONS:
+        if window.depthwise and window.kernel[1] <= 3 and math.prod(grad.shape[2:]) < FEWEST_POSITIONS:
             return None
         return ConvProduct(layout, window, grad)
 
