@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from transfer.errors import UserError, one_line
+from transfer.errors import UserError, one_line, stop_with_reader
 from transfer.memory_profile import StepProfile, layer_table, need_lines, parse_size
 from transfer.settings import MIN_IMAGE_SIZE, validate
 
@@ -132,4 +132,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_with_reader()
     sys.exit(main())

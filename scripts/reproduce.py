@@ -139,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"missing: {line}" for line in missing) or "missing: nothing")
         print(f"cells: {len(planned)} ({len(planned) - len(todo)} finished, {len(todo)} to run)", flush=True)
         if todo:
+            rows = len({cell.recipe.row.name for cell in todo})
+            print(f"timing a few steps of {rows} rows for an estimate", flush=True)
             seconds = estimated_seconds(todo)
             print(
                 f"estimate from a few timed steps of each row on this machine: {duration(seconds)}, one after the other"

@@ -31,6 +31,12 @@ class RankLost(RuntimeError):
     """Another process of this job is gone, or has failed and said why."""
 
 
+def stop_with_reader() -> None:
+    """Let a command that only prints end without a word where its reader does, as in ``... | head``."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def one_line(error: BaseException) -> str:
     """Return the text of ``error`` as a single line of printable characters; a file's name may hold any.
 

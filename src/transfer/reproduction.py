@@ -25,6 +25,7 @@ from transfer.training.costs import StepFactory, pick_device, step_shape
 DIGITS_IMAGES, DIGITS_CLASSES = 1797, 10
 PROBE_IMAGES = 8  # of the steps that an estimate is taken from
 PROBE_STEPS = 2
+LONG_STEP = 5.0  # seconds; one such is enough
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ def _probe(config: Mapping[str, Any], classes: int) -> tuple[float, float]:
         step.optimizer.zero_grad()
         synchronise()
         steps.append(time.perf_counter() - start)
+        if len(steps) > 1 and steps[-1] > LONG_STEP:
+            break
     return min(steps[1:]) / images, min(forwards[1:]) / images
 
 

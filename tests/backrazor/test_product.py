@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import backrazor as br
 from backrazor import kernels
-from backrazor.codecs import products
+from backrazor.codecs import Pruned, products
 from backrazor.kernels import Window
 from backrazor.kernels.product import cpu, reference
 from backrazor.kernels.topk.reference import unpack
@@ -33,6 +33,9 @@ CONVS = {
     "stem": ((3, 33, 35), 32, (7, 7), (2, 2), (3, 3), (1, 1), False),
     "all unlike": ((8, 15, 14), 30, (3, 5), (1, 2), (2, 1), (2, 1), False),
     "stride over kernel": ((8, 15, 14), 30, (2, 2), (3, 2), (0, 1), (1, 2), False),
+    "kernel larger than the input": ((4, 3, 2), 8, (5, 5), (1, 1), (2, 2), (1, 1), False),
+    "one position": ((40, 1, 1), 33, (1, 1), (1, 1), (0, 0), (1, 1), False),
+    "depthwise, wide padding": ((4, 6, 5), 4, (3, 3), (1, 1), (4, 3), (1, 1), True),
     "one output": ((8, 3, 3), 8, (3, 3), (1, 1), (0, 0), (1, 1), False),
     "depthwise": ((8, 15, 14), 8, (3, 3), (1, 1), (1, 1), (1, 1), True),
     "depthwise, 7 x 5": ((6, 17, 41), 6, (7, 5), (1, 1), (3, 2), (1, 1), True),
@@ -134,6 +137,81 @@ def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
         assert_same_bits(name, found[0], other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linears_on_any_number_of_threads_in_several_matrices(dtype: torch.dtype, monkeypatch) -> None:
+    x, grad = torch.randn(5, 40, 24), torch.randn(5, 40, 50).to(dtype)
+    stored = packed(x, 96, "int8", "tile")
+    found = []
+    for threads, size in ((1, 4 << 20), (2, 4 << 20), (3, 1), (1, 2 * 40 * 64 * 4)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(cpu, "MATRIX_BYTES", size)
+        sums = torch.zeros(24, 64)
+        kernels.add_linear_product(sums, grad, *stored, "tile")
+        found.append(sums)
+    for other in found[1:2]:
+        assert_same_bits("threads", found[0], other)
+    for other in found[2:]:
+        assert_near("pieces", other, found[0].double())
+
+
+def test_some_samples_of_what_is_packed() -> None:
+    """What a chunk of a backward hands over: rows of the stored tensors from the middle."""
+    shape, outputs, *numbers, depthwise = CONVS["3 x 3"]
+    window, x = Window(shape, *numbers, depthwise), sample("normal", (7, *CONVS["3 x 3"][0]))
+    grad = sample("normal", (7, outputs, *shape[1:]), seed=1)
+    for values, index in STORED:
+        stored = packed(x, x[0].numel() // 10, values, index)
+        sums = torch.zeros(kernels.product_sums_shape(window, outputs))
+        for start, stop in ((0, 3), (3, 4), (4, 7)):
+            part = [t[start:stop] if t.numel() else t for t in stored]
+            kernels.add_conv_product(sums, grad[start:stop], *part, index, *window)
+        whole = conv_gradient(stored, x, grad, index, window)
+        got = kernels.product_transposed(sums.flatten(0, 1), outputs).view(whole.shape)
+        assert_near(f"{values}, {index}", got, whole.double())
+
+
+def test_empty_batches_add_nothing() -> None:
+    stored = packed(torch.zeros(0, 20, 8), 16, "int8", "tile")
+    sums = torch.zeros(8, 16)
+    for implementation in (cpu, reference):
+        implementation.linear(sums, torch.zeros(0, 20, 16), kernels.Stored(*stored), "tile")
+    assert not sums.any()
+
+
+def test_turning_over_never_gives_a_view() -> None:
+    for inputs, outputs in ((1, 16), (1, 9), (16, 16), (3, 7)):
+        sums = torch.randn(inputs, -(-outputs // 16) * 16)
+        turned = kernels.product_transposed(sums, outputs)
+        assert_same_bits("turned", turned, sums[:, :outputs].t())
+        assert turned.is_contiguous() and turned.data_ptr() != sums.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilation"), [((2, 2), (1, 1)), ((1, 1), (1, 8))], ids=["a stride", "too wide for a vector"]
+)
+def test_depthwise_windows_without_a_product_are_refused(stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+    window = Window((4, 40, 40), (3, 3), stride, (8, 8), dilation, True)
+    size = [(40 + 16 - 2 * d - 1) // s + 1 for s, d in zip(stride, dilation, strict=True)]
+    assert not kernels.conv_fits(window, 4, tuple(size))
+    x = torch.randn(1, 4, 40, 40)
+    with pytest.raises(ValueError, match="no depthwise product"):
+        conv_gradient(packed(x, 100, "int8", "tile"), x, torch.randn(1, 4, *size), "tile", window)
+
+
+def test_offsets_beyond_32_bits_are_left_to_the_dense_product() -> None:
+    wide = Window((3, 2048, 2048), (3, 3), (1, 1), (1, 1), (1, 1), False)
+    assert not kernels.conv_fits(wide, 256, (2048, 2048)) and kernels.conv_fits(wide, 128, (2048, 2048))
+    assert not kernels.linear_fits(2**20, 16, 2048) and kernels.linear_fits(2**20, 16, 512)
+    assert not kernels.linear_fits(16, 16, 0)
+
+
+@pytest.mark.parametrize("n", [100, 101, 102, 103, 104, 200_704])
+def test_at_a_sparsity_of_08_the_kept_are_few(n: int) -> None:
+    codec = Pruned(0.8, "int8")
+    assert products._sparse(codec.layout(torch.empty(1, n, device="meta")))
+    assert not products._sparse(Pruned(0.7, "int8").layout(torch.empty(1, n, device="meta")))
+
+
 def test_samples_in_several_matrices_and_short_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What large activations and processors without 512-bit registers do."""
     shape, outputs, *numbers, depthwise = CONVS["3 x 3, strided"]
@@ -145,12 +223,37 @@ def test_samples_in_several_matrices_and_short_registers(monkeypatch: pytest.Mon
     assert_near("pieces", conv_gradient(stored, x, grad, "tile", window), whole.double())
 
 
+def chain() -> nn.Module:
+    layers = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    layers[1].eval().requires_grad_(False)
+    return layers
+
+
+UNLIKE = {  # layers that have no product
+    "groups": lambda: nn.Conv2d(8, 16, 3, padding=1, groups=2),
+    "reflected": lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="reflect"),
+    "depthwise, strided": lambda: nn.Conv2d(8, 8, 3, 2, padding=1, groups=8),
+    "depthwise, small": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8),
+    "one position": lambda: nn.Conv2d(8, 8, 16),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_other_convolutions_unpack(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, unpacked = import_module("backrazor.functional.conv"), []
+    unpack = module.unpack
+    monkeypatch.setattr(module, "unpack", lambda *given: unpacked.append(given) or unpack(*given))
+    assert weight_gradient(UNLIKE[name](), torch.randn(4, 8, 16, 16), 0.9).any()
+    assert unpacked
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(40, 24), (4, 32, 40), "linear"),
     "linear and GELU": (lambda: nn.Sequential(nn.Linear(40, 24), nn.GELU()), (4, 32, 40), "linear_act"),
     "conv": (lambda: nn.Conv2d(8, 16, 3, 2, padding=1), (4, 8, 16, 16), "conv"),
     "same padding": (lambda: nn.Conv2d(8, 16, 4, padding="same"), (4, 8, 16, 16), "conv"),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (4, 8, 28, 28), "conv"),
+    "chain": (chain, (4, 8, 16, 16), "conv"),
     "depthwise 5 x 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8), (4, 8, 7, 7), "conv"),
 }
 

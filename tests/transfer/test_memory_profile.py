@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from transfer.errors import UserError
 from transfer.memory_profile import EXACT_BATCH, StepProfile, layer_table, parse_size
 from transfer.training.network import assemble
 
+ROOT = Path(__file__).resolve().parents[2]
 NET = ("model=timm", "model.name=test_efficientnet", "image_size=64", "classes=10")
 CONFIG = ("model=timm", "model.name=test_efficientnet", "model.pretrained=false", "method.bn_stats=frozen")
 
@@ -116,3 +121,13 @@ def test_sizes() -> None:
     assert (parse_size("budget", "24GiB"), parse_size("budget", "1.5MB")) == (24 * 2**30, 1_500_000)
     with pytest.raises(UserError, match="above zero"):
         parse_size("budget", "0MB")
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    """``profile_memory.py ... | head``."""
+    command = [sys.executable, "scripts/profile_memory.py", *NET, "batch=1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == -signal.SIGPIPE

@@ -16,8 +16,11 @@ from ..kernels import (
     Window,
     add_conv_product,
     add_linear_product,
+    conv_fits,
+    linear_fits,
     multiplies_packed,
     product_lanes,
+    product_padded,
     product_sums_shape,
     product_transposed,
 )
@@ -26,7 +29,7 @@ from .shared import Layout
 
 # Above this share of kept elements the dense product is about as fast (benchmarks/products.py).
 MOST_KEPT = 0.2
-# Below this many tokens there is too little to sum for each weight.
+# Below this many tokens or positions of the output there is too little to sum for each weight.
 FEWEST_TOKENS = 16
 # The convolution library is fast at depthwise kernels of three columns where they see fewer positions than these, and
 # slow at wider ones everywhere.
@@ -34,26 +37,26 @@ FEWEST_POSITIONS = 28 * 28
 
 
 def _sparse(layout: Layout | None) -> bool:
-    return isinstance(layout, PackedLayout) and layout.keep <= MOST_KEPT * layout.sample_numel + 1
+    """Whether no more is kept than ``kept_count`` keeps of a sample at the sparsity 1 - ``MOST_KEPT``."""
+    return isinstance(layout, PackedLayout) and layout.keep <= math.ceil(MOST_KEPT * layout.sample_numel) + 1
 
 
 class LinearProduct:
     """The gradient of a Linear's weight, summed over calls of ``add``."""
 
-    def __init__(self, layout: PackedLayout, outputs: int, grad: Tensor) -> None:
-        self._layout, self._outputs = layout, outputs
-        inputs = layout.shape[-1]
-        whole = product_sums_shape(Window((inputs, 1, 1), (1, 1), (1, 1), (0, 0), (1, 1), False), outputs)
-        self._sums = grad.new_zeros(whole, dtype=torch.float32).view(inputs, -1)
+    def __init__(self, layout: PackedLayout, grad: Tensor) -> None:
+        self._layout, self._outputs = layout, grad.shape[-1]
+        self._sums = grad.new_zeros(layout.shape[-1], product_padded(self._outputs), dtype=torch.float32)
 
     @staticmethod
     def of(layout: Layout | None, grad: Tensor) -> LinearProduct | None:
         """For a gradient like ``grad`` (B, *, O); None where the dense product is no slower."""
-        if not _sparse(layout) or math.prod(layout.shape[1:-1]) < FEWEST_TOKENS:
+        if not _sparse(layout):
             return None
-        if not multiplies_packed(layout.stored_dtype, layout.index, grad):
+        tokens = math.prod(layout.shape[1:-1])
+        if tokens < FEWEST_TOKENS or not linear_fits(tokens, layout.shape[-1], grad.shape[-1]):
             return None
-        return LinearProduct(layout, grad.shape[-1], grad)
+        return LinearProduct(layout, grad) if multiplies_packed(layout.stored_dtype, layout.index, grad) else None
 
     def add(self, grad: Tensor, packed: tuple[Tensor, ...], start: int, stop: int) -> None:
         """``grad`` (stop - start, *, O) is that of these samples."""
@@ -76,11 +79,14 @@ class ConvProduct:
     @staticmethod
     def of(layout: Layout | None, window: Window, grad: Tensor) -> ConvProduct | None:
         """For a gradient like ``grad`` (B, D, Ho, Wo); None where the dense product is no slower."""
-        if not _sparse(layout) or not multiplies_packed(layout.stored_dtype, layout.index, grad, window):
+        if not _sparse(layout):
             return None
-        if window.depthwise and window.kernel[1] <= 3 and math.prod(grad.shape[2:]) < FEWEST_POSITIONS:
+        small = window.depthwise and window.kernel[1] <= 3
+        if math.prod(grad.shape[2:]) < (FEWEST_POSITIONS if small else FEWEST_TOKENS):
             return None
-        return ConvProduct(layout, window, grad)
+        if not conv_fits(window, grad.shape[1], (grad.shape[2], grad.shape[3])):
+            return None
+        return ConvProduct(layout, window, grad) if multiplies_packed(layout.stored_dtype, layout.index, grad) else None
 
     def add(self, grad: Tensor, packed: tuple[Tensor, ...], start: int, stop: int) -> None:
         """``grad`` (stop - start, D, Ho, Wo) is that of these samples."""

@@ -57,12 +57,14 @@ def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -
     the batch."""
     batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
     grad = grad.reshape(batch, math.prod(layout.shape[1:-1]), outputs)
+    chunks = sample_chunks(batch, layout.sample_numel * grad.element_size(), grad.device)
     product = LinearProduct.of(layout, grad)
-    total = accumulator((outputs, inputs), grad) if product is None else None
-    for start, stop in sample_chunks(batch, layout.sample_numel * grad.element_size(), grad.device):
-        if product is not None:
+    if product is not None:
+        for start, stop in chunks:
             product.add(grad[start:stop], packed, start, stop)
-            continue
+        return product.result().to(grad.dtype)
+    total = accumulator((outputs, inputs), grad)
+    for start, stop in chunks:
         x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
         add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
-    return (total if product is None else product.result()).to(grad.dtype)
+    return total.to(grad.dtype)

@@ -1,9 +1,9 @@
 """Primitives on tensors, as ``torch.library`` operators with fake implementations, so that shapes and bytes are known
 without running them.
 
-Each folder holds ``reference.py`` (plain PyTorch, the definition) and the fast versions, equal to it bit for bit. Every
-primitive sees a sample as a
-row: (B, n), where row b is sample b in logical order. Rows that do not lie contiguously are copied first.
+Each folder holds ``reference.py`` (plain PyTorch, the definition) and the fast versions, equal to it bit for bit but
+for those that sum (product, layernorm, softmax). A primitive sees a sample as a row: (B, n), where row b is sample b in
+logical order; those that sum see their operands' shapes. Rows that do not lie contiguously are copied first.
 
     topk        keep the K largest magnitudes of each sample
     bitmask     one bit an element: the derivative of piecewise-linear functions
@@ -32,8 +32,9 @@ from .dispatch import implementation, triton_by_name
 from .layernorm import reference as layernorm_reference
 from .layernorm.reference import LONGEST_ROW
 from .product import reference as product_reference
-from .product.layout import Window, fits
+from .product.layout import Window, conv_fits, linear_fits
 from .product.layout import lanes_of_taps as product_lanes
+from .product.layout import padded as product_padded
 from .product.layout import sums_shape as product_sums_shape
 from .rowquant import reference as rowquant_reference
 from .softmax import reference as softmax_reference
@@ -46,17 +47,20 @@ __all__ = [
     "Window",
     "add_conv_product",
     "add_linear_product",
+    "conv_fits",
     "fused_norm",
     "fused_softmax",
     "index_bytes",
     "level_apply",
     "level_encode",
+    "linear_fits",
     "mask_apply",
     "mask_encode",
     "multiplies_packed",
     "norm_backward",
     "norm_forward",
     "product_lanes",
+    "product_padded",
     "product_sums_shape",
     "product_transposed",
     "row_decode",
@@ -347,12 +351,15 @@ def softmax_backward(grad: Tensor, p: Tensor, bits: Tensor | None, keep_scale: f
     return (fast or softmax_reference).backward(grad, p, bits, keep_scale, scale)
 
 
-def multiplies_packed(stored: torch.dtype, index: str, grad: Tensor, window: Window | None = None) -> bool:
+def multiplies_packed(stored: torch.dtype, index: str, grad: Tensor) -> bool:
     """Whether ``add_linear_product`` and ``add_conv_product`` run on the packed form itself, for values of type
-    ``stored`` and a gradient like ``grad``, of which ``grad`` (B, D, Ho, Wo) is a convolution's by ``window``."""
+    ``stored`` and a gradient like ``grad``, where ``linear_fits`` and ``conv_fits`` are true."""
+    return implementation("product", grad) is not None and index != "none" and stored != torch.float64
+
+
+def _product_kernel(stored: torch.dtype, index: str, grad: Tensor, fits: bool) -> ModuleType:
     fast = implementation("product", grad)
-    fitting = window is None or fits(window, tuple(grad.shape[2:]))
-    return fast is not None and index != "none" and stored != torch.float64 and fitting
+    return fast if fast is not None and fits and multiplies_packed(stored, index, grad) else product_reference
 
 
 def _product_fake(sums, grad, values, *_):
@@ -375,9 +382,9 @@ def add_linear_product(
     index_kind: str,
 ) -> None:
     """sums (I, O padded to whole vectors) float32 += x_hat^T grad for grad (B, T, O) and the packed x_hat (B, T, I)."""
-    stored = Stored(values, scales, index, counts, full)
-    direct = multiplies_packed(values.dtype, index_kind, grad)
-    (implementation("product", grad) if direct else product_reference).linear(sums, grad, stored, index_kind)
+    fits = linear_fits(grad.shape[1], sums.shape[0], grad.shape[2])
+    product = _product_kernel(values.dtype, index_kind, grad, fits)
+    product.linear(sums, grad, Stored(values, scales, index, counts, full), index_kind)
 
 
 @_operator(
@@ -398,13 +405,18 @@ def add_conv_product(
     *window: Any,
 ) -> None:
     """sums, shaped as ``product.layout.sums_shape`` says, += the weight's gradient for grad (B, D, Ho, Wo) and the
-    packed x_hat (B, *shape); the fields of ``Window`` follow."""
-    stored = Stored(values, scales, index, counts, full)
-    direct = multiplies_packed(values.dtype, index_kind, grad)
-    shape, kernel, stride, padding, dilation, depthwise = window
-    sizes = (tuple(numbers) for numbers in (shape, kernel, stride, padding, dilation))
-    product = implementation("product", grad) if direct else product_reference
-    product.conv(sums, grad, stored, index_kind, Window(*sizes, depthwise))
+    packed x_hat (B, *shape); the fields of ``Window`` follow.
+
+    Raises:
+        ValueError: a depthwise window has a stride, or its row of taps needs more than a vector of sums.
+    """
+    *sizes, depthwise = window
+    seen = Window(*(tuple(numbers) for numbers in sizes), depthwise)
+    fits = conv_fits(seen, grad.shape[1], (grad.shape[2], grad.shape[3]))
+    if depthwise and not fits:
+        raise ValueError(f"there is no depthwise product for {seen}: ask conv_fits first")
+    product = _product_kernel(values.dtype, index_kind, grad, fits)
+    product.conv(sums, grad, Stored(values, scales, index, counts, full), index_kind, seen)
 
 
 @_operator(

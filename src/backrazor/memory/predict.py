@@ -44,7 +44,8 @@ def predict(
     """Predict the memory of a training step of ``model``, razored or not, on an input of (batch_size, *input_size)
     float32.
 
-    No activation is allocated and the model is not changed. ``loss_fn`` maps the model's output to a scalar; by default
+    No activation is allocated and the model is not changed. What kernels use in passing is not counted: a few MiB,
+    or a sample's gradient in float32 where that is more. ``loss_fn`` maps the model's output to a scalar; by default
     cross-entropy for logits (B, classes), the mean otherwise. ``autocast`` gives the type of an autocast region around
     the forward.
 

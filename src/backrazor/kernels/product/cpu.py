@@ -180,13 +180,17 @@ def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
     """See the reference."""
     batch, tokens, outputs = grad.shape
     inputs, wide = sums.shape
-    rows = grad.contiguous()
-    if rows.dtype != torch.float32 or wide != outputs:
-        rows = torch.nn.functional.pad(rows.float(), (0, wide - outputs))
-    unit = wide * 4
+    unit, table = wide * 4, _table([[(0, 0)]])
     entries = _entries(stored, index, tokens * inputs, INPUTS, inputs, (tokens, inputs), (1, 1), 1, unit)
-    matrix = rows.data_ptr(), rows.stride(0) * 4
-    _add(sums, entries, 0, batch, matrix, _table([[(0, 0)]]), (inputs, 1, 1, wide // LANES))
+    in_place = grad.dtype == torch.float32 and wide == outputs and grad.is_contiguous()
+    together = max(batch if in_place else min(MATRIX_BYTES // (tokens * unit), batch), 1)
+    copy = None if in_place else torch.zeros(together, tokens, wide)
+    for first in range(0, batch, together):
+        rows = grad[first : first + together]
+        if copy is not None:
+            copy[: len(rows), :, :outputs] = rows
+        matrix = (rows if copy is None else copy).data_ptr(), tokens * unit
+        _add(sums, entries, first, len(rows), matrix, table, (inputs, 1, 1, wide // LANES))
 
 
 def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window) -> None:
@@ -200,12 +204,13 @@ def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window)
     batch, outputs = grad.shape[:2]
     wide = sums.shape[2]
     pitch, rows, unit = horizontal.size, vertical.size * horizontal.size, wide * 4
-    classes = vertical.stride * horizontal.stride
+    down, across = window.stride
+    classes = down * across
     by_class = [
         [
-            (tap_y * window.kernel[1] + tap_x, (down * pitch + across) * unit)
-            for tap_y, down in vertical.taps[which // horizontal.stride]
-            for tap_x, across in horizontal.taps[which % horizontal.stride]
+            (row * window.kernel[1] + column, (low * pitch + right) * unit)
+            for row, low in vertical.taps[which // across]
+            for column, right in horizontal.taps[which % across]
         ]
         for which in range(classes)
     ]
@@ -221,6 +226,7 @@ def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window)
         unit,
     )
     together = max(min(MATRIX_BYTES // (rows * unit), batch), 1)
+    table = _table(by_class)
     border = vertical.border * pitch + horizontal.border
     bare = grad.shape[2] * grad.shape[3] == rows and outputs == wide
     matrix = (torch.empty if bare else torch.zeros)(together, rows, wide)
@@ -228,7 +234,7 @@ def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window)
         count = min(together, batch - first)
         _lay(grad[first : first + count], matrix, border, pitch)
         at = matrix.data_ptr(), rows * unit
-        _add(sums, entries, first, count, at, _table(by_class), (channels, classes, sums.shape[1], wide // LANES))
+        _add(sums, entries, first, count, at, table, (channels, classes, sums.shape[1], wide // LANES))
 
 
 def _conv_depthwise(
@@ -237,7 +243,7 @@ def _conv_depthwise(
     channels, height, width = window.shape
     batch, _, out_height, out_width = grad.shape
     n, pitch = math.prod(window.shape), horizontal.size
-    entries = _entries(stored, index, n, CHANNELS, channels, (height, width), window.stride, pitch, 4)
+    entries = _entries(stored, index, n, CHANNELS, channels, (height, width), (1, 1), pitch, 4)
     table = _table([[(tap, place * pitch * 4) for tap, place in vertical.taps[0]]])
     size = vertical.size * pitch + LANES  # the last row is read a vector at a time
     scratch_bytes = size * 4 + 2 * VECTOR

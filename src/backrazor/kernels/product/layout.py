@@ -10,6 +10,7 @@ Shape legend: C/D input/output channels, k taps of a kernel, I/O inputs/outputs 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 LANES = 16  # numbers a vector
@@ -35,7 +36,6 @@ class Axis(NamedTuple):
     zeros.
     """
 
-    stride: int
     taps: tuple[tuple[tuple[int, int], ...], ...]  # by class: (tap, shift + border)
     border: int
     size: int
@@ -52,7 +52,7 @@ def axis(length: int, output: int, kernel: int, stride: int, padding: int, dilat
     border = max(0, -min(shifts))
     last = -(-length // stride) - 1 + max(shifts) + border  # the furthest that any element looks
     moved = tuple(tuple((tap, shift + border) for tap, shift in taps) for taps in found)
-    return Axis(stride, moved, border, max(border + output, last + 1))
+    return Axis(moved, border, max(border + output, last + 1))
 
 
 def padded(outputs: int) -> int:
@@ -67,11 +67,22 @@ def axes(window: Window, output: tuple[int, int]) -> tuple[Axis, Axis]:
     return vertical, horizontal
 
 
-def fits(window: Window, output: tuple[int, int]) -> bool:
-    """Whether there is a product for such a window: of depthwise ones those whose row of taps is one vector."""
-    if not window.depthwise:
-        return True
-    return window.stride == (1, 1) and max(lanes_of_taps(window, output)) < LANES
+def conv_fits(window: Window, outputs: int, output: tuple[int, int]) -> bool:
+    """Whether there is a product for such a window: a sample's positions and offsets have to be 32-bit numbers, and of
+    depthwise ones the stride has to be 1 and a row of taps one vector."""
+    vertical, horizontal = axes(window, output)
+    if window.depthwise:
+        return window.stride == (1, 1) and max(lanes_of_taps(window, output)) < LANES
+    return _addressable(math.prod(window.shape), vertical.size * horizontal.size, outputs)
+
+
+def linear_fits(tokens: int, inputs: int, outputs: int) -> bool:
+    """The same for (tokens, inputs) -> (tokens, outputs)."""
+    return _addressable(tokens * inputs, tokens, outputs)
+
+
+def _addressable(n: int, rows: int, outputs: int) -> bool:
+    return outputs > 0 and n < 2**31 and rows * padded(outputs) * 4 < 2**32
 
 
 def sums_shape(window: Window, outputs: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ def _dense(stored: Stored, n: int, index: str) -> Tensor:
 def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
     """sums (I, padded O) += x_hat^T grad for grad (B, T, O)."""
     batch, tokens, outputs = grad.shape
-    x_hat = _dense(stored, tokens * sums.shape[0], index).view(batch * tokens, -1)
+    x_hat = _dense(stored, tokens * sums.shape[0], index).view(batch * tokens, sums.shape[0])
     sums[:, :outputs] += x_hat.t() @ grad.reshape(batch * tokens, outputs).float()
 
 
@@ -56,4 +56,4 @@ def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window)
 
 def transposed(sums: Tensor, outputs: int) -> Tensor:
     """sums (I, padded O) -> (O, I)."""
-    return sums[:, :outputs].t().contiguous()
+    return sums[:, :outputs].t().clone(memory_format=torch.contiguous_format)
