@@ -38,13 +38,27 @@ def unpack(archive: Path, into: Path, max_bytes: int, way_out: str) -> None:
         with gzip.open(archive, "rb") as raw, tarfile.open(fileobj=_Bounded(raw, max_bytes), mode="r:") as tar:
             members = _checked_members(tar, archive, into, max_bytes)
             for member in tqdm(members, desc=f"unpack {archive.name}", unit="file", disable=None):
-                tar.extract(member, into, filter="data")
+                _write(tar, member, into / member.name)
     except UserError as error:
         raise UserError(f"{error}; {way_out}") from error
     except _DAMAGED as error:
         raise UserError(f"{archive} is truncated or no gzipped tar archive ({error}); {way_out}") from error
     except OSError as error:
         raise UserError(f"{archive} cannot be unpacked into {into} ({error.strerror or error}); {way_out}") from error
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, to: Path) -> None:
+    """Write a checked member, with the permissions that any new file gets."""
+    if member.isdir():
+        to.mkdir(parents=True, exist_ok=True)
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    source = tar.extractfile(member)
+    assert source is not None, member.name
+    with source, to.open("wb") as target:
+        shutil.copyfileobj(source, target)
+        if target.tell() != member.size:
+            raise tarfile.ReadError("unexpected end of data")
 
 
 def _checked_members(tar: tarfile.TarFile, archive: Path, into: Path, max_bytes: int) -> list[tarfile.TarInfo]:
