@@ -31,14 +31,20 @@ def kill_in_time(job: Job, draw: random.Random, folder: Path) -> None:
 
 
 def kill_in_write(job: Job, draw: random.Random, folder: Path) -> None:
-    """Kill while the partial file of one of the next checkpoints is there."""
-    skipped, seen, there = draw.randrange(3), 0, False
+    """Kill while the partial file of one of the next checkpoints is there; on a machine too busy to see it, soon after
+    that checkpoint."""
+    skipped, seen, there, begun = draw.randrange(3), 0, False, newest(folder)
     while job.process.is_alive():
         now = any(folder.glob("checkpoints/*.part"))
         seen += now and not there
         there = now
-        if seen > skipped:
+        if seen > skipped or newest(folder) > begun + skipped:
             job.process.kill()
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("checkpoints/step-*.pt")), default=0)
 
 
 def leftovers(folder: Path) -> dict[str, Any]:
@@ -96,8 +102,7 @@ def test_twenty_kills_at_random_points_change_nothing(tmp_path: Path) -> None:
             halves += any(folder.glob("checkpoints/*.part"))
         assert start_config(tmp_path / str(number), config).end()[0] == 0
         assert_same(expected, leftovers(folder), f"run {number}")
-    # on a machine busy with other work some runs end before their kill
-    assert cut_short >= CHAINS and halves, (cut_short, halves)
+    assert cut_short >= CHAINS * KILLS / 2 and halves, (cut_short, halves)
 
 
 def test_tensorboard_curves_have_each_step_once_after_a_kill(tmp_path: Path) -> None:
