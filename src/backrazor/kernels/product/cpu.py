@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32
 from .._llvm.vectors import has_avx512
-from ..topk._cpu_select import BITMAP, INT8, TILES
+from ..topk.cpu import INDEX, KIND
 from ..topk.layout import TILE, Stored
 from . import reference
 from ._cpu_entries import CHANNELS, INPUTS, STRIDED, make_entries
@@ -36,8 +35,6 @@ from ._cpu_sums import (
 )
 from .layout import LANES, Axis, Window, axes
 
-_KIND = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
-_INDEX = {"bitmap": BITMAP, "tile": TILES}
 _LAY = {torch.float32: lay_f32, torch.float16: lay_f16, torch.bfloat16: lay_bf16}
 _DEPTHWISE = {torch.float32: depthwise_f32, torch.float16: depthwise_f16, torch.bfloat16: depthwise_bf16}
 # The gradient of so many samples is laid out as a matrix at once, at least of one.
@@ -80,8 +77,8 @@ def _entries(
         batch,
         n,
         keep,
-        _KIND[stored.values.dtype],
-        _INDEX[index],
+        KIND[stored.values.dtype],
+        INDEX[index],
         *(tensor.data_ptr() for tensor in stored),
         stored.index.stride(0),
         entries,

@@ -21,8 +21,9 @@ from ._cpu_select import BITMAP, BUFFER_AT, INT8, MIN_SAMPLED, NO_INDEX, TILES
 from ._cpu_unpack import unpack_bf16, unpack_f16, unpack_f32
 from .layout import Stored
 
-_KIND = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
-_INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
+# How an argument block names types and indices.
+KIND = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
+INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 _PACK = {F32: pack_f32, F16: pack_f16, BF16: pack_bf16}
 _UNPACK = {F32: unpack_f32, F16: unpack_f16, BF16: unpack_bf16}
 
@@ -40,8 +41,8 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
         batch,
         n,
         keep,
-        _KIND[stored.values.dtype],
-        _INDEX[index_kind],
+        KIND[stored.values.dtype],
+        INDEX[index_kind],
         x.data_ptr(),
         *(tensor.data_ptr() for tensor in stored),
         flag.data_ptr(),
@@ -50,7 +51,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
         stored.index.stride(0) if stored.index.numel() else 0,
         capacity,
     ]
-    launch(_PACK[_KIND[x.dtype]], arguments, batch)
+    launch(_PACK[KIND[x.dtype]], arguments, batch)
 
 
 def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
@@ -63,12 +64,12 @@ def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
         batch,
         n,
         stored.values.shape[1],
-        _KIND[stored.values.dtype],
-        _INDEX[index_kind],
+        KIND[stored.values.dtype],
+        INDEX[index_kind],
         out.data_ptr(),
         *(tensor.data_ptr() for tensor in stored),
         scratch.data_ptr(),
         BUFFER_AT,
         stored.index.stride(0) if stored.index.numel() else 0,
     ]
-    launch(_UNPACK[_KIND[out.dtype]], arguments, batch)
+    launch(_UNPACK[KIND[out.dtype]], arguments, batch)
