@@ -15,8 +15,17 @@ from .functional import AttentionCodec
 from .kernels.topk.reference import NON_FINITE, OVERFLOW
 from .nn import DROP_INS, STAYS, WINDOWED, drop_in_for, qualified_name
 from .nn.attention import RazorMultiheadAttention, SdpaDropIn
-from .nn.base import FLAG, DropIn, LayerRules, attach, detach
-from .nn.fusion import link_chains
+from .nn.base import (
+    DropIn,
+    LayerRules,
+    attach,
+    class_given_to,
+    detach,
+    is_patched,
+    status_flags,
+    why_not_detached,
+)
+from .nn.fusion import Linked, link_chains, linked, unlink
 
 _ATTENTION = (SdpaDropIn, RazorMultiheadAttention)
 
@@ -101,6 +110,8 @@ def razor_(
         reason = None
         if cls is None:
             reason = _why_it_stays(module, is_root=module is model)
+        elif is_patched(module):
+            reason = "its forward is replaced on the instance, so that of the drop-in would not run"
         elif filter_fn is not None and not filter_fn(name, module):
             reason = "left out by filter_fn"
         else:
@@ -126,10 +137,26 @@ def razor_(
 
 
 def unrazor_(model: nn.Module) -> int:
-    """The exact way back, in place; returns how many modules were turned back."""
+    """The exact way back, in place; returns how many modules were turned back.
+
+    Parametrizations (``torch.nn.utils.parametrize``) that were registered after ``razor_`` stay.
+
+    Raises:
+        RuntimeError: a module was changed after ``razor_`` in a way that the way back would break; the message names it
+            and what to do, and nothing has been touched.
+    """
     drop_ins = [module for module in model.modules() if isinstance(module, DropIn)]
+    containers = [module for module in model.modules() if isinstance(module, Linked)]
+    for name, module in model.named_modules():
+        base = class_given_to(module) if isinstance(module, DropIn) else None
+        base = linked(module._backrazor_linked) if isinstance(module, Linked) else base
+        reason = None if base is None else why_not_detached(module, base)
+        if reason is not None:
+            raise RuntimeError(f"{name or type(module).__name__} cannot be turned back: {reason}")
     for module in drop_ins:
         detach(module)
+    for module in containers:
+        unlink(module)
     return len(drop_ins)
 
 
@@ -142,10 +169,11 @@ def check_finite(model: nn.Module) -> None:
             layers; the flags are
             cleared, so that the caller may skip the step and go on.
     """
-    flags = [(name, module._buffers[FLAG]) for name, module in model.named_modules() if FLAG in module._buffers]
+    flags = [(name, flag) for name, module in model.named_modules() for flag in status_flags(module)]
     if not flags:
         return
-    status = torch.cat([flag.to(flags[0][1].device) for _, flag in flags]).tolist()
+    known = NON_FINITE | OVERFLOW
+    status = [bits & known for bits in torch.cat([flag.to(flags[0][1].device) for _, flag in flags]).tolist()]
     if not any(status):
         return
     for _, flag in flags:

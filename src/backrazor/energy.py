@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .codecs import pack_shared, unpack
 from .functional.common import sample_chunks
+from .hooks import passive
 from .nn.base import DropIn
 
 
@@ -51,7 +52,7 @@ class Energy:
         if x.dim() < (4 if isinstance(module, nn.Conv2d) else 2):
             x = x.unsqueeze(0)
         # What the layer itself has packed a moment ago, wherever the graph still holds it.
-        packed, layout = pack_shared(x, module.razor.pruned, module._flag)
+        packed, layout = pack_shared(x, module.razor.pruned, module.flag_for(x))
         sums = torch.zeros(4, dtype=torch.float64, device=x.device)
         for start, stop in sample_chunks(len(x), layout.sample_numel * 4):
             x_hat = unpack(packed, layout, start, stop, torch.float32)
@@ -81,7 +82,7 @@ def kept_energy(model: nn.Module) -> Iterator[Energy]:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, DropIn) and module.prunes:
-                stack.callback(module.register_forward_hook(partial(_hook, energy, name)).remove)
+                stack.callback(module.register_forward_hook(passive(partial(_hook, energy, name))).remove)
         yield energy
 
 

@@ -49,23 +49,28 @@ def _rows_of(statistics: Tensor, x: Tensor) -> Tensor:
     return statistics.reshape(-1)
 
 
+def normalised_layout(x: Tensor, rows: int, codec: NormCodec) -> NormLayout:
+    """How ``keep_normalised`` is going to store x (B, ...) with ``rows`` rows in all: known from the shape."""
+    packed = codec.pruned.layout(x) if codec.kind == "pruned" else None
+    return NormLayout(tuple(x.shape), _row_length(x, rows), codec.kind, packed)
+
+
 def keep_normalised(
     x: Tensor, mean: Tensor, rstd: Tensor, codec: NormCodec, flag: Tensor
 ) -> tuple[tuple[Tensor, ...], NormLayout]:
     """Keep x (B, ...) for the backward of a normalisation with statistics ``mean`` and ``rstd``: a channel (C,) or one
     a row, float32."""
     mean_rows, rstd_rows = _rows_of(mean, x), _rows_of(rstd, x)
-    row = _row_length(x, mean_rows.numel())
+    layout = normalised_layout(x, mean_rows.numel(), codec)
     if codec.kind in ("int8", "int4"):
         bits = int(codec.kind.removeprefix("int"))
-        codes, scales = row_encode(x.reshape(mean_rows.numel(), row), mean_rows, rstd_rows, bits)
-        return label_codes(codes, scales, x.shape[0]), NormLayout(tuple(x.shape), row, codec.kind)
+        codes, scales = row_encode(x.reshape(mean_rows.numel(), layout.row), mean_rows, rstd_rows, bits)
+        return label_codes(codes, scales, x.shape[0]), layout
     statistics = mark(mean.contiguous(), DENSE, "mean"), mark(rstd.contiguous(), DENSE, "reciprocal deviation")
     if codec.kind == "pruned":
-        packed, layout = pack(x, codec.pruned, flag)
-        return (*statistics, *packed), NormLayout(tuple(x.shape), row, codec.kind, layout)
+        return (*statistics, *pack(x, codec.pruned, flag).tensors), layout
     kept = x.to(torch.bfloat16) if x.element_size() > 2 else x.clone()
-    return (*statistics, mark(kept, QUANTISED)), NormLayout(tuple(x.shape), row, codec.kind)
+    return (*statistics, mark(kept, QUANTISED)), layout
 
 
 def _read_rows(

@@ -80,6 +80,11 @@ class PackedLayout:
     def stored_dtype(self) -> torch.dtype:
         return getattr(torch, self.values)
 
+    @property
+    def count(self) -> int:
+        """How many tensors are stored."""
+        return sum(_present(self))
+
 
 class Packed(NamedTuple):
     """The non-empty stored tensors, in the order of ``Stored``, and the layout."""

@@ -1,21 +1,31 @@
-"""What a saved tensor is: a label that the ledger reads, carried by the tensor itself."""
+"""What a saved tensor is: a label that the ledger reads.
+
+Labels lie beside the tensors, in a dictionary with weak keys: an attribute of a user's tensor would travel with it into
+files, copies and other processes.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 PRUNED, SCALES, INDEX, MASK, QUANTISED, DENSE = "pruned values", "scales", "index", "mask bits", "quantised", "dense"
 
 
+_LABELS = WeakTensorKeyDictionary()
+
+
 def mark(tensor: Tensor, role: str, reason: str = "") -> Tensor:
     """Label ``tensor``; returns it."""
-    tensor._backrazor_role = (role, reason)
+    if not torch.compiler.is_compiling():
+        _LABELS[tensor] = (role, reason)
     return tensor
 
 
 def role_of(tensor: Tensor) -> tuple[str, str]:
     """(role, reason); a tensor that nobody labelled is dense."""
-    return getattr(tensor, "_backrazor_role", (DENSE, ""))
+    return _LABELS.get(tensor, (DENSE, ""))
 
 
 def label_codes(codes: Tensor, scales: Tensor, batch: int) -> tuple[Tensor, ...]:

@@ -23,6 +23,11 @@ class RowsLayout:
     bits: int
     keeps_mean: bool
 
+    @property
+    def count(self) -> int:
+        """How many tensors are stored."""
+        return 3 if self.keeps_mean else 2
+
 
 def pack_rows(x: Tensor, bits: int, keeps_mean: bool) -> Packed:
     """x (B, H, N, d), any strides, less its mean over N; a float16 scale a row; the mean, if kept, in bfloat16 (a

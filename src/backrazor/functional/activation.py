@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._guards import detect_fake_mode
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import mark
@@ -21,6 +20,7 @@ from ..codecs.roles import MASK, QUANTISED
 from ..kernels import level_apply, level_encode, mask_apply, mask_encode
 from ..kernels.topk.reference import OVERFLOW
 from .common import as_rows, from_rows, memory_format, needs_grad
+from .transforms import differentiable_once
 
 
 def piecewise_linear(
@@ -33,22 +33,31 @@ def piecewise_linear(
     """
     if not needs_grad(x):
         return forward(x)
-    return _PiecewiseLinear.apply(x, forward, low, high, inplace)
+    out, _ = _PiecewiseLinear.apply(x, forward, low, high, inplace)
+    return out
 
 
 class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, forward: Callable[[Tensor], Tensor], low: float, high: float, inplace: bool) -> Tensor:
-        ctx.format = memory_format(x)
-        bits = mask_encode(as_rows(x, ctx.format), low, high)
-        ctx.save_for_backward(mark(bits, MASK))
-        out = forward(x)
-        if inplace:
-            ctx.mark_dirty(x)
-        return out
+    def forward(
+        x: Tensor, forward: Callable[[Tensor], Tensor], low: float, high: float, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        bits = mask_encode(as_rows(x, memory_format(x)), low, high)
+        return forward(x), mark(bits, MASK)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, *_, inplace = inputs
+        _, bits = output
+        ctx.format = memory_format(x)
+        ctx.mark_non_differentiable(bits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(bits)
+        if inplace:
+            ctx.mark_dirty(x)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         rows = mask_apply(as_rows(grad, ctx.format), bits)
@@ -195,7 +204,10 @@ def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False)
         return _store(activation.forward(x), x, inplace)
     if kept == "dense":
         return activation.forward(x)
-    return _Smooth.apply(x, name, kept, inplace, flag)
+    if kept != "float16" and x.dtype == torch.float64:
+        raise TypeError(f"activation={kept!r} has no float64 form: use activation='dense' for double precision")
+    out, _ = _Smooth.apply(x, name, kept, inplace, flag)
+    return out
 
 
 def _store(out: Tensor, x: Tensor, inplace: bool) -> Tensor:
@@ -204,26 +216,29 @@ def _store(out: Tensor, x: Tensor, inplace: bool) -> Tensor:
 
 class _Smooth(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, name: str, kept: str, inplace: bool, flag: Tensor) -> Tensor:
-        ctx.name, ctx.kept, ctx.format = name, kept, memory_format(x)
+    def forward(x: Tensor, name: str, kept: str, inplace: bool, flag: Tensor) -> tuple[Tensor, Tensor]:
         if kept == "float16":
-            half = x.to(torch.float16) if x.element_size() > 2 else x.clone() if inplace else x
-            flag.bitwise_or_(OVERFLOW * torch.isinf(half).any())
-            ctx.save_for_backward(mark(half, QUANTISED))
-        elif x.dtype == torch.float64:
-            raise TypeError(f"activation={kept!r} has no float64 form: use activation='dense' for double precision")
+            stored = x.to(torch.float16) if x.element_size() > 2 else x.clone()
+            flag.bitwise_or_(OVERFLOW * torch.isinf(stored).any())
         else:
             bits = int(kept.removeprefix("int"))
             thresholds, _ = quantiser_on(name, bits, x.device)
-            codes = level_encode(as_rows(x, ctx.format), thresholds, bits)
-            ctx.save_for_backward(mark(codes, QUANTISED))
-        out = _store(ACTIVATIONS[name].forward(x), x, inplace)
-        if inplace:
-            ctx.mark_dirty(x)
-        return out
+            stored = level_encode(as_rows(x, memory_format(x)), thresholds, bits)
+        return _store(ACTIVATIONS[name].forward(x), x, inplace), mark(stored, QUANTISED)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.name, ctx.kept, inplace, _ = inputs
+        _, stored = output
+        ctx.format = memory_format(x)
+        ctx.mark_non_differentiable(stored)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(stored)
+        if inplace:
+            ctx.mark_dirty(x)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (stored,) = ctx.saved_tensors
         if ctx.kept == "float16":

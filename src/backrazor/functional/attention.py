@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..codecs import Pruned, mark, pack, pack_rows, unpack, unpack_rows
+from ..codecs import PackedLayout, Pruned, RowsLayout, mark, pack, pack_rows, role_of, unpack, unpack_rows
 from ..codecs.roles import DENSE, MASK
 from ..kernels import fused_softmax, mask_apply, mask_encode, softmax_backward
 from .common import autocast_dtype, needs_grad, sample_chunks
+from .transforms import differentiable_once
 
 
 class AttentionCodec(NamedTuple):
@@ -63,7 +63,8 @@ def attention(
         mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
     keeps = needs_grad(q, k, v, mask)
     scaled = _Scale(scale, scales_scores)
-    return _Attention.apply(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
+    out, *_ = _Attention.apply(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
+    return out
 
 
 def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
@@ -94,7 +95,6 @@ def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -105,7 +105,7 @@ class _Attention(torch.autograd.Function):
         codec: AttentionCodec,
         flag: Tensor,
         keeps: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         batch, heads, queries, keys = *q.shape[:3], k.shape[2]
         out = q.new_empty(batch, heads, queries, v.shape[3])
         noise = None
@@ -120,13 +120,26 @@ class _Attention(torch.autograd.Function):
             if noise is not None:
                 p = p * noise[start:stop]
             out[start:stop] = p @ v[start:stop]
-        if keeps:
-            _save(ctx, q, k, v, mask, noise, probabilities, codec, flag)
-            ctx.scale, ctx.is_causal, ctx.codec, ctx.dropout_p, ctx.keys = scale, is_causal, codec, dropout_p, keys
-        return out
+        if not keeps:
+            return (out,)
+        bits = () if noise is None else (mark(mask_encode(noise.view(batch, -1), 0.0, float("nan")), MASK),)
+        return out, *bits, *_kept(q, k, v, probabilities, codec, flag)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        q, k, v, mask, ctx.is_causal, ctx.dropout_p, ctx.scale, ctx.codec, _, keeps = inputs
+        _, *kept = output
+        ctx.shapes, ctx.keys = [x.shape for x in (q, k, v)], k.shape[2]
+        ctx.layouts = _layouts(q, k, v, ctx.codec)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        if keeps:
+            bits = kept if ctx.dropout_p > 0 else [None, *kept]
+            mask = None if mask is None else mark(mask, DENSE, "attention mask")
+            ctx.save_for_backward(mask, *bits)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_q, need_k, need_v, need_mask, *rest = ctx.needs_input_grad
         saved = _Saved(ctx)
@@ -170,35 +183,30 @@ class _Attention(torch.autograd.Function):
         return *grads, grad_mask, *(None for _ in rest)
 
 
-def _save(
-    ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, noise: Tensor | None, probabilities: list, codec, flag
-) -> None:
-    """Everything backward reads, in one ``save_for_backward``: mask, noise bits, then q, k, v and P one after
-    another."""
-    parts = []
+def _kept(q: Tensor, k: Tensor, v: Tensor, probabilities: list, codec: AttentionCodec, flag: Tensor) -> list[Tensor]:
+    """What backward reads of q, k, v and, pruned, of P: the tensors of each, one after another."""
     if codec.rule == "pruned":
-        parts = [pack(x, codec.pruned, flag) for x in (q, k, v)]
-        joined = tuple(_join(pieces) for pieces in zip(*(packed.tensors for packed in probabilities), strict=True))
-        layout = (
-            probabilities[0].layout if probabilities else codec.pruned.layout(q.new_empty(*q.shape[:3], k.shape[2]))
-        )
-        parts.append((joined, layout))
+        parts = [pack(x, codec.pruned, flag).tensors for x in (q, k, v)]
+        if not probabilities:  # an empty batch
+            probabilities = [pack(q.new_empty(*q.shape[:3], k.shape[2]), codec.pruned, flag)]
+        parts.append(tuple(_join(pieces) for pieces in zip(*(packed.tensors for packed in probabilities), strict=True)))
     else:
         bits = int(codec.rule.removeprefix("int"))
-        parts = [pack_rows(q, bits, True), pack_rows(k, bits, False), pack_rows(v, bits, True)]
-    ctx.layouts = [layout for _, layout in parts]
-    ctx.counts = [len(tensors) for tensors, _ in parts]
-    ctx.shapes = [x.shape for x in (q, k, v)]
-    bits = None
-    if noise is not None:
-        bits = mark(mask_encode(noise.view(noise.shape[0], -1), 0.0, float("nan")), MASK)
-    mask = None if mask is None else mark(mask, DENSE, "attention mask")
-    ctx.save_for_backward(mask, bits, *(tensor for tensors, _ in parts for tensor in tensors))
+        parts = [pack_rows(x, bits, keeps_mean).tensors for x, keeps_mean in ((q, True), (k, False), (v, True))]
+    return [tensor for tensors in parts for tensor in tensors]
+
+
+def _layouts(q: Tensor, k: Tensor, v: Tensor, codec: AttentionCodec) -> list[PackedLayout] | list[RowsLayout]:
+    """How ``_kept`` stores each of its parts: known from the shapes."""
+    if codec.rule == "pruned":
+        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+        return [codec.pruned.layout(x) for x in (q, k, v, q.new_empty(()).expand(batch, heads, queries, keys))]
+    bits = int(codec.rule.removeprefix("int"))
+    return [RowsLayout(tuple(x.shape), bits, keeps_mean) for x, keeps_mean in ((q, True), (k, False), (v, True))]
 
 
 def _join(pieces: tuple[Tensor, ...]) -> Tensor:
-    role, reason = pieces[0]._backrazor_role
-    return mark(torch.cat(pieces), role, reason) if len(pieces) > 1 else pieces[0]
+    return mark(torch.cat(pieces), *role_of(pieces[0])) if len(pieces) > 1 else pieces[0]
 
 
 class _Saved:
@@ -209,9 +217,9 @@ class _Saved:
         self.shapes, self._scale, self._is_causal, self._codec = ctx.shapes, ctx.scale, ctx.is_causal, ctx.codec
         self.keep_scale = 0.0 if ctx.dropout_p >= 1 else 1 / (1 - ctx.dropout_p)
         self._parts, at = [], 0
-        for count, layout in zip(ctx.counts, ctx.layouts, strict=True):
-            self._parts.append((tuple(tensors[at : at + count]), layout))
-            at += count
+        for layout in ctx.layouts:
+            self._parts.append((tuple(tensors[at : at + layout.count]), layout))
+            at += layout.count
 
     def noise(self, start: int, stop: int) -> Tensor | None:
         return None if self._bits is None else self._bits[start:stop]

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import mark
-from ..codecs.normalised import NormCodec, NormLayout, keep_normalised, read_normalised
+from ..codecs.normalised import NormCodec, NormLayout, keep_normalised, normalised_layout, read_normalised
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks
+from .transforms import differentiable_once
 
 
 def batch_norm(
@@ -44,7 +44,8 @@ def batch_norm(
             mean, rstd = running_mean.float(), torch.rsqrt(running_var.float() + eps)
             packed, layout = keep_normalised(x.detach(), mean, rstd, codec, flag)
         return _Frozen.apply(x, weight, bias, running_mean, running_var, eps, layout, *packed)
-    return _Batch.apply(x, weight, bias, running_mean, running_var, momentum, eps, codec, flag)
+    out, *_ = _Batch.apply(x, weight, bias, running_mean, running_var, momentum, eps, codec, flag)
+    return out
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -67,7 +68,6 @@ def _sums(grad: Tensor, packed: tuple[Tensor, ...], layout: NormLayout) -> tuple
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -77,12 +77,15 @@ class _Frozen(torch.autograd.Function):
         layout: NormLayout | None,
         *packed: Tensor,
     ) -> Tensor:
-        ctx.eps, ctx.layout = eps, layout
-        ctx.save_for_backward(weight, running_var, *packed)
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, weight, _, _, running_var, ctx.eps, ctx.layout, *packed = inputs
+        ctx.save_for_backward(weight, running_var, *packed)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, running_var, *packed = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
@@ -101,7 +104,6 @@ class _Frozen(torch.autograd.Function):
 class _Batch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -111,17 +113,25 @@ class _Batch(torch.autograd.Function):
         eps: float,
         codec: NormCodec,
         flag: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         # the operator behind F.batch_norm, called for the statistics it computes on the way
         out, mean, rstd, *_ = torch._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
         )
-        packed, ctx.layout = keep_normalised(x, mean.float(), rstd.float(), codec, flag)
-        ctx.save_for_backward(weight, mark(rstd, DENSE, "reciprocal deviation"), *packed)
-        return out
+        packed, _ = keep_normalised(x, mean.float(), rstd.float(), codec, flag)
+        return out, mark(rstd, DENSE, "reciprocal deviation"), *packed
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, *_, codec, _ = inputs
+        _, rstd, *stored = output
+        ctx.layout = normalised_layout(x, x.shape[0] * rstd.numel(), codec)
+        ctx.mark_non_differentiable(rstd, *stored)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, rstd, *stored)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, rstd, *packed = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad

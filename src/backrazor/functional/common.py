@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .transforms import refuse_transforms
+
 # Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps
 # the matrix products of the weight gradients long enough to run at full speed and is small beside any activation worth
 # pruning.
@@ -68,9 +70,26 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def cast_to(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in ``dtype``, as autocast hands them to a matrix product; as they are where that is None.
+
+    Inside an autograd Function, so that autograd keeps the parameter itself, which is resident, and not one lowered
+    copy per call. Its own cast would be shared through autocast's cache, which a forward without recording must not
+    fill.
+    """
+    return tuple(t if t is None or dtype is None else t.to(dtype) for t in tensors)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward is to come for any of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a backward is to come for any of these.
+
+    Raises:
+        RuntimeError: there is, and it is of a kind that pruned activations have no answer to (see ``transforms``).
+    """
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.compiler.is_compiling():
+        refuse_transforms(needed, *tensors)
+    return needed
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -102,3 +121,12 @@ def reshaped(fresh: Tensor, shape: torch.Size) -> Tensor:
     """``fresh``, which nobody else holds, in another shape. Not a view: autograd adds a second gradient to the first in
     place only where no other tensor shares its storage, and a view would keep its base alive."""
     return torch.ops.aten._unsafe_view(fresh, shape)
+
+
+def not_a_view(fresh: Tensor) -> Tensor:
+    """``fresh``, which nobody else holds, as a tensor that is no view of another.
+
+    Operators such as ``F.linear`` return a view of their own work. As the output of an autograd Function it could not
+    be modified in place, which the dense operator's output can.
+    """
+    return reshaped(fresh, fresh.shape) if fresh._is_view() else fresh

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import ConvProduct, Layout, Pruned, Window, pack_shared, unpack
-from .common import added, autocast_dtype, needs_grad, placed, sample_chunks
+from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks
+from .transforms import differentiable_once
 
 
 class ConvSpec(NamedTuple):
@@ -40,10 +40,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     if weight.requires_grad:
         packed, layout = pack_shared(batched, codec, flag)
-    if cast is not None:
-        batched, weight = batched.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-    out = _Conv2d.apply(batched, weight, bias, spec, layout, *packed)
+    (batched,) = cast_to(cast, batched)
+    out = _Conv2d.apply(batched, weight, bias, spec, cast, layout, *packed)
     return out if x.dim() == 4 else out.squeeze(0)
 
 
@@ -242,16 +240,27 @@ def backward_sample_bytes(shape: tuple[int, ...], grad: Tensor, spec: ConvSpec) 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, layout: Layout | None, *packed: Tensor
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: ConvSpec,
+        cast: torch.dtype | None,
+        layout: Layout | None,
+        *packed: Tensor,
     ) -> Tensor:
-        ctx.spec, ctx.layout, ctx.shape = explicit(spec, weight.shape[2:]), layout, tuple(x.shape)
-        ctx.save_for_backward(weight, *packed)
-        return _forward(x, weight, bias, spec)
+        return not_a_view(_forward(x, *cast_to(cast, weight, bias), spec))
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, spec, _, ctx.layout, *packed = inputs
+        ctx.spec, ctx.shape = explicit(spec, weight.shape[2:]), tuple(x.shape)
+        ctx.save_for_backward(weight, *packed)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *packed = ctx.saved_tensors
+        weight = weight.to(grad.dtype)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         grad_x, grad_weight = backward_in_chunks(
             grad,

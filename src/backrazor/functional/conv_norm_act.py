@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import Layout, Pruned, pack_shared
-from .common import added, autocast_dtype, needs_grad
+from .common import added, autocast_dtype, cast_to, needs_grad
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
 from .epilogue import Act, activate_, encode, gradient, join
+from .transforms import differentiable_once
 
 
 class Norm(NamedTuple):
@@ -47,15 +47,14 @@ def conv_norm_act(
 
     Keeps x pruned and the activation's bits. Gradients: of x exact, of the weight at x_hat = unpack(pack(x)).
     """
+    keeps = needs_grad(x, weight, bias)
     cast = autocast_dtype(x)
     layout, packed = None, ()
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if keeps and weight.requires_grad:
         packed, layout = pack_shared(x, codec, flag)
-    if cast is not None:
-        x, weight = x.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-    keeps = needs_grad(x, weight, bias)
-    return _ConvNormAct.apply(x, weight, bias, spec, norm, act, keeps, layout, *packed)
+    (x,) = cast_to(cast, x)
+    out, *_ = _ConvNormAct.apply(x, weight, bias, spec, *norm, act, keeps, cast, layout, *packed)
+    return out
 
 
 def _normalise(y: Tensor, norm: Norm) -> Tensor:
@@ -78,24 +77,23 @@ def _normalise_into(y: Tensor, norm: Norm, out: Tensor) -> None:
 class _ConvNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         spec: ConvSpec,
-        norm: Norm,
+        running_mean: Tensor,
+        running_var: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
         act: Act | None,
         keeps: bool,
+        cast: torch.dtype | None,
         layout: Layout | None,
         *packed: Tensor,
-    ) -> Tensor:
-        ctx.spec, ctx.act, ctx.eps, ctx.layout, ctx.shape = (
-            explicit(spec, weight.shape[2:]),
-            act,
-            norm.eps,
-            layout,
-            x.shape,
-        )
+    ) -> tuple[Tensor, ...]:
+        norm = Norm(running_mean, running_var, norm_weight, norm_bias, eps)
+        weight, bias = cast_to(cast, weight, bias)
         out, codes = None, []
         for start, stop in forward_chunks(x, weight, spec) or [(0, 0)]:  # one for an empty batch, too
             y = forward_of_chunk(x[start:stop], weight, bias, spec)
@@ -107,15 +105,23 @@ class _ConvNormAct(torch.autograd.Function):
                 if keeps:
                     codes.append(encode(part, act))
                 activate_(part, act)
-        kept = [join(codes, act)] if codes else []
-        ctx.save_for_backward(weight, norm.weight, norm.running_var, *kept, *packed)
-        return out
+        return (out, join(codes, act)) if codes else (out,)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, _, spec, _, running_var, norm_weight, _, ctx.eps, ctx.act, _, _, ctx.layout, *packed = inputs
+        _, *codes = output
+        ctx.spec, ctx.shape = explicit(spec, weight.shape[2:]), x.shape
+        ctx.mark_non_differentiable(*codes)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, norm_weight, running_var, *codes, *packed)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         weight, norm_weight, running_var, *kept = ctx.saved_tensors
+        weight = weight.to(grad.dtype)
         codes, packed = (kept[0], tuple(kept[1:])) if ctx.act is not None else (None, tuple(kept))
         scale = torch.rsqrt(running_var + ctx.eps)
         scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)

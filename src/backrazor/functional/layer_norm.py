@@ -7,14 +7,14 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import AffineLayout, NormCodec, mark, remember_source
-from ..codecs.normalised import NormLayout, keep_normalised, read_normalised
+from ..codecs.normalised import NormLayout, keep_normalised, normalised_layout, read_normalised
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
 from .common import accumulator, needs_grad, reshaped, sample_chunks
+from .transforms import differentiable_once
 
 QUANTISED_RULES = ("int8", "int4")
 
@@ -39,10 +39,9 @@ def layer_norm(
         x = x.float()  # autocast runs layer_norm in float32 there
     if not needs_grad(x, weight, bias) or codec.kind == "dense" or x.dim() <= len(shape):
         return F.layer_norm(x, shape, weight, bias, eps)
-    kept: list = []
-    out = _LayerNorm.apply(x, weight, bias, tuple(shape), eps, codec, flag, kept)
+    out, rstd, *stored = _LayerNorm.apply(x, weight, bias, tuple(shape), eps, codec, flag)
     if codec.kind in QUANTISED_RULES:
-        stored, layout = kept
+        layout = normalised_layout(x, rstd.numel(), codec)
         affine = tuple(p for p in (weight, bias) if p is not None)
         remember_source(out, (*stored, *affine), AffineLayout(layout, out.dtype, weight is not None, bias is not None))
     return out
@@ -59,13 +58,13 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 
 def _fused_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float, kind: str
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], NormLayout]:
-    """(out, rstd with a row's dimensions kept as 1, what is stored, its layout) by one kernel that reads x once."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(out, rstd with a row's dimensions kept as 1, what is stored) by one kernel that reads x once."""
     row, bits = math.prod(shape), int(kind.removeprefix("int"))
     out, codes, scales, rstd = norm_forward(x.reshape(-1, row), _flat(weight), _flat(bias), eps, bits)
     stored = label_codes(codes, scales, x.shape[0])
     rstd = rstd.view(*x.shape[: -len(shape)], *(1 for _ in shape))
-    return out.view(x.shape), rstd, stored, NormLayout(tuple(x.shape), row, kind)
+    return reshaped(out, x.shape), rstd, stored
 
 
 def _fused_backward(
@@ -84,7 +83,6 @@ def _fused_backward(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -92,21 +90,26 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
         codec: NormCodec,
         flag: Tensor,
-        kept: list,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         if codec.kind in QUANTISED_RULES and fused_norm(x, math.prod(shape)):
-            out, rstd, stored, ctx.layout = _fused_forward(x, weight, bias, shape, eps, codec.kind)
+            out, rstd, stored = _fused_forward(x, weight, bias, shape, eps, codec.kind)
         else:
             out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
             mean, rstd = mean.float(), rstd.float()
-            stored, ctx.layout = keep_normalised(x, mean.flatten(1), rstd.flatten(1), codec, flag)
-        ctx.normalised_shape = shape
-        ctx.save_for_backward(weight, bias, mark(rstd, DENSE, "reciprocal deviation"), *stored)
-        kept.extend((stored, ctx.layout))
-        return out
+            stored, _ = keep_normalised(x, mean.flatten(1), rstd.flatten(1), codec, flag)
+        return out, mark(rstd, DENSE, "reciprocal deviation"), *stored
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, ctx.normalised_shape, _, codec, _ = inputs
+        _, rstd, *stored = output
+        ctx.layout = normalised_layout(x, rstd.numel(), codec)
+        ctx.mark_non_differentiable(rstd, *stored)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, bias, rstd, *stored)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, rstd, *stored = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
@@ -128,7 +131,7 @@ class _LayerNorm(torch.autograd.Function):
             for total, addend in zip(sums, part_affine, strict=True):
                 _affine_sums(total, addend)
         dtype = grad.dtype if weight is None else weight.dtype
-        return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 5
+        return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4
 
 
 def group_norm(
@@ -140,13 +143,13 @@ def group_norm(
         x = x.float()
     if not needs_grad(x, weight, bias) or codec.kind == "dense" or not x.is_contiguous():
         return F.group_norm(x, groups, weight, bias, eps)
-    return _GroupNorm.apply(x, weight, bias, groups, eps, codec, flag)
+    out, *_ = _GroupNorm.apply(x, weight, bias, groups, eps, codec, flag)
+    return out
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -154,18 +157,25 @@ class _GroupNorm(torch.autograd.Function):
         eps: float,
         codec: NormCodec,
         flag: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         batch, channels = x.shape[:2]
         positions = math.prod(x.shape[2:])
         out, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, positions, groups, eps)
         mean, rstd = mean.float(), rstd.float()
-        stored, ctx.layout = keep_normalised(x, mean, rstd, codec, flag)
-        ctx.groups = groups
-        ctx.save_for_backward(weight, mark(rstd, DENSE, "reciprocal deviation"), *stored)
-        return out
+        stored, _ = keep_normalised(x, mean, rstd, codec, flag)
+        return out, mark(rstd, DENSE, "reciprocal deviation"), *stored
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, _, ctx.groups, _, codec, _ = inputs
+        _, rstd, *stored = output
+        ctx.layout = normalised_layout(x, rstd.numel(), codec)
+        ctx.mark_non_differentiable(rstd, *stored)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, rstd, *stored)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, rstd, *stored = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])

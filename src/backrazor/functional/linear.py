@@ -6,11 +6,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
-from .common import accumulator, add_product, autocast_dtype, needs_grad, sample_chunks
+from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks
+from .transforms import differentiable_once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: Tensor) -> Tensor:
@@ -18,33 +18,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: 
 
     A one-dimensional x is one sample. The gradient of x is exact.
     """
-    cast = autocast_dtype(x)
     if not needs_grad(x, weight, bias):
         return F.linear(x, weight, bias)
+    cast = autocast_dtype(x)
     layout, packed = None, ()
     if weight.requires_grad:
         packed, layout = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, flag)
-    if cast is not None:
-        x, weight = x.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-    return _Linear.apply(x, weight, bias, layout, *packed)
+    (x,) = cast_to(cast, x)
+    return _Linear.apply(x, weight, bias, cast, layout, *packed)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout | None, *packed: Tensor) -> Tensor:
-        ctx.layout = layout
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *packed)
-        return F.linear(x, weight, bias)
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cast: torch.dtype | None,
+        layout: Layout | None,
+        *packed: Tensor,
+    ) -> Tensor:
+        return not_a_view(F.linear(x, *cast_to(cast, weight, bias)))
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, weight, _, _, ctx.layout, *packed = inputs
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *packed)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *packed = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if need_x:
-            grad_x = torch.matmul(grad, weight)
+            grad_x = torch.matmul(grad, weight.to(grad.dtype))
         if need_weight:
             grad_weight = _weight_gradient(grad, tuple(packed), ctx.layout)
         if need_bias:

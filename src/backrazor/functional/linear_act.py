@@ -11,56 +11,64 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
-from .common import accumulator, add_product, autocast_dtype, needs_grad, sample_chunks
+from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks
 from .epilogue import Act, activate_, encode, gradient, join
+from .transforms import differentiable_once
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, codec: Pruned, flag: Tensor) -> Tensor:
     """act(linear(x)) of x (B, *, I), equal to the two operators bit for bit. Keeps x as ``linear`` does and the
     activation's codes."""
+    needed = needs_grad(x, weight, bias)
     cast = autocast_dtype(x)
     layout, packed = None, ()
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if needed and weight.requires_grad:
         packed, layout = pack_shared(x, codec, flag)
-    if cast is not None:
-        x, weight = x.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-    return _LinearAct.apply(x, weight, bias, act, needs_grad(x, weight, bias), layout, *packed)
+    (x,) = cast_to(cast, x)
+    out, *_ = _LinearAct.apply(x, weight, bias, act, needed, cast, layout, *packed)
+    return out
 
 
 class _LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         act: Act,
         keeps: bool,
+        cast: torch.dtype | None,
         layout: Layout | None,
         *packed: Tensor,
-    ) -> Tensor:
-        ctx.act, ctx.layout = act, layout
-        out = F.linear(x, weight, bias)  # whole, so that the product is the dense one bit for bit
+    ) -> tuple[Tensor, ...]:
+        # whole, so that the product is the dense one bit for bit
+        out = not_a_view(F.linear(x, *cast_to(cast, weight, bias)))
         codes = []
         for start, stop in sample_chunks(x.shape[0], out[:1].numel() * out.element_size()):
             y = out[start:stop]
             if keeps:
                 codes.append(encode(y, act))
             activate_(y, act)
-        ctx.save_for_backward(weight if keeps else None, join(codes, act) if codes else None, *packed)
-        return out
+        return (out, join(codes, act)) if codes else (out,)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        _, weight, _, ctx.act, keeps, _, ctx.layout, *packed = inputs
+        _, *codes = output
+        ctx.mark_non_differentiable(*codes)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight if keeps else None, *(codes or (None,)), *packed)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, codes, *packed = ctx.saved_tensors
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         outputs, inputs = weight.shape
+        weight = weight.to(grad.dtype)
         grad_x = grad.new_empty(*grad.shape[:-1], inputs) if need_x else None
         product = LinearProduct.of(ctx.layout, grad) if need_weight else None
         grad_weight = accumulator((outputs, inputs), grad) if need_weight and product is None else None
@@ -78,5 +86,5 @@ class _LinearAct(torch.autograd.Function):
             if need_bias:
                 grad_bias.add_(rows.sum(0, dtype=grad_bias.dtype))
         grad_weight = grad_weight if product is None else product.result()
-        totals = (None if total is None else total.to(weight.dtype) for total in (grad_weight, grad_bias))
+        totals = (None if total is None else total.to(grad.dtype) for total in (grad_weight, grad_bias))
         return grad_x, *totals, *(None for _ in rest)

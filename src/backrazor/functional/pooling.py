@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..codecs import mark
 from ..codecs.roles import INDEX
-from .common import memory_format, needs_grad, sample_chunks
+from .common import memory_format, needs_grad, not_a_view, sample_chunks
+from .transforms import differentiable_once
 
 Pair = tuple[int, int]
 
@@ -19,7 +19,8 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     most 256 elements)."""
     if not needs_grad(x) or kernel[0] * kernel[1] > 256:
         return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-    return _MaxPool2d.apply(x, kernel, stride, padding, dilation, ceil_mode)
+    out, _ = _MaxPool2d.apply(x, kernel, stride, padding, dilation, ceil_mode)
+    return out
 
 
 def _corners(shape: torch.Size, stride: Pair, padding: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -39,9 +40,10 @@ def _places(index: Tensor, width: int, kernel: Pair, stride: Pair, padding: Pair
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
-        ctx.settings = settings = (kernel, stride, padding, dilation, ceil_mode)
-        ctx.shape = x.shape
+    def forward(
+        x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+    ) -> tuple[Tensor, Tensor]:
+        settings = (kernel, stride, padding, dilation, ceil_mode)
         out = place = None
         # the wide index, twice in passing, exists for some samples only
         for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size()):
@@ -56,11 +58,19 @@ class _MaxPool2d(torch.autograd.Function):
         if out is None:  # an empty batch
             out = F.max_pool2d(x, *settings)
             place = out.to(torch.uint8)
-        ctx.save_for_backward(mark(place, INDEX))
-        return out
+        return out, mark(place, INDEX)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, *ctx.settings = inputs
+        _, place = output
+        ctx.shape = x.shape
+        ctx.mark_non_differentiable(place)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(place)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
         kernel, stride, padding, dilation, ceil_mode = ctx.settings
@@ -86,12 +96,15 @@ def adaptive_avg_pool2d(x: Tensor, output_size: int | tuple[int | None, int | No
 
 class _AdaptiveAvgPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
-        ctx.shape = x.shape
-        return F.adaptive_avg_pool2d(x, output_size)
+    def forward(x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
+        return not_a_view(F.adaptive_avg_pool2d(x, output_size))
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         height, width = ctx.shape[-2:]
         if grad.shape[-2:] == (1, 1):
@@ -110,12 +123,16 @@ def avg_pool2d(
 
 class _AvgPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, settings: tuple) -> Tensor:
-        ctx.shape, ctx.settings = x.shape, settings
+    def forward(x: Tensor, settings: tuple) -> Tensor:
         return F.avg_pool2d(x, *settings)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, ctx.settings = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         stand_in = grad.new_empty(()).expand(ctx.shape)
         return torch.ops.aten.avg_pool2d_backward(grad.contiguous(), stand_in, *ctx.settings), None

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..codecs import Layout, Pruned, mark, pack_shared, unpack
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks
+from .transforms import differentiable_once
 
 
 def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tensor:
@@ -25,13 +25,17 @@ def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tenso
 
 class _ChannelScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, layout: Layout | None, *packed: Tensor) -> Tensor:
-        ctx.layout, ctx.gate_shape = layout, gate.shape
-        ctx.save_for_backward(mark(gate, DENSE, "gate") if ctx.needs_input_grad[0] else None, *packed)
+    def forward(x: Tensor, gate: Tensor, layout: Layout | None, *packed: Tensor) -> Tensor:
         return x * gate
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, gate, ctx.layout, *packed = inputs
+        ctx.gate_shape = gate.shape
+        ctx.save_for_backward(mark(gate, DENSE, "gate") if ctx.needs_input_grad[0] else None, *packed)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, *packed = ctx.saved_tensors
         need_x, need_gate, *rest = ctx.needs_input_grad

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import role_of
+from ..hooks import passive
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def ledger(model: nn.Module) -> Iterator[Ledger]:
     book = Ledger(model)
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            enter = module.register_forward_pre_hook(lambda *_, name=name: book._module.append(name))
-            leave = module.register_forward_hook(lambda *_: _leave(book), always_call=True)
+            enter = module.register_forward_pre_hook(passive(lambda *_, name=name: book._module.append(name)))
+            leave = module.register_forward_hook(passive(lambda *_: _leave(book)), always_call=True)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(book._pack, lambda held: held.tensor))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .. import functional
 from ..functional.epilogue import Act
 from .base import DropIn, LayerRules
+from .fusion import hands_through
 
 
 class _RazorActivation(DropIn):
@@ -27,7 +28,7 @@ class _RazorActivation(DropIn):
         """The activation as the end of a fused chain, None where it cannot be one."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if self._passes_through else self.activate(input)
+        return input if hands_through(self, input) else self.activate(input)
 
 
 class _PiecewiseLinear(_RazorActivation):
@@ -86,7 +87,7 @@ class RazorSmooth(_RazorActivation):
         """Its name in ``functional.ACTIVATIONS``."""
 
     def activate(self, x: Tensor) -> Tensor:
-        return functional.smooth(x, self._function, self.razor.activation, self._flag, getattr(self, "inplace", False))
+        return functional.smooth(x, self._function, self.razor.activation, self.flag_for(x), getattr(self, "inplace", False))
 
     def epilogue(self) -> Act | None:
         kept = self.razor.activation

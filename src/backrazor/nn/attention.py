@@ -58,14 +58,14 @@ class _Replaced(TorchFunctionMode):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        codec, flag, late = self._module.razor.attention, self._module._flag, self._module.scales_scores
+        codec, flag, late = self._module.razor.attention, self._module.flag_for(query), self._module.scales_scores
         return functional.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, codec, flag, late)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A class may hand a child's weight to F.linear by itself, with a bias of its own: the child's rules hold."""
         for child in self._module.children():
             if isinstance(child, RazorLinear) and child.weight is weight:
-                return functional.linear(x, weight, bias, child.razor.pruned, child._flag)
+                return functional.linear(x, weight, bias, child.razor.pruned, child.flag_for(x))
         return F.linear(x, weight, bias)
 
 
@@ -152,12 +152,12 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
         mask = self._mask(attn_mask, key_padding_mask, query, key)
         dropout_p = self.dropout if self.training else 0.0
         scale = 1 / math.sqrt(self.head_dim)
-        out = functional.attention(*heads, mask, dropout_p, False, scale, self.razor.attention, self._flag)
+        out = functional.attention(*heads, mask, dropout_p, False, scale, self.razor.attention, self.flag_for(query))
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, ...]:
-        codec, flag = self.razor.pruned, self._flag
+        codec, flag = self.razor.pruned, self.flag_for(query)
         if same and self.in_proj_weight is not None:
             return functional.linear(query, self.in_proj_weight, self.in_proj_bias, codec, flag).chunk(3, -1)
         if self.in_proj_weight is not None:
@@ -201,7 +201,7 @@ class RazorTransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
         if self.activation is F.relu:
             x = functional.piecewise_linear(x, F.relu, 0.0, math.nan)
         elif self.activation is F.gelu:
-            x = functional.smooth(x, "gelu", self.razor.activation, self._flag)
+            x = functional.smooth(x, "gelu", self.razor.activation, self.flag_for(x))
         else:
             x = self.activation(x)
         return self.dropout2(self.linear2(self.dropout(x)))

@@ -7,17 +7,21 @@ hooks, mode, names and every reference to the module stay as they are; the way b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import FunctionType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 
 from ..codecs import Pruned
 from ..codecs.normalised import NormCodec
 from ..functional.attention import AttentionCodec
+from ..functional.transforms import refuse_script
 
-FLAG = "_backrazor_flag"
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
+
+ORIGINAL, _STATUS = "_backrazor_original", "_backrazor_status"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +34,53 @@ class LayerRules:
     attention: AttentionCodec
 
 
+class Status:
+    """The status bits that a layer's packing sets: one int32 per device, made where it is first needed.
+
+    It is no buffer: it is not part of the model's state, is not averaged, moved or initialised with it, and a copy of
+    the layer starts with one of its own.
+    """
+
+    def __init__(self) -> None:
+        self._flags: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The flag, int32 (1,), for work on ``device``."""
+        flag = self._flags.get(device)
+        if flag is None:
+            flag = torch.zeros(1, dtype=torch.int32, device=device)
+            # shapes without data, and tensors of a transform, do not outlive the call
+            lasting = type(flag) is Tensor and device.type != "meta"
+            if lasting and not _functorch.is_functorch_wrapped_tensor(flag):
+                self._flags[device] = flag
+        return flag
+
+    @property
+    def flags(self) -> list[Tensor]:
+        """The flags that exist."""
+        return list(self._flags.values())
+
+    def __deepcopy__(self, memo: dict) -> Status:
+        return Status()
+
+    def __reduce__(self) -> tuple:
+        return Status, ()
+
+
 class DropIn(nn.Module):
     """Mixin of the drop-ins. ``razor`` holds the layer's rules."""
 
     razor: LayerRules
     packs: ClassVar[bool] = True  # whether it has a flag for non-finite values and overflow
-    prunes: ClassVar[bool] = False  # whether it prunes its input a sample
+    prunes: ClassVar[bool] = False  # whether it prunes its input per sample
     link: ClassVar[str | None] = (
         None  # its part in a chain that runs as one operator: "conv", "norm" or "activation" (see fusion.py)
     )
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """A layer made by the class of another one, ``type(layer)(...)``, is a plain one: it has no rules."""
+        super().__init__(*args, **kwargs)
+        self.__class__ = next(cls for cls in type(self).__mro__ if not issubclass(cls, DropIn))
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
@@ -53,24 +95,20 @@ class DropIn(nn.Module):
             return f"input, all of it, {pruned.values}"
         return f"input at sparsity {pruned.sparsity:g}, {pruned.values}, index {pruned.index}"
 
-    @property
-    def _passes_through(self) -> bool:
-        """Whether the module that leads its chain has done this one's work already."""
-        if "_backrazor_norm" not in self.__dict__:
-            return False
-        norm = self._backrazor_norm  # in a tuple, so that it is no submodule; empty in a chain without a norm
-        return not norm or is_frozen(norm[0])
+    def flag_for(self, x: Tensor) -> Tensor:
+        """The layer's status bits, int32 (1,), on the device of ``x``."""
+        return self.__dict__[_STATUS].on(x.device)
 
-    @property
-    def _flag(self) -> Tensor:
-        return self._buffers[FLAG]
+    __prepare_scriptable__ = refuse_script
 
 
 class MadeDropIn(DropIn):
     """A drop-in whose class is made for the class it replaces, so that pickle cannot find it by name."""
 
     def __reduce__(self):
-        return _restore, (self._backrazor_original,), self.__dict__
+        if type(self) is not class_given_to(self):  # derived from it since: that class's own affair
+            return object.__reduce_ex__(self, 4)
+        return _restore, (self.__dict__[ORIGINAL],), self.__dict__
 
 
 def _restore(original: type[nn.Module]) -> nn.Module:
@@ -80,6 +118,19 @@ def _restore(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def class_given_to(module: DropIn) -> type[DropIn]:
+    """The drop-in class that ``razor_`` gave a module; its class now may be one that was derived from it since."""
+    from . import drop_in_of
+
+    return drop_in_of(module.__dict__[ORIGINAL])
+
+
+def status_flags(module: nn.Module) -> list[Tensor]:
+    """The status bits of a module, one int32 (1,) per device that it has run on; none for a module that is no
+    drop-in."""
+    return module.__dict__[_STATUS].flags if isinstance(module, DropIn) else []
+
+
 def is_frozen(norm: nn.Module) -> bool:
     """Whether a BatchNorm is a fixed scale and shift now: running statistics, no trained affine."""
     affine = (norm.weight, norm.bias)
@@ -87,20 +138,57 @@ def is_frozen(norm: nn.Module) -> bool:
     return not norm.training and has_statistics and not any(p is not None and p.requires_grad for p in affine)
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether a function on the instance runs instead of the ``forward`` of its class."""
+    return "forward" in module.__dict__
+
+
 def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules) -> None:
     """Turn ``module`` into the drop-in ``cls``."""
-    module.razor = rules
-    module._backrazor_original = type(module)
-    if cls.packs:
-        device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-        module.register_buffer(FLAG, torch.zeros(1, dtype=torch.int32, device=device), persistent=False)
+    status = Status()
+    if cls.packs:  # made now for where it is going to be needed, so that tracing finds it
+        for device in {t.device for t in (*module.parameters(), *module.buffers())}:
+            status.on(device)
+    module.__dict__.update({ORIGINAL: type(module), _STATUS: status, "razor": rules})
     module.__class__ = cls
+
+
+def why_not_detached(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """What was done to a module, to which ``razor_`` gave the class ``base``, that the way back would undo or break, in
+    words; None where there is nothing."""
+    if is_patched(module):
+        return (
+            "its forward was replaced after razor_ and may call what unrazor_ removes: "
+            "take the replacement off first (accelerate: remove_hook_from_module)"
+        )
+    if not _can_be_rebased(type(module), base):
+        return f"its class was changed to {type(module).__name__} after razor_: change it back first"
+    return None
 
 
 def detach(module: nn.Module) -> None:
     """Turn a drop-in back into what it was."""
-    module.__class__ = module._backrazor_original
-    for name in ("_backrazor_original", "razor", "_backrazor_followers", "_backrazor_norm"):
+    module.__class__ = rebased(type(module), class_given_to(module), module.__dict__[ORIGINAL])
+    for name in (ORIGINAL, _STATUS, "razor"):
         module.__dict__.pop(name, None)
-    if FLAG in module._buffers:
-        delattr(module, FLAG)
+
+
+def _can_be_rebased(cls: type, base: type) -> bool:
+    """Whether ``cls`` is ``base``, or a class made from it at run time that does not know its own name (a function
+    that calls ``super()`` does)."""
+    if cls is base:
+        return True
+    functions = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+    knows_itself = any("__class__" in function.__code__.co_freevars for function in functions)
+    derived = [parent for parent in cls.__bases__ if issubclass(parent, base)]
+    return not knows_itself and bool(derived) and all(_can_be_rebased(parent, base) for parent in derived)
+
+
+def rebased(cls: type, base: type, onto: type) -> type:
+    """``onto`` for ``base``; for a class that was derived from ``base`` at run time, such as the one that
+    ``torch.nn.utils.parametrize`` makes, the same class derived from ``onto``."""
+    if cls is base:
+        return onto
+    parents = tuple(rebased(parent, base, onto) if issubclass(parent, base) else parent for parent in cls.__bases__)
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__.replace(base.__name__, onto.__name__), parents, members)

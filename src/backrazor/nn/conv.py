@@ -10,7 +10,7 @@ from .. import functional
 from ..functional.conv import ConvSpec
 from ..functional.conv_norm_act import Norm
 from .base import DropIn, LayerRules, is_frozen
-from .norm import batch_norm
+from .fusion import chain_of
 
 
 class RazorConvolution(DropIn):
@@ -29,20 +29,15 @@ class RazorConvolution(DropIn):
         """The convolution's settings for this input."""
 
     def forward(self, input: Tensor) -> Tensor:
+        arguments = self.razor.pruned, self.flag_for(input)
         spec = self._spec(input)
-        followers = self.__dict__.get("_backrazor_followers")
-        if followers is None or not is_frozen(followers[0]):
-            return functional.conv2d(input, self.weight, self.bias, spec, self.razor.pruned, self._flag)
-        return self._chain(input, spec, *followers)
-
-    def _chain(self, x: Tensor, spec: ConvSpec, norm: nn.Module, activation: nn.Module | None = None) -> Tensor:
-        act = None if activation is None else activation.epilogue()
-        if x.dim() == 4 and x.is_contiguous() and (activation is None or act is not None):
-            frozen = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-            return functional.conv_norm_act(x, self.weight, self.bias, spec, frozen, act, self.razor.pruned, self._flag)
-        y = functional.conv2d(x, self.weight, self.bias, spec, self.razor.pruned, self._flag)
-        y = batch_norm(norm, y)
-        return y if activation is None else activation.activate(y)
+        chain = chain_of(self) if input.dim() == 4 and input.is_contiguous() else None
+        act = None if chain is None or chain.activation is None else chain.activation.epilogue()
+        if chain is None or not is_frozen(chain.norm) or (chain.activation is not None and act is None):
+            return functional.conv2d(input, self.weight, self.bias, spec, *arguments)
+        norm = chain.norm
+        frozen = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        return chain.done(functional.conv_norm_act(input, self.weight, self.bias, spec, frozen, act, *arguments))
 
 
 class RazorConv2d(RazorConvolution, nn.Conv2d):

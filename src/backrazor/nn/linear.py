@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .base import DropIn
+from .fusion import chain_of
 
 
 class RazorLinear(DropIn, nn.Linear):
@@ -15,15 +16,12 @@ class RazorLinear(DropIn, nn.Linear):
     prunes = True
 
     def forward(self, input: Tensor) -> Tensor:
-        followers = self.__dict__.get("_backrazor_followers")
-        if followers is None:
-            return functional.linear(input, self.weight, self.bias, self.razor.pruned, self._flag)
-        (activation,) = followers
-        act = activation.epilogue()
-        if act is None or input.dim() < 2:
-            out = functional.linear(input, self.weight, self.bias, self.razor.pruned, self._flag)
-            return activation.activate(out)
-        return functional.linear_act(input, self.weight, self.bias, act, self.razor.pruned, self._flag)
+        arguments = self.razor.pruned, self.flag_for(input)
+        chain = chain_of(self)
+        act = chain.activation.epilogue() if chain is not None and input.dim() > 1 else None
+        if act is None:
+            return functional.linear(input, self.weight, self.bias, *arguments)
+        return chain.done(functional.linear_act(input, self.weight, self.bias, act, *arguments))
 
 
 class RazorOutProjection(RazorLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional
 from .base import DropIn, LayerRules
+from .fusion import hands_through
 
 _WORDS = {
     "dense": "input, dense (norm=dense)",
@@ -34,7 +34,7 @@ def batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     tracked = not module.training or module.track_running_stats
     mean, variance = (module.running_mean, module.running_var) if tracked else (None, None)
     return functional.batch_norm(
-        x, mean, variance, module.weight, module.bias, use_batch, momentum, module.eps, module.razor.norm, module._flag
+        x, mean, variance, module.weight, module.bias, use_batch, momentum, module.eps, module.razor.norm, module.flag_for(x)
     )
 
 
@@ -49,13 +49,9 @@ class _RazorBatchNorm(DropIn):
         return f"on running statistics nothing, else {norm_words(rules)}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._passes_through:
+        if hands_through(self, input):
             return input
         self._check_input_dim(input)
-        if self.training and input.dim() > 1 and input.numel() == input.shape[1]:
-            return torch.nn.functional.batch_norm(
-                input, None, None, training=True
-            )  # raises PyTorch's own error: one value a channel
         return batch_norm(self, input)
 
 
@@ -80,7 +76,7 @@ class RazorLayerNorm(DropIn, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, self.razor.norm, self._flag
+            input, self.normalized_shape, self.weight, self.bias, self.eps, self.razor.norm, self.flag_for(input)
         )
 
 
@@ -92,5 +88,5 @@ class RazorGroupNorm(DropIn, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, self.razor.norm, self._flag
+            input, self.num_groups, self.weight, self.bias, self.eps, self.razor.norm, self.flag_for(input)
         )

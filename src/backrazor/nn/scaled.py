@@ -28,7 +28,7 @@ class _Replaced(TorchFunctionMode):
         if function in _PRODUCTS and not kwargs and all(isinstance(x, Tensor) for x in args):
             for scale, x in (args, args[::-1]):
                 if self._is_own(scale) and not self._is_own(x):
-                    return functional.channel_scale(x, scale, self._module.razor.pruned, self._module._flag)
+                    return functional.channel_scale(x, scale, self._module.razor.pruned, self._module.flag_for(x))
         return function(*args, **(kwargs or {}))
 
     def _is_own(self, x: Tensor) -> bool:

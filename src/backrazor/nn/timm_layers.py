@@ -23,6 +23,7 @@ from ..functional.conv import ConvSpec
 from .activation import RazorSmooth
 from .base import UNKNOWN, DropIn, LayerRules
 from .conv import RazorConvolution
+from .fusion import hands_through
 from .linear import RazorLinear
 from .norm import RazorGroupNorm, RazorLayerNorm, batch_norm, norm_words
 
@@ -65,7 +66,7 @@ class RazorBatchNormAct2d(DropIn, BatchNormAct2d):
         return self.act if usable else UNKNOWN
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self._passes_through else self.act(self.drop(batch_norm(self, x)))
+        return x if hands_through(self, x) else self.act(self.drop(batch_norm(self, x)))
 
 
 class _RazorGate(DropIn):
@@ -76,7 +77,7 @@ class _RazorGate(DropIn):
         return super().keeps(module, rules) + "; the gate dense"
 
     def _product(self, x: Tensor, gate: Tensor) -> Tensor:
-        return functional.channel_scale(x, gate, self.razor.pruned, self._flag)
+        return functional.channel_scale(x, gate, self.razor.pruned, self.flag_for(x))
 
 
 class RazorEfficientNetSqueezeExcite(_RazorGate, EfficientNetSqueezeExcite):
