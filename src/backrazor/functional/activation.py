@@ -19,7 +19,7 @@ from ..codecs import mark
 from ..codecs.roles import MASK, QUANTISED
 from ..kernels import level_apply, level_encode, mask_apply, mask_encode
 from ..kernels.topk.reference import OVERFLOW
-from .common import as_rows, from_rows, memory_format, needs_grad
+from .common import as_rows, from_rows, memory_format, needs_grad, raise_flag
 from .transforms import differentiable_once
 
 
@@ -33,25 +33,19 @@ def piecewise_linear(
     """
     if not needs_grad(x):
         return forward(x)
-    out, _ = _PiecewiseLinear.apply(x, forward, low, high, inplace)
-    return out
+    bits = mark(mask_encode(as_rows(x.detach(), memory_format(x)), low, high), MASK)
+    return _PiecewiseLinear.apply(x, bits, forward, inplace)
 
 
 class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor, forward: Callable[[Tensor], Tensor], low: float, high: float, inplace: bool
-    ) -> tuple[Tensor, Tensor]:
-        bits = mask_encode(as_rows(x, memory_format(x)), low, high)
-        return forward(x), mark(bits, MASK)
+    def forward(x: Tensor, bits: Tensor, forward: Callable[[Tensor], Tensor], inplace: bool) -> Tensor:
+        return forward(x)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, *_, inplace = inputs
-        _, bits = output
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, bits, _, inplace = inputs
         ctx.format = memory_format(x)
-        ctx.mark_non_differentiable(bits)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(bits)
         if inplace:
             ctx.mark_dirty(x)
@@ -61,7 +55,7 @@ class _PiecewiseLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         rows = mask_apply(as_rows(grad, ctx.format), bits)
-        return from_rows(rows, grad.shape, ctx.format), None, None, None, None
+        return from_rows(rows, grad.shape, ctx.format), None, None, None
 
 
 @dataclass(frozen=True)
@@ -206,8 +200,19 @@ def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False)
         return activation.forward(x)
     if kept != "float16" and x.dtype == torch.float64:
         raise TypeError(f"activation={kept!r} has no float64 form: use activation='dense' for double precision")
-    out, _ = _Smooth.apply(x, name, kept, inplace, flag)
-    return out
+    stored = mark(_encoded(x.detach(), name, kept, inplace, flag), QUANTISED)
+    return _Smooth.apply(x, stored, name, kept, inplace)
+
+
+def _encoded(x: Tensor, name: str, kept: str, inplace: bool, flag: Tensor) -> Tensor:
+    """What backward needs: x in float16 (itself where it has 16 bits and stays as it is), or the derivative's codes."""
+    if kept == "float16":
+        half = x.to(torch.float16) if x.element_size() > 2 else x.clone() if inplace else x
+        raise_flag(flag, OVERFLOW * torch.isinf(half).any())
+        return half
+    bits = int(kept.removeprefix("int"))
+    thresholds, _ = quantiser_on(name, bits, x.device)
+    return level_encode(as_rows(x, memory_format(x)), thresholds, bits)
 
 
 def _store(out: Tensor, x: Tensor, inplace: bool) -> Tensor:
@@ -216,23 +221,13 @@ def _store(out: Tensor, x: Tensor, inplace: bool) -> Tensor:
 
 class _Smooth(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, name: str, kept: str, inplace: bool, flag: Tensor) -> tuple[Tensor, Tensor]:
-        if kept == "float16":
-            stored = x.to(torch.float16) if x.element_size() > 2 else x.clone()
-            flag.bitwise_or_(OVERFLOW * torch.isinf(stored).any())
-        else:
-            bits = int(kept.removeprefix("int"))
-            thresholds, _ = quantiser_on(name, bits, x.device)
-            stored = level_encode(as_rows(x, memory_format(x)), thresholds, bits)
-        return _store(ACTIVATIONS[name].forward(x), x, inplace), mark(stored, QUANTISED)
+    def forward(x: Tensor, stored: Tensor, name: str, kept: str, inplace: bool) -> Tensor:
+        return _store(ACTIVATIONS[name].forward(x), x, inplace)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.name, ctx.kept, inplace, _ = inputs
-        _, stored = output
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, stored, ctx.name, ctx.kept, inplace = inputs
         ctx.format = memory_format(x)
-        ctx.mark_non_differentiable(stored)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(stored)
         if inplace:
             ctx.mark_dirty(x)

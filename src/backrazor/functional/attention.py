@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..codecs import PackedLayout, Pruned, RowsLayout, mark, pack, pack_rows, role_of, unpack, unpack_rows
 from ..codecs.roles import DENSE, MASK
 from ..kernels import fused_softmax, mask_apply, mask_encode, softmax_backward
-from .common import autocast_dtype, needs_grad, sample_chunks
+from .common import autocast_dtype, needs_grad, sample_chunks, write
 from .transforms import differentiable_once
 
 
@@ -160,7 +160,7 @@ class _Attention(torch.autograd.Function):
                 else mask_apply(p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
             )
             if need_v:
-                torch.matmul(dropped.transpose(-2, -1), part, out=grads[2][start:stop])
+                write(grads[2][start:stop], torch.matmul, dropped.transpose(-2, -1), part)
             del dropped
             grad_p = part @ v.transpose(-2, -1)
             fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
@@ -177,9 +177,9 @@ class _Attention(torch.autograd.Function):
             if not fused:
                 grad_scores.mul_(ctx.scale.factor)
             if need_q:
-                torch.matmul(grad_scores, k, out=grads[0][start:stop])
+                write(grads[0][start:stop], torch.matmul, grad_scores, k)
             if need_k:
-                torch.matmul(grad_scores.transpose(-2, -1), q, out=grads[1][start:stop])
+                write(grads[1][start:stop], torch.matmul, grad_scores.transpose(-2, -1), q)
         return *grads, grad_mask, *(None for _ in rest)
 
 

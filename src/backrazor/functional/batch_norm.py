@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..codecs import mark
 from ..codecs.normalised import NormCodec, NormLayout, keep_normalised, normalised_layout, read_normalised
 from ..codecs.roles import DENSE
-from .common import needs_grad, sample_chunks
+from .common import needs_grad, sample_chunks, write
 from .transforms import differentiable_once
 
 
@@ -33,7 +33,7 @@ def batch_norm(
         and stands in for x in the gradient's formula (Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3).
     """
     arguments = (running_mean, running_var, weight, bias, use_batch_statistics, momentum, eps)
-    if not needs_grad(x, weight, bias):
+    if not needs_grad(x, weight, bias) or x.dim() < 2 or x.shape[1] in (0, x.numel()):  # one value per channel
         return F.batch_norm(x, *arguments)
     keep_input = use_batch_statistics or (weight is not None and weight.requires_grad)
     if keep_input and codec.kind == "dense":
@@ -55,7 +55,7 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 def _sums(grad: Tensor, packed: tuple[Tensor, ...], layout: NormLayout) -> tuple[Tensor, Tensor]:
     """(sum of grad, sum of grad * normalised input) a channel, float32, chunk by chunk."""
     dims = (0, *range(2, grad.dim()))
-    plain = torch.zeros(grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
+    plain = grad.new_zeros(grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
     weighted = torch.zeros_like(plain)
     for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
         part = grad[start:stop]
@@ -145,7 +145,7 @@ class _Batch(torch.autograd.Function):
             grad_x = torch.empty_like(grad)
             for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
                 part = read_normalised(packed, ctx.layout, start, stop, grad.dtype).mul_(slope).add_(offset)
-                torch.mul(torch.sub(grad[start:stop], part, out=part), scale, out=grad_x[start:stop])
+                write(grad_x[start:stop], torch.mul, part.neg_().add_(grad[start:stop]), scale)
         dtype = grad.dtype if weight is None else weight.dtype
         return (
             grad_x,

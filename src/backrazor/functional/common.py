@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
-from .transforms import refuse_transforms
+from .transforms import refuse_tracing, refuse_transforms
 
 # Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps
 # the matrix products of the weight gradients long enough to run at full speed and is small beside any activation worth
@@ -32,7 +33,7 @@ def accumulator(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros to add the chunks' gradients into: float32 where ``like`` has 16 bits, so that chunking costs no
     precision."""
     wide = torch.float32 if like.element_size() == 2 else like.dtype
-    return torch.zeros(shape, dtype=wide, device=like.device)
+    return like.new_zeros(shape, dtype=wide)
 
 
 def added(total: Tensor | None, part: Tensor, whole: bool) -> Tensor:
@@ -80,16 +81,40 @@ def cast_to(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor 
     return tuple(t if t is None or dtype is None else t.to(dtype) for t in tensors)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward is to come for any of these.
+def needs_grad(x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether a backward is to come for x or any of ``tensors``. Not for what the dense operator may refuse: an x that
+    is no floating-point tensor or lies on another device than ``tensors``.
 
     Raises:
         RuntimeError: there is, and it is of a kind that pruned activations have no answer to (see ``transforms``).
     """
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not torch.compiler.is_compiling():
-        refuse_transforms(needed, *tensors)
-    return needed
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        refuse_tracing(x)
+    if not torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    others = [t for t in tensors if t is not None]
+    if not (x.requires_grad or any(t.requires_grad for t in others)) or any(t.device != x.device for t in others):
+        return False
+    if not tracing:
+        refuse_transforms(x, *others)
+    return True
+
+
+def write(out: Tensor, operator: Callable[..., Tensor], *operands: Tensor) -> None:
+    """``operator(*operands, out=out)``. The tensors of ``torch.func`` know no ``out``, there it costs a copy."""
+    if _functorch.is_functorch_wrapped_tensor(out):
+        out.copy_(operator(*operands))
+    else:
+        operator(*operands, out=out)
+
+
+def raise_flag(flag: Tensor, bits: Tensor) -> None:
+    """Set ``bits`` (int32, no dimensions) in ``flag``, which belongs to no transform of ``torch.func``."""
+    while _functorch.is_functorch_wrapped_tensor(bits):
+        bits = _functorch.get_unwrapped(bits)
+    with torch._C._DisableFuncTorch():
+        flag.bitwise_or_(bits)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import ConvProduct, Layout, Pruned, Window, pack_shared, unpack
-from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks
+from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks, write
 from .transforms import differentiable_once
 
 
@@ -33,7 +33,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec
 
     The input is packed before padding. The gradient of x is exact.
     """
-    if not needs_grad(x, weight, bias):
+    if not needs_grad(x, weight, bias) or x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * spec.groups:
         return _forward(x, weight, bias, spec)
     cast = autocast_dtype(x)
     layout, packed = None, ()
@@ -52,8 +52,9 @@ def _pad(x: Tensor, spec: ConvSpec) -> Tensor:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     """The dense operator, some samples at a time: the convolution library copies input and output into a layout of its
     own, which for a whole batch would be the highest peak of the forward pass."""
-    chunks = forward_chunks(x, weight, spec)
-    if len(chunks) < 2 or not x.is_contiguous():
+    usual = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] and x.is_contiguous()
+    chunks = forward_chunks(x, weight, spec) if usual else []
+    if len(chunks) < 2:
         return forward_of_chunk(x, weight, bias, spec)
     out = None
     for start, stop in chunks:
@@ -179,7 +180,7 @@ def backward_in_chunks(
             if need_x:
                 grad_x = part.new_empty(shape) if grad_x is None else grad_x
                 rows = grad_x[start:stop].flatten(2)
-                torch.bmm(weight.flatten(1).t().expand(len(part), -1, -1), part.flatten(2), out=rows)
+                write(rows, torch.bmm, weight.flatten(1).t().expand(len(part), -1, -1), part.flatten(2))
             if x_hat is not None:
                 grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
                 for rows, x in zip(part.flatten(2), x_hat.flatten(2), strict=True):

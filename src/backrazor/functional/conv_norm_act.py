@@ -47,7 +47,7 @@ def conv_norm_act(
 
     Keeps x pruned and the activation's bits. Gradients: of x exact, of the weight at x_hat = unpack(pack(x)).
     """
-    keeps = needs_grad(x, weight, bias)
+    keeps = needs_grad(x, weight, bias) and x.shape[1] == weight.shape[1] * spec.groups
     cast = autocast_dtype(x)
     layout, packed = None, ()
     if keeps and weight.requires_grad:

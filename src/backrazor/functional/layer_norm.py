@@ -13,7 +13,7 @@ from ..codecs import AffineLayout, NormCodec, mark, remember_source
 from ..codecs.normalised import NormLayout, keep_normalised, normalised_layout, read_normalised
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
-from .common import accumulator, needs_grad, reshaped, sample_chunks
+from .common import accumulator, needs_grad, reshaped, sample_chunks, write
 from .transforms import differentiable_once
 
 QUANTISED_RULES = ("int8", "int4")
@@ -35,16 +35,25 @@ def layer_norm(
     https://arxiv.org/abs/1607.06450). Under int8 and int4 the output carries a note that layers reading it directly may
     use h * weight + bias instead of packing it again.
     """
-    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # autocast runs layer_norm in float32 there
-    if not needs_grad(x, weight, bias) or codec.kind == "dense" or x.dim() <= len(shape):
+    if not needs_grad(x, weight, bias) or codec.kind == "dense" or not _has_rows(x, shape):
         return F.layer_norm(x, shape, weight, bias, eps)
+    x = _autocast(x)
     out, rstd, *stored = _LayerNorm.apply(x, weight, bias, tuple(shape), eps, codec, flag)
     if codec.kind in QUANTISED_RULES:
         layout = normalised_layout(x, rstd.numel(), codec)
         affine = tuple(p for p in (weight, bias) if p is not None)
         remember_source(out, (*stored, *affine), AffineLayout(layout, out.dtype, weight is not None, bias is not None))
     return out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast hands it to normalisation: in float32 on CUDA."""
+    return x.float() if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x
+
+
+def _has_rows(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x is a batch of rows of this shape."""
+    return x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == tuple(shape)
 
 
 def _affine_sums(total: Tensor | None, part: Tensor | None) -> None:
@@ -127,7 +136,7 @@ class _LayerNorm(torch.autograd.Function):
                 part, normalised, ctx.normalised_shape, zero, one, weight, bias, mask
             )
             if mask[0]:
-                torch.mul(part_x, scale.to(grad.dtype), out=grad_x[start:stop])
+                write(grad_x[start:stop], torch.mul, part_x, scale.to(grad.dtype))
             for total, addend in zip(sums, part_affine, strict=True):
                 _affine_sums(total, addend)
         dtype = grad.dtype if weight is None else weight.dtype
@@ -139,10 +148,10 @@ def group_norm(
 ) -> Tensor:
     """``F.group_norm`` of x (B, C, *); rows are groups, and the gradient is LayerNorm's a group (Wu and He,
     https://arxiv.org/abs/1803.08494)."""
-    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        x = x.float()
-    if not needs_grad(x, weight, bias) or codec.kind == "dense" or not x.is_contiguous():
+    usual = needs_grad(x, weight, bias) and x.dim() > 1 and x.is_contiguous()
+    if not usual or codec.kind == "dense" or x.shape[1] % groups or math.prod(x.shape[1:]) <= groups:
         return F.group_norm(x, groups, weight, bias, eps)
+    x = _autocast(x)
     out, *_ = _GroupNorm.apply(x, weight, bias, groups, eps, codec, flag)
     return out
 
@@ -192,7 +201,7 @@ class _GroupNorm(torch.autograd.Function):
             )
             if mask[0]:
                 rows = part_x.view(stop - start, ctx.groups, -1)
-                torch.mul(rows, scale.unsqueeze(2), out=grad_x[start:stop].view(rows.shape))
+                write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.unsqueeze(2))
             for total, addend in zip(sums, part_affine, strict=True):
                 _affine_sums(total, addend)
         dtype = grad.dtype if weight is None else weight.dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
-from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks
+from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, write
 from .epilogue import Act, activate_, encode, gradient, join
 from .transforms import differentiable_once
 
@@ -22,7 +22,7 @@ from .transforms import differentiable_once
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, codec: Pruned, flag: Tensor) -> Tensor:
     """act(linear(x)) of x (B, *, I), equal to the two operators bit for bit. Keeps x as ``linear`` does and the
     activation's codes."""
-    needed = needs_grad(x, weight, bias)
+    needed = needs_grad(x, weight, bias) and x.shape[-1:] == weight.shape[-1:]
     cast = autocast_dtype(x)
     layout, packed = None, ()
     if needed and weight.requires_grad:
@@ -77,7 +77,7 @@ class _LinearAct(torch.autograd.Function):
             part = gradient(grad[start:stop], codes[start:stop], ctx.act)
             rows = part.reshape(-1, outputs)
             if need_x:
-                torch.matmul(part, weight, out=grad_x[start:stop])
+                write(grad_x[start:stop], torch.matmul, part, weight)
             if product is not None:
                 product.add(part, tuple(packed), start, stop)
             elif need_weight:

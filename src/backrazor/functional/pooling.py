@@ -17,7 +17,7 @@ Pair = tuple[int, int]
 def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
     """``F.max_pool2d`` of x (B, C, H, W); keeps which element of its window each output is, in 8 bits (a window of at
     most 256 elements)."""
-    if not needs_grad(x) or kernel[0] * kernel[1] > 256:
+    if not needs_grad(x) or x.dim() not in (3, 4) or kernel[0] * kernel[1] > 256:
         return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     out, _ = _MaxPool2d.apply(x, kernel, stride, padding, dilation, ceil_mode)
     return out

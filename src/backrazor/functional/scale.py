@@ -15,12 +15,17 @@ from .transforms import differentiable_once
 def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tensor:
     """x * gate, where gate broadcasts to x (B, ...). The gate's gradient uses x_hat = unpack(pack(x)); the gradient of
     x is exact."""
-    if not needs_grad(x, gate):
+    if not needs_grad(x, gate) or not _broadcasts_to(gate.shape, x.shape):
         return x * gate
     layout, packed = None, ()
     if gate.requires_grad:
         packed, layout = pack_shared(x, codec, flag)
     return _ChannelScale.apply(x, gate, layout, *packed)
+
+
+def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    aligned = zip(reversed(shape), reversed(target), strict=False)
+    return 0 < len(target) >= len(shape) and all(size in (1, wanted) for size, wanted in aligned)
 
 
 class _ChannelScale(torch.autograd.Function):

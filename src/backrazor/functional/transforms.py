@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 _WAY_OUT = (
     "call backrazor.unrazor_(model) first, or leave the layers that it concerns dense with razor_(..., filter_fn=...)"
@@ -55,41 +56,65 @@ def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     def once(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
         if grad is None:  # nothing downstream depends on the output
             return tuple(None for _ in ctx.needs_input_grad)
+        if not torch.compiler.is_compiling():
+            _refuse_vmap(grad)
         with torch.no_grad():
             gradients = backward(ctx, grad)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return gradients
-        message = _TWICE.format(type(ctx).__name__.strip("_").removesuffix("Backward"))
-        if _grad_transforms() > 1:  # of the gradient of a gradient, the outer transform would see a constant
+        message = _TWICE.format(type(ctx).__name__.strip("_").removesuffix("Backward").removesuffix("Generated"))
+        if _kinds().count(_functorch.TransformType.Grad) > 1:  # of the gradient of a gradient, the outer transform would see a constant
             raise RuntimeError(message)
         return _Refused.apply(message, _ANCHOR, *gradients)
 
     return once
 
 
-def _grad_transforms() -> int:
-    kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
-    return kinds.count(_functorch.TransformType.Grad)
+def _kinds() -> list[_functorch.TransformType]:
+    """The transforms of ``torch.func`` that are active."""
+    return [level.key() for level in _functorch.get_interpreter_stack() or ()]
 
 
-def refuse_transforms(needed: bool, *tensors: Tensor | None) -> None:
-    """Raise where a razored operator is traced, or vectorised or differentiated forward while gradients are ``needed``.
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is active."""
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
 
-    Raises:
-        RuntimeError: inside ``torch.jit.trace``, ``torch.func.vmap`` or forward-mode differentiation.
-    """
-    if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace cannot record a razored layer: call backrazor.unrazor_(model) first")
-    if not needed:
-        return
-    kinds = [level.key() for level in _functorch.get_interpreter_stack() or ()]
-    if _functorch.TransformType.Vmap in kinds:
+
+def _refuse_vmap(*tensors: Tensor) -> None:
+    # the second is what torch.autograd.grad(..., is_grads_batched=True) makes
+    batched = any(map(_functorch.is_legacy_batchedtensor, tensors))
+    if batched or _functorch.TransformType.Vmap in _kinds():
         raise RuntimeError(
             f"torch.func.vmap (per-sample gradients, jacobians) cannot go through a razored layer: {_WAY_OUT}"
         )
-    forward = _functorch.TransformType.Jvp in kinds
+
+
+def refuse_tracing(x: Tensor | Proxy) -> None:
+    """Raise where a razored operator is recorded for later.
+
+    Raises:
+        RuntimeError: inside ``torch.jit.trace``.
+        TypeError: ``torch.fx`` traces.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace cannot record a razored layer: call backrazor.unrazor_(model) first")
+    if isinstance(x, Proxy):
+        raise TypeError(
+            "torch.fx cannot trace through a razored layer: trace the plain model and razor the result, or name the "
+            "layer's class a leaf of the tracer"
+        )
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raise where a razored operator that needs a gradient is vectorised or differentiated forward.
+
+    Raises:
+        RuntimeError: inside ``torch.func.vmap`` or forward-mode differentiation.
+    """
+    _refuse_vmap()
+    forward = _functorch.TransformType.Jvp in _kinds()
     if not forward and forward_ad._current_level >= 0:
-        forward = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        forward = any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     if forward:
         raise RuntimeError(f"forward-mode differentiation (jvp) cannot go through a razored layer: {_WAY_OUT}")
 

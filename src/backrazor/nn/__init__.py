@@ -7,6 +7,7 @@ unimported until a model brings one of their classes.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 
 from torch import nn
@@ -111,6 +112,7 @@ def drop_in_for(module: nn.Module) -> type[DropIn] | None:
     return drop_in_of(type(module))
 
 
+@cache
 def drop_in_of(cls: type[nn.Module]) -> type[DropIn] | None:
     """The drop-in of exactly this class, or None."""
     path = DROP_INS.get(qualified_name(cls))

@@ -140,7 +140,8 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if need_weights or query.dim() != 3 or not torch.is_grad_enabled():
+        plain = need_weights or not torch.is_grad_enabled()
+        if plain or not self._fits(query, key, value, attn_mask, key_padding_mask):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -155,6 +156,26 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
         out = functional.attention(*heads, mask, dropout_p, False, scale, self.razor.attention, self.flag_for(query))
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def _fits(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, padding: Tensor | None
+    ) -> bool:
+        """Whether these are a batch of tokens and masks of matching shapes, for all that PyTorch refuses is its own."""
+        tensors = (query, key, value)
+        if not all(isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point() for x in tensors):
+            return False
+        if tuple(x.shape[2] for x in tensors) != (self.embed_dim, self.kdim, self.vdim):
+            return False
+        batch, queries = query.shape[:2] if self.batch_first else query.shape[1::-1]
+        inputs = key.shape[:2] if self.batch_first else key.shape[1::-1]
+        keys = inputs[1]
+        masks = ((queries, keys), (batch * self.num_heads, queries, keys))
+        return (
+            key.shape[:2] == value.shape[:2]
+            and inputs[0] == batch
+            and (attn_mask is None or tuple(attn_mask.shape) in masks)
+            and (padding is None or tuple(padding.shape) == (batch, keys))
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, ...]:
         codec, flag = self.razor.pruned, self.flag_for(query)

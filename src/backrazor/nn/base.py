@@ -17,7 +17,7 @@ from torch._C import _functorch
 from ..codecs import Pruned
 from ..codecs.normalised import NormCodec
 from ..functional.attention import AttentionCodec
-from ..functional.transforms import refuse_script
+from ..functional.transforms import refuse_script, refuse_tracing
 
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
@@ -96,7 +96,14 @@ class DropIn(nn.Module):
         return f"input at sparsity {pruned.sparsity:g}, {pruned.values}, index {pruned.index}"
 
     def flag_for(self, x: Tensor) -> Tensor:
-        """The layer's status bits, int32 (1,), on the device of ``x``."""
+        """The layer's status bits, int32 (1,), on the device of ``x``.
+
+        Raises:
+            TypeError: ``x`` stands for a tensor that ``torch.fx`` traces.
+        """
+        if not isinstance(x, Tensor):
+            refuse_tracing(x)
+            return torch.zeros(1, dtype=torch.int32)  # for the dense operator's refusal
         return self.__dict__[_STATUS].on(x.device)
 
     __prepare_scriptable__ = refuse_script

@@ -30,10 +30,13 @@ class RazorConvolution(DropIn):
 
     def forward(self, input: Tensor) -> Tensor:
         arguments = self.razor.pruned, self.flag_for(input)
+        if not isinstance(input, Tensor):
+            return super().forward(input)
         spec = self._spec(input)
-        chain = chain_of(self) if input.dim() == 4 and input.is_contiguous() else None
+        chain = chain_of(self, input)
         act = None if chain is None or chain.activation is None else chain.activation.epilogue()
-        if chain is None or not is_frozen(chain.norm) or (chain.activation is not None and act is None):
+        fits = chain is not None and input.dim() == 4 and input.is_contiguous() and is_frozen(chain.norm)
+        if not fits or (chain.activation is not None and act is None):
             return functional.conv2d(input, self.weight, self.bias, spec, *arguments)
         norm = chain.norm
         frozen = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)

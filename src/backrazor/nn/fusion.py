@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..functional.transforms import refuse_script
+from ..functional.transforms import is_transformed, refuse_script
 from ..hooks import is_passive
 from . import qualified_name
 from .base import UNKNOWN, DropIn, class_given_to, is_patched, rebased
@@ -146,9 +146,11 @@ def linked(original: type[nn.Module]) -> type[Linked]:
     return type(f"Razor{original.__name__}", (Linked, original), members)
 
 
-def chain_of(leader: nn.Module) -> Chain | None:
-    """What ``leader`` may run beside its own work in this call, or None."""
-    if torch.compiler.is_compiling() or not _running.stack:
+def chain_of(leader: nn.Module, x: object) -> Chain | None:
+    """What ``leader`` may run beside its own work on x in this call, or None."""
+    if not isinstance(x, Tensor):
+        return None
+    if torch.compiler.is_compiling() or not _running.stack or is_transformed():
         return None
     call = _running.stack[-1]
     for members in _sequences(call.container):

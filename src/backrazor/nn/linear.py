@@ -17,7 +17,7 @@ class RazorLinear(DropIn, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         arguments = self.razor.pruned, self.flag_for(input)
-        chain = chain_of(self)
+        chain = chain_of(self, input)
         act = chain.activation.epilogue() if chain is not None and input.dim() > 1 else None
         if act is None:
             return functional.linear(input, self.weight, self.bias, *arguments)

@@ -66,6 +66,8 @@ class RazorBatchNormAct2d(DropIn, BatchNormAct2d):
         return self.act if usable else UNKNOWN
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            return super().forward(x)
         return x if hands_through(self, x) else self.act(self.drop(batch_norm(self, x)))
 
 
