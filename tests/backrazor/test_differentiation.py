@@ -18,7 +18,9 @@ from tests.backrazor.networks import convnet, freeze_norms, mlp
 EXACT = br.RazorConfig(0.0, values="float32", norm="int8", activation="int8", attention="int8")
 
 # torch.jit says so, and PyTorch itself loads it for forward-mode differentiation
-JIT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+JIT_IS_DEPRECATED = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
 
 
 class Gated(nn.Module):

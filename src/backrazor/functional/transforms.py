@@ -63,7 +63,9 @@ def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return gradients
         message = _TWICE.format(type(ctx).__name__.strip("_").removesuffix("Backward").removesuffix("Generated"))
-        if _kinds().count(_functorch.TransformType.Grad) > 1:  # of the gradient of a gradient, the outer transform would see a constant
+        if (
+            _kinds().count(_functorch.TransformType.Grad) > 1
+        ):  # of the gradient of a gradient, the outer transform would see a constant
             raise RuntimeError(message)
         return _Refused.apply(message, _ANCHOR, *gradients)
 

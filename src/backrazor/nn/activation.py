@@ -87,7 +87,9 @@ class RazorSmooth(_RazorActivation):
         """Its name in ``functional.ACTIVATIONS``."""
 
     def activate(self, x: Tensor) -> Tensor:
-        return functional.smooth(x, self._function, self.razor.activation, self.flag_for(x), getattr(self, "inplace", False))
+        return functional.smooth(
+            x, self._function, self.razor.activation, self.flag_for(x), getattr(self, "inplace", False)
+        )
 
     def epilogue(self) -> Act | None:
         kept = self.razor.activation

@@ -63,6 +63,7 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
 )
 
+
 class Chain(NamedTuple):
     """What follows a leader: the norm and the activation that it may run, and the modules that then hand through."""
 

@@ -34,7 +34,16 @@ def batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     tracked = not module.training or module.track_running_stats
     mean, variance = (module.running_mean, module.running_var) if tracked else (None, None)
     return functional.batch_norm(
-        x, mean, variance, module.weight, module.bias, use_batch, momentum, module.eps, module.razor.norm, module.flag_for(x)
+        x,
+        mean,
+        variance,
+        module.weight,
+        module.bias,
+        use_batch,
+        momentum,
+        module.eps,
+        module.razor.norm,
+        module.flag_for(x),
     )
 
 
