@@ -148,8 +148,11 @@ def unrazor_(model: nn.Module) -> int:
     drop_ins = [module for module in model.modules() if isinstance(module, DropIn)]
     containers = [module for module in model.modules() if isinstance(module, Linked)]
     for name, module in model.named_modules():
-        base = class_given_to(module) if isinstance(module, DropIn) else None
-        base = linked(module._backrazor_linked) if isinstance(module, Linked) else base
+        base: type[nn.Module] | None = None
+        if isinstance(module, DropIn):
+            base = class_given_to(module)
+        elif isinstance(module, Linked):
+            base = linked(module._backrazor_linked)
         reason = None if base is None else why_not_detached(module, base)
         if reason is not None:
             raise RuntimeError(f"{name or type(module).__name__} cannot be turned back: {reason}")

@@ -127,6 +127,7 @@ def refuse_script(module: torch.nn.Module) -> None:
     Raises:
         RuntimeError: always.
     """
+    name = type(module).__name__
     raise RuntimeError(
-        f"torch.jit.script cannot compile the razored layer {type(module).__name__}: call backrazor.unrazor_(model) first"
+        f"torch.jit.script cannot compile the razored layer {name}: call backrazor.unrazor_(model) first"
     )
