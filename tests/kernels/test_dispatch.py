@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backrazor.kernels import _launch
+from backrazor.kernels.cpu import launch as _launch
 from backrazor.kernels.dispatch import implementation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,10 +126,10 @@ def test_compiled_code_is_kept_under_the_state_of_all_kernel_sources(
     kept = Path(cpu.__file__).parent / "__pycache__"
     assert list(kept.glob(f"*_{_launch._digest()}-*.nbi")), f"no machine code of these sources in {kept}"
     cached = [file for file in Path(_launch.__file__).parent.rglob("*.py") if "cache=True" in file.read_text()]
-    assert [file.name for file in cached] == ["_launch.py"], "only _launch names what it keeps"
+    assert [file.name for file in cached] == ["launch.py"], "only launch.py names what it keeps"
     part = tmp_path / "bitmask" / "part.py"
     part.parent.mkdir()
-    monkeypatch.setattr(_launch, "__file__", str(tmp_path / "_launch.py"))
+    monkeypatch.setattr(_launch, "__file__", str(tmp_path / "cpu" / "launch.py"))
     states = []
     for text in ("a = 1", "a = 2"):
         part.write_text(text)

@@ -8,9 +8,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32, between, copy_bytes, element_bytes, keep_lanes, tail_block, valid_lanes
-from .._llvm.scalars import bits_float, fetch_add, get_i64, get_u8, get_u16, put_u8, put_u16
+from ..cpu.lanes import BF16, F16, F32, between, copy_bytes, element_bytes, keep_lanes, tail_block, valid_lanes
+from ..cpu.launch import launch, threads_for
+from ..cpu.scalars import bits_float, fetch_add, get_i64, get_u8, get_u16, put_u8, put_u16
+from .layout import mask_bytes
 
 RUN = 1 << 16  # elements a thread takes at a time: a multiple of 16
 SPARE_BYTES = 128  # scratch of a thread: two blocks of 16 float32
@@ -94,7 +95,7 @@ def _float_bits(value: float) -> int:
 def encode(x: Tensor, low: float, high: float) -> Tensor:
     """As ``reference.encode``; x contiguous (B, n)."""
     batch, n = x.shape
-    bits = torch.empty(batch, -(-n // 8), dtype=torch.uint8)
+    bits = torch.empty(batch, mask_bytes(n), dtype=torch.uint8)
     tasks = batch * -(-n // RUN)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
     bounds = _float_bits(low), _float_bits(high)

@@ -11,10 +11,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32, by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block
-from .._llvm.scalars import fetch_add, get_f32, get_i64, get_u8, put_f32, put_u8
-from ._lanes import apply_level, encode_even, encode_level
+from ..cpu.lanes import BF16, F16, F32, by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block
+from ..cpu.launch import launch, threads_for
+from ..cpu.scalars import fetch_add, get_f32, get_i64, get_u8, put_f32, put_u8
+from ._cpu_lanes import apply_level, encode_even, encode_level
+from .layout import code_bytes
 
 _CELLS = numpy.arange(-127, 128)
 RUN = 1 << 15  # elements a thread takes at a time: a multiple of 16
@@ -217,7 +218,7 @@ def _cells_per_unit(thresholds: bytes) -> int:
 def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
     """As ``reference.encode``; x contiguous."""
     batch, n = x.shape
-    codes = torch.empty(batch, -(-n * bits // 8), dtype=torch.uint8)
+    codes = torch.empty(batch, code_bytes(n, bits), dtype=torch.uint8)
     tasks = batch * -(-n // RUN)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
     pointers = [tensor.data_ptr() for tensor in (x, thresholds, codes, scratch)]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from numba import njit
 
-from .._llvm.lanes import F32
-from .._llvm.scalars import fetch_add, get_i32, get_i64, get_u8, get_u16, popcount, put_i32
-from .._llvm.vectors import LANES
-from ..topk._cpu_select import BITMAP, INT8
+from ..cpu.lanes import F32
+from ..cpu.scalars import fetch_add, get_i32, get_i64, get_u8, get_u16, popcount, put_i32
+from ..cpu.vectors import LANES
+from ..topk._cpu_select import INT8
 from ..topk._cpu_unpack import decode_values
-from ..topk.layout import TILE
-from ._lanes import compress_positions, widen_offsets
+from ..topk.layout import BITMAP, TILE
+from ._cpu_lanes import compress_positions, widen_offsets
 
 # How positions are grouped: by channel, which is the order they have; by channel and the remainders of height and width
 # by the strides; by input of a Linear.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from numba import njit
 
-from .._llvm.lanes import BF16, F16, F32, by_kind, cast_load, copy_bytes, element_bytes
-from .._llvm.scalars import fetch_add, get_i64, put_f32
-from .._llvm.vectors import LANES
-from ._lanes import add_products, transpose_tile
+from ..cpu.lanes import BF16, F16, F32, by_kind, cast_load, copy_bytes, element_bytes
+from ..cpu.scalars import fetch_add, get_i64, put_f32
+from ..cpu.vectors import LANES
+from ._cpu_lanes import add_products, transpose_tile
 
 VECTOR = LANES * 4
 TILE_BYTES = LANES * VECTOR

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.vectors import has_avx512
-from ..topk.cpu import INDEX, KIND
-from ..topk.layout import TILE, Stored
+from ..cpu.launch import launch, threads_for
+from ..cpu.vectors import has_avx512
+from ..topk.cpu import KIND
+from ..topk.layout import INDEX, TILE, Stored
 from . import reference
 from ._cpu_entries import CHANNELS, INPUTS, STRIDED, make_entries
 from ._cpu_sums import (

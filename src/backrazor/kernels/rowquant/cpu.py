@@ -8,8 +8,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.lanes import (
+from ..cpu.lanes import (
     BF16,
     F16,
     F32,
@@ -21,7 +20,8 @@ from .._llvm.lanes import (
     tail_block,
     valid_lanes,
 )
-from .._llvm.scalars import (
+from ..cpu.launch import launch, threads_for
+from ..cpu.scalars import (
     bits_float,
     fetch_add,
     float_bits,
@@ -33,7 +33,8 @@ from .._llvm.scalars import (
     put_u8,
     put_u16,
 )
-from ._lanes import dequantise, largest_normalised, quantise_normalised
+from ..derivative.layout import code_bytes
+from ._cpu_lanes import dequantise, largest_normalised, quantise_normalised
 from .reference import affine
 
 ROWS = 64  # rows a thread takes at a time
@@ -161,7 +162,7 @@ _DECODE = {torch.float32: _decode_f32, torch.float16: _decode_f16, torch.bfloat1
 def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """As ``reference.encode``; x contiguous."""
     rows, m = x.shape
-    codes = torch.empty(rows, -(-m * bits // 8), dtype=torch.uint8)
+    codes = torch.empty(rows, code_bytes(m, bits), dtype=torch.uint8)
     scales = torch.empty(rows, dtype=torch.float16)
     tasks = -(-rows // ROWS)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)

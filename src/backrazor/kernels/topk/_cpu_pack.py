@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy
 from numba import njit
 
-from .._llvm.lanes import (
+from ..cpu.lanes import (
     BF16,
     F16,
     F32,
@@ -22,7 +22,7 @@ from .._llvm.lanes import (
     tail_block,
     valid_lanes,
 )
-from .._llvm.scalars import (
+from ..cpu.scalars import (
     atomic_or,
     bits_float,
     fetch_add,
@@ -39,10 +39,8 @@ from .._llvm.scalars import (
     round_even,
     trailing_zeros,
 )
-from ._cpu_select import BITMAP, BUFFER_AT, INT8, SPARE_AT, STAGE_AT, TILES, threshold_of
-from .layout import TILE
-
-NON_FINITE, OVERFLOW = 1, 2
+from ._cpu_select import BUFFER_AT, INT8, SPARE_AT, STAGE_AT, threshold_of
+from .layout import BITMAP, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, TILES
 
 
 @njit(forceinline=True)
@@ -70,7 +68,7 @@ def _store_values(value_kind, stage, count, values, scales, position):
     if largest >= 0x7F800000:
         status |= NON_FINITE
     if value_kind == INT8:
-        put_f32(spare, bits_float(largest) / numpy.float32(127.0))
+        put_f32(spare, bits_float(largest) / numpy.float32(INT8_LIMIT))
         cast_store(BF16, spare, spill)
         if get_u16(spill) < 0x0080:  # below the normal numbers its reciprocal is infinite
             put_u16(spill, 0)
@@ -81,7 +79,7 @@ def _store_values(value_kind, stage, count, values, scales, position):
         inverse = numpy.float32(0.0) if infinite or scale == 0 else numpy.float32(1.0) / scale
         for i in range(count):
             quantised = numpy.float32(0.0) if infinite else round_even(get_f32(stage + i * 4) * inverse)
-            quantised = min(max(quantised, numpy.float32(-127.0)), numpy.float32(127.0))
+            quantised = min(max(quantised, -numpy.float32(INT8_LIMIT)), numpy.float32(INT8_LIMIT))
             put_u8(values + position + i, int(quantised))
         return status
     # 65520 and 2^128 - 2^119: from there on a cast rounds to infinity

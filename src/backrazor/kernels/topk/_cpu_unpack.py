@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy
 from numba import njit
 
-from .._llvm.lanes import (
+from ..cpu.lanes import (
     BF16,
     F16,
     F32,
@@ -17,7 +17,7 @@ from .._llvm.lanes import (
     copy_bytes,
     element_bytes,
 )
-from .._llvm.scalars import (
+from ..cpu.scalars import (
     fetch_add,
     get_f32,
     get_i32,
@@ -31,8 +31,8 @@ from .._llvm.scalars import (
     put_u16,
     trailing_zeros,
 )
-from ._cpu_select import BITMAP, INT8, NO_INDEX, STAGE_AT
-from .layout import TILE
+from ._cpu_select import INT8, STAGE_AT
+from .layout import BITMAP, NO_INDEX, TILE
 
 
 @njit(forceinline=True)

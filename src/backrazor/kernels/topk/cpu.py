@@ -14,16 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32
+from ..cpu.lanes import BF16, F16, F32
+from ..cpu.launch import launch, threads_for
 from ._cpu_pack import pack_bf16, pack_f16, pack_f32
-from ._cpu_select import BITMAP, BUFFER_AT, INT8, MIN_SAMPLED, NO_INDEX, TILES
+from ._cpu_select import BUFFER_AT, INT8, MIN_SAMPLED
 from ._cpu_unpack import unpack_bf16, unpack_f16, unpack_f32
-from .layout import Stored
+from .layout import INDEX, Stored
 
-# How an argument block names types and indices.
+# How kernels name types.
 KIND = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
-INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 _PACK = {F32: pack_f32, F16: pack_f16, BF16: pack_bf16}
 _UNPACK = {F32: unpack_f32, F16: unpack_f16, BF16: unpack_bf16}
 

@@ -7,7 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 256
+TILE = 256  # elements that share a count of kept ones; kept values that share a scale
+NON_FINITE, OVERFLOW = 1, 2  # status bits
+INT8_LIMIT = 127  # the largest code of int8 values
+# How kernels name the form of the index.
+NO_INDEX, BITMAP, TILES = 0, 1, 2
+INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 
 
 class Stored(NamedTuple):

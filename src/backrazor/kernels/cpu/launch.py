@@ -55,7 +55,7 @@ def threads_for(tasks: int) -> int:
 @cache
 def _digest() -> str:
     """Names the state of all kernel sources."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
