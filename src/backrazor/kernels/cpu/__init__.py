@@ -7,9 +7,11 @@ elements at raw addresses; a *kind* names how the elements are stored: "f32", "f
 is that of the bit pattern without its sign: for finite numbers the order of |x|, with infinity above every number and
 NaN above infinity.
 
+arguments  what a kernel is told: structs with named fields
+compiling  from a worker to machine code, kept on disk
 launch     running a kernel on PyTorch's threads
 vectors    what intrinsics are written with
-scalars    single numbers at raw addresses, atomic counters
+scalars    single numbers at raw addresses
 lanes      blocks of 16: comparing, selecting, compressing, casting; a family's own are in its ``_cpu_lanes.py``
 layout     what code that must not import Numba knows of the blocks
 """

@@ -1,23 +1,22 @@
 """Running a CPU kernel on PyTorch's own threads.
 
-A kernel is a C function of one pointer to a block of int64 arguments; word 0 of the block is a counter from which the
-threads take the next piece of work. The team is started through the OpenMP runtime that PyTorch has already loaded
-(``GOMP_parallel``): a second thread pool would fight with PyTorch's, whose workers spin for a while after every
-operator. Where no such runtime is found the kernel runs on Python threads (the call releases the GIL).
+A kernel is a C function of one pointer to its arguments, among which is a counter from which the threads take the next
+piece of work. The team is started through the OpenMP runtime that PyTorch has already loaded (``GOMP_parallel``): a
+second thread pool would fight with PyTorch's, whose workers spin for a while after every operator. Where no such
+runtime is found the kernel runs on Python threads (the call releases the GIL).
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
-import numba
 import torch
+
+from .arguments import Arguments
+from .compiling import entry_point
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -52,42 +51,20 @@ def threads_for(tasks: int) -> int:
     return max(min(torch.get_num_threads(), tasks), 1)
 
 
-@cache
-def _digest() -> str:
-    """Names the state of all kernel sources."""
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-
-
-@cache
-def _compile(kernel: Callable[[int], None]) -> int:
-    """Address of the machine code of ``kernel``; compiled at first use, then kept in Numba's cache on disk.
-
-    The name there changes with the sources: Numba itself looks at the kernel's own file alone, not at what is inlined.
-    """
-    kernel.__qualname__ = f"{kernel.__name__}_{_digest()}"
-    signature = numba.types.void(numba.types.int64)
-    return numba.cfunc(signature, cache=True, error_model="numpy")(kernel).address
-
-
-def launch(kernel: Callable[[int], None], arguments: list[int], tasks: int) -> None:
-    """Run ``kernel`` over ``tasks`` pieces of work with up to ``torch.get_num_threads()`` threads.
-
-    ``arguments`` (ints; addresses and sizes) follow the counter in the argument block. Returns when all pieces are
-    done.
-    """
-    kernel_address = _compile(kernel)
-    block = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
-    pointer = ctypes.addressof(block)
+def launch(worker, arguments: Arguments, tasks: int, settings: tuple[int, ...] = ()) -> None:
+    """Run ``worker(arguments, *settings)`` over ``tasks`` pieces of work with up to ``torch.get_num_threads()``
+    threads. Returns when all pieces are done."""
+    address = entry_point(worker, type(arguments), settings)
+    pointer = ctypes.addressof(arguments)
     threads = threads_for(tasks)
     if threads == 1:
-        _callable(kernel_address)(pointer)
+        _callable(address)(pointer)
         return
     parallel = _gomp_parallel()
     if parallel is not None:
-        parallel(kernel_address, pointer, threads, 0)
+        parallel(address, pointer, threads, 0)
         return
-    function = _callable(kernel_address)
+    function = _callable(address)
     futures = [_thread_pool(threads).submit(function, pointer) for _ in range(threads)]
     for future in futures:
         future.result()

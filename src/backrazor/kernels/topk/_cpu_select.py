@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..cpu.lanes import F32, gather_magnitudes, magnitude_masks, tail_block, valid_lanes
+from ..cpu.lanes import gather_magnitudes, magnitude_masks, tail_block, valid_lanes
+from ..cpu.layout import F32
 from ..cpu.scalars import get_i32, get_u16, popcount, put_i32
 from .layout import TILE
 
@@ -19,7 +20,6 @@ BINS = 1 << BIN_BITS
 STAGE_AT = BINS * 4
 SPARE_AT = STAGE_AT + (TILE + 64) * 4
 BUFFER_AT = SPARE_AT + 64
-INT8 = 3  # how kernels name the stored type, beside F32, F16 and BF16
 
 
 @njit(forceinline=True)
