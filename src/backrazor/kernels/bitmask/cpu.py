@@ -3,11 +3,14 @@ elements of a sample."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from numba import njit
 from torch import Tensor
 
 from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.compiling import EntryPoint
 from ..cpu.lanes import between, copy_bytes, element_bytes, keep_lanes, tail_block, valid_lanes
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import F16, F32, KIND
@@ -84,6 +87,14 @@ def apply_worker(a, kind):
                 keep_lanes(kind, tail_block(kind, grad + shift, n, i // 16, spare), mask, spare + 64)
                 copy_bytes(spare + 64, to, (n - i) * size)
         task = take_tasks(a, 1)
+
+
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    for kind in KIND.values():
+        yield encode_worker, Encode, (kind,)
+    for kind in (F32, F16):
+        yield apply_worker, Apply, (kind,)
 
 
 def encode(x: Tensor, low: float, high: float) -> Tensor:

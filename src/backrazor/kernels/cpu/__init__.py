@@ -9,6 +9,7 @@ NaN above infinity.
 
 arguments  what a kernel is told: structs with named fields
 compiling  from a worker to machine code, kept on disk
+target     whether the kernels can run in this process
 launch     running a kernel on PyTorch's threads
 vectors    what intrinsics are written with
 scalars    single numbers at raw addresses

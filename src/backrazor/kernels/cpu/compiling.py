@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import types as python_types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 
 from .arguments import Arguments
 
+EntryPoint = tuple[Callable[..., None], type[Arguments], tuple[int, ...]]  # what ``entry_point`` takes
 KERNELS = Path(__file__).resolve().parents[1]
 _CPU_SOURCES = ("cpu/*.py", "*/cpu.py", "*/_cpu_*.py", "*/layout.py")
 _lock = threading.RLock()
@@ -33,12 +34,15 @@ def cache_folder() -> Path:
     """Where machine code is kept: BACKRAZOR_CACHE_DIR, else ``backrazor`` in XDG_CACHE_HOME or in ~/.cache."""
     named = os.environ.get("BACKRAZOR_CACHE_DIR")
     if named:
-        return Path(named)
+        return Path(named).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "backrazor"
 
 
 @cache
-def _is_writable(folder: Path) -> bool:
+def is_writable(folder: Path) -> bool:
+    """Whether files can be kept there; makes the folder."""
+    if not folder.is_absolute():  # "~" stays as it is where nobody's home is known
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -51,7 +55,7 @@ def _is_writable(folder: Path) -> bool:
 def announce_once() -> None:
     """Say on stderr that this process compiles: the first step takes seconds longer than the next."""
     folder = cache_folder()
-    if _is_writable(folder):
+    if is_writable(folder):
         kept = f"kept in {folder} for later runs (python -m backrazor.warmup does it beforehand)"
     else:
         kept = f"for this process alone, as {folder} is not writable (BACKRAZOR_CACHE_DIR names another folder)"
@@ -63,6 +67,11 @@ def source_digest() -> str:
     """Names the state of all sources that CPU kernels are made of."""
     sources = sorted({file for pattern in _CPU_SOURCES for file in KERNELS.glob(pattern)})
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+
+
+def _state_folder() -> Path:
+    """Of these sources and this Numba, so that neither finds, or overwrites, what another has left."""
+    return cache_folder() / f"cpu-{source_digest()}-numba-{numba.__version__}"
 
 
 @intrinsic
@@ -99,8 +108,11 @@ def entry_point(worker, block: type[Arguments], settings: tuple[int, ...]) -> in
     # no closure: Numba's cache would tell two processes' closures apart
     own = {"WORKER": worker, "SETTINGS": settings, "_pointee": _pointee, "__name__": __name__}
     function = python_types.FunctionType(_template.__code__, own, worker.__name__)
-    function.__qualname__ = "_".join(map(str, (worker.__name__, *settings)))
+    # names the file and the symbol: families call their workers alike
+    function.__qualname__ = "_".join(map(str, (*worker.__module__.split("."), worker.__name__, *settings)))
     signature = types.void(types.CPointer(block.record))
-    folder = cache_folder()
-    with _lock, _kept_in(folder / f"cpu-{source_digest()}"):
-        return numba.cfunc(signature, cache=_is_writable(folder), error_model="numpy")(function).address
+    with _lock, _kept_in(_state_folder()):
+        try:
+            return numba.cfunc(signature, cache=is_writable(cache_folder()), error_model="numpy")(function).address
+        except OSError:  # a disk that is full, say
+            return numba.cfunc(signature, error_model="numpy")(function).address

@@ -4,6 +4,7 @@ multiplication where the thresholds are an even grid about zero in steps of a po
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy
@@ -12,6 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.compiling import EntryPoint
 from ..cpu.lanes import by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import KIND
@@ -148,6 +150,14 @@ def apply_worker(a, kind, bits):
                 _apply_block(kind, bits, tail, spare + 64, levels, spare + 128, spare)
                 copy_bytes(spare + 128, out + shift + i * size, (n - i) * size)
         task = take_tasks(a, 1)
+
+
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    for kind in KIND.values():
+        for bits in (2, 4, 8):
+            yield encode_worker, Encode, (kind, bits)
+            yield apply_worker, Apply, (kind, bits)
 
 
 @lru_cache(maxsize=16)

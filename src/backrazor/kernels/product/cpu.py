@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cpu.compiling import EntryPoint
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import KIND
 from ..cpu.vectors import has_avx512
@@ -37,6 +39,15 @@ from .layout import LANES, Axis, Window, axes
 
 # The gradient of so many samples is laid out as a matrix at once, at least of one.
 MATRIX_BYTES = 4 << 20
+
+
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    yield entries_worker, MakeEntries, ()
+    yield add_worker, Add, ()
+    for kind in KIND.values():
+        yield lay_worker, Lay, (kind,)
+        yield depthwise_worker, AddDepthwise, (kind,)
 
 
 class _Entries(NamedTuple):

@@ -3,12 +3,15 @@ cache."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy
 import torch
 from numba import njit
 from torch import Tensor
 
 from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.compiling import EntryPoint
 from ..cpu.lanes import by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block, valid_lanes
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import F16, KIND
@@ -130,6 +133,14 @@ def decode_worker(a, kind, bits):
                     _expand(kind, bits, spare + 64, scale, spare + 128)
                     copy_bytes(spare + 128, to, (m - i * 16) * size)
         start = take_tasks(a, ROWS)
+
+
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    for kind in KIND.values():
+        for bits in (4, 8):
+            yield encode_worker, Encode, (kind, bits)
+            yield decode_worker, Decode, (kind, bits)
 
 
 def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,12 @@ Shape legend: n elements a sample, K kept, T = ceil(n / 256) tiles.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from ..cpu.compiling import EntryPoint
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import KIND
 from ._cpu_form import form_of
@@ -21,6 +24,13 @@ from ._cpu_pack import Pack, pack_worker
 from ._cpu_select import BUFFER_AT, MIN_SAMPLED
 from ._cpu_unpack import Unpack, unpack_worker
 from .layout import Stored
+
+
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    for kind in KIND.values():
+        yield pack_worker, Pack, (kind,)
+        yield unpack_worker, Unpack, (kind,)
 
 
 def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
