@@ -101,10 +101,9 @@ def _kept_in(folder: Path) -> Iterator[None]:
         config.CACHE_DIR = before
 
 
-@cache
-def entry_point(worker, block: type[Arguments], settings: tuple[int, ...]) -> int:
-    """The address of a C function of one pointer to a ``block``, which runs ``worker(arguments, *settings)``; compiled
-    at first use."""
+def compiled(worker, block: type[Arguments], settings: tuple[int, ...], keep: bool):
+    """Numba's C function of one pointer to a ``block``, which runs ``worker(arguments, *settings)``; ``keep``: on
+    disk."""
     # no closure: Numba's cache would tell two processes' closures apart
     own = {"WORKER": worker, "SETTINGS": settings, "_pointee": _pointee, "__name__": __name__}
     function = python_types.FunctionType(_template.__code__, own, worker.__name__)
@@ -112,7 +111,13 @@ def entry_point(worker, block: type[Arguments], settings: tuple[int, ...]) -> in
     function.__qualname__ = "_".join(map(str, (*worker.__module__.split("."), worker.__name__, *settings)))
     signature = types.void(types.CPointer(block.record))
     with _lock, _kept_in(_state_folder()):
-        try:
-            return numba.cfunc(signature, cache=is_writable(cache_folder()), error_model="numpy")(function).address
-        except OSError:  # a disk that is full, say
-            return numba.cfunc(signature, error_model="numpy")(function).address
+        return numba.cfunc(signature, cache=keep, error_model="numpy")(function)
+
+
+@cache
+def entry_point(worker, block: type[Arguments], settings: tuple[int, ...]) -> int:
+    """The address of that function; compiled, or loaded from disk, at first use."""
+    try:
+        return compiled(worker, block, settings, is_writable(cache_folder())).address
+    except OSError:  # a disk that is full, say
+        return compiled(worker, block, settings, False).address
