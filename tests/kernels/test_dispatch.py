@@ -44,7 +44,8 @@ def run(code: str, choice: str | None) -> subprocess.CompletedProcess:
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     if choice is not None:
         environment["BACKRAZOR_KERNELS"] = choice
-    command = [sys.executable, "-W", "error", "-c", code]
+    # PyTorch before 2.7 leaves a temporary folder to the end of the process
+    command = [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-c", code]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
