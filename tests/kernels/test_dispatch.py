@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from backrazor.kernels import _launch
 from backrazor.kernels.dispatch import implementation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +44,8 @@ def run(code: str, choice: str | None) -> subprocess.CompletedProcess:
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     if choice is not None:
         environment["BACKRAZOR_KERNELS"] = choice
-    command = [sys.executable, "-W", "error", "-c", code]
+    # PyTorch before 2.7 leaves a temporary folder to the end of the process
+    command = [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-c", code]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -115,23 +115,3 @@ def test_import_is_lean() -> None:
 @pytest.mark.parametrize("family", ["layernorm", "softmax"])
 def test_a_family_without_a_cpu_version_takes_the_reference(family: str) -> None:
     assert implementation(family, torch.zeros(1)) is None
-
-
-def test_compiled_code_is_kept_under_the_state_of_all_kernel_sources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Numba's own cache looks at the file of a kernel only, and would run old code after an inlined part changed."""
-    cpu = pytest.importorskip("backrazor.kernels.bitmask.cpu")
-    cpu.encode(torch.randn(1, 64), 0.0, 1.0)
-    kept = Path(cpu.__file__).parent / "__pycache__"
-    assert list(kept.glob(f"*_{_launch._digest()}-*.nbi")), f"no machine code of these sources in {kept}"
-    cached = [file for file in Path(_launch.__file__).parent.rglob("*.py") if "cache=True" in file.read_text()]
-    assert [file.name for file in cached] == ["_launch.py"], "only _launch names what it keeps"
-    part = tmp_path / "bitmask" / "part.py"
-    part.parent.mkdir()
-    monkeypatch.setattr(_launch, "__file__", str(tmp_path / "_launch.py"))
-    states = []
-    for text in ("a = 1", "a = 2"):
-        part.write_text(text)
-        states.append(_launch._digest.__wrapped__())
-    assert states[0] != states[1]

@@ -13,6 +13,7 @@ import backrazor as br
 from backrazor import kernels
 from backrazor.functional.activation import quantiser
 from backrazor.kernels import dispatch
+from backrazor.kernels.layernorm import ops
 from backrazor.kernels.layernorm import reference as layernorm
 from tests.backrazor.compare import assert_close, assert_same_bits
 from tests.backrazor.networks import convnet, mlp
@@ -136,7 +137,7 @@ def test_no_fusion_is_claimed_on_the_cpu() -> None:
 def test_a_norm_that_rounds_otherwise_is_off_by_default(
     choice: str | None, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "implementation", lambda family, tensor: layernorm)  # as a CUDA tensor would have it
+    monkeypatch.setattr(ops, "implementation", lambda family, tensor: layernorm)  # as a CUDA tensor would have it
     monkeypatch.setattr(dispatch, "forced", lambda: choice)
     assert kernels.fused_norm(torch.randn(3, 4), 4) is fused
     assert not kernels.fused_norm(torch.randn(3, 4), 0)

@@ -21,6 +21,7 @@ KINDS = {"An operator": "linear", "A codec": "rows", "A backbone": "resnet18", "
 WORDS = {
     "src/backrazor/nn/__init__.py": "RazorLinear",
     "src/backrazor/kernels/rowquant/reference.py": "def encode",
+    "src/backrazor/kernels/rowquant/ops.py": "row_encode",
     "src/backrazor/kernels/__init__.py": "row_encode",
     "src/backrazor/config.py": "int4",
     "src/transfer/data/published/__init__.py": "PETS",

@@ -14,10 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE: tl.constexpr = tl.constexpr(256)
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of the float32 infinity; magnitudes above are NaN
-NON_FINITE: tl.constexpr = tl.constexpr(1)  # the status bits of topk/reference.py
-OVERFLOW: tl.constexpr = tl.constexpr(2)
 _EVEN: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves a float32 no bits below the point
 MAX_CHUNK = 1 << 15
 FILLING_PROGRAMS = 1024  # about what keeps 132 multiprocessors busy at 8 programs each

@@ -1,7 +1,7 @@
 """Which implementation of the primitives runs: by device, or forced by the environment variable BACKRAZOR_KERNELS.
 
-CUDA tensors take Triton, CPU tensors Numba; what neither covers (other devices, float64, a package that is missing)
-takes the reference.
+CUDA tensors take Triton, CPU tensors Numba; what neither covers (other devices, float64, a package that is missing, a
+processor without what the CPU kernels need) takes the reference.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -61,6 +62,24 @@ def forced() -> str | None:
     return value
 
 
+@cache
+def _numba_runs() -> bool:
+    """Whether Numba's kernels run here; warns where they do not.
+
+    Raises:
+        ValueError: they do not, and BACKRAZOR_KERNELS forces them.
+    """
+    from .cpu.target import shortcoming
+
+    reason = shortcoming()
+    if reason is None:
+        return True
+    if forced() == "numba":
+        raise ValueError(f"BACKRAZOR_KERNELS='numba' cannot run: {reason}; or unset it")
+    warnings.warn(f"backrazor takes its slower kernels in plain PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+    return False
+
+
 def triton_by_name() -> bool:
     """Whether BACKRAZOR_KERNELS asks for the Triton kernels, which switches on those that round otherwise than
     PyTorch."""
@@ -86,6 +105,8 @@ def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
             f"BACKRAZOR_KERNELS={choice!r} runs on {wanted} tensors, not on {device}: unset it or move the model"
         )
     if choice == "reference" or tensor.dtype not in _FAST_DTYPES:
+        return None
+    if choice == "numba" and not _numba_runs():
         return None
     return _module(f"backrazor.kernels.{family}.{_MODULES[choice]}")
 

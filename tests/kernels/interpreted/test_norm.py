@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backrazor.kernels import norm_backward, norm_forward, row_decode
 from backrazor.kernels.layernorm import reference
-from backrazor.kernels.layernorm.reference import LONGEST_ROW
+from backrazor.kernels.layernorm.layout import LONGEST_ROW
 from tests.backrazor.cases import pairwise
 from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits
 from tests.kernels.interpreted.harness import ORDERS, StrictExecutor

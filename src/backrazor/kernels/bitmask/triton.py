@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch, to_float32
+from .layout import mask_bytes
 
 BYTES = 256  # 2,048 elements a program: 16 a thread with four warps
 WARPS = 4
@@ -58,7 +59,7 @@ def _rows(batch: int, n: int) -> tuple[int, int, int]:
 def encode(x: Tensor, low: float, high: float) -> Tensor:
     """As ``reference.encode``; x contiguous. PyTorch rounds the bounds to x's type before it compares, so this does."""
     batch, n = x.shape
-    bits = torch.empty(batch, -(-n // 8), dtype=torch.uint8, device=x.device)
+    bits = torch.empty(batch, mask_bytes(n), dtype=torch.uint8, device=x.device)
     low, high = (float(torch.tensor(bound, dtype=x.dtype)) for bound in (low, high))
     if x.numel():
         rows, length, blocks = _rows(batch, n)

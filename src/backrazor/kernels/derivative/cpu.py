@@ -4,6 +4,7 @@ multiplication where the thresholds are an even grid about zero in steps of a po
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy
@@ -11,10 +12,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32, by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block
-from .._llvm.scalars import fetch_add, get_f32, get_i64, get_u8, put_f32, put_u8
-from ._lanes import apply_level, encode_even, encode_level
+from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.compiling import EntryPoint
+from ..cpu.lanes import by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block
+from ..cpu.launch import launch, threads_for
+from ..cpu.layout import KIND
+from ..cpu.scalars import get_f32, get_u8, put_f32, put_u8
+from ._cpu_lanes import apply_level, encode_even, encode_level
+from .layout import code_bytes
 
 _CELLS = numpy.arange(-127, 128)
 RUN = 1 << 15  # elements a thread takes at a time: a multiple of 16
@@ -71,19 +76,42 @@ def _apply_block(kind, bits, grad, codes, levels, out, spare):
         cast_store(kind, spare, out)
 
 
+@arguments
+class Encode:
+    """A batch, its thresholds and where its codes go."""
+
+    batch: int
+    n: int
+    source: int
+    thresholds: int
+    per_unit: float  # cells per unit of an even grid, or 0
+    codes: int
+    scratch: int
+
+
+@arguments
+class Apply:
+    """A gradient, its codes, their levels and where the product goes."""
+
+    batch: int
+    n: int
+    grad: int
+    codes: int
+    levels: int
+    out: int
+    scratch: int
+
+
 @njit(forceinline=True)
-def _encode_worker(kind, bits, block):
-    """Argument block: counter, slot, batch, n, x, thresholds, codes, scratch, cells a unit of an even grid or 0."""
-    batch, n = get_i64(block + 16), get_i64(block + 24)
-    source, thresholds, codes = get_i64(block + 32), get_i64(block + 40), get_i64(block + 48)
-    spare = get_i64(block + 56) + fetch_add(block + 8, 1) * SPARE_BYTES
-    per_unit = numpy.float32(get_i64(block + 64))
+def encode_worker(a, kind, bits):
+    n, thresholds, per_unit = a.n, a.thresholds, a.per_unit
+    spare = a.scratch + count_threads(a, 1) * SPARE_BYTES
     runs = (n + RUN - 1) // RUN
-    task = fetch_add(block, 1)
-    while task < batch * runs:
+    task = take_tasks(a, 1)
+    while task < a.batch * runs:
         sample, start = task // runs, (task % runs) * RUN
-        at = source + sample * n * element_bytes(kind)
-        row = codes + sample * ((n * bits + 7) // 8)
+        at = a.source + sample * n * element_bytes(kind)
+        row = a.codes + sample * ((n * bits + 7) // 8)
         for i in range(start, min(start + RUN, n), 16):
             if i + 16 <= n:
                 _encode_block(
@@ -97,22 +125,20 @@ def _encode_worker(kind, bits, block):
                 if left % 8:  # the padding took part: clear its bits
                     last = row + (n * bits + 7) // 8 - 1
                     put_u8(last, get_u8(last) & ((1 << (left % 8)) - 1))
-        task = fetch_add(block, 1)
+        task = take_tasks(a, 1)
 
 
 @njit(forceinline=True)
-def _apply_worker(kind, bits, block):
-    """Argument block: counter, slot, batch, n, grad, codes, levels, out, scratch."""
-    batch, n = get_i64(block + 16), get_i64(block + 24)
-    grad, codes, levels, out = get_i64(block + 32), get_i64(block + 40), get_i64(block + 48), get_i64(block + 56)
-    spare = get_i64(block + 64) + fetch_add(block + 8, 1) * SPARE_BYTES
+def apply_worker(a, kind, bits):
+    n, grad, levels, out = a.n, a.grad, a.levels, a.out
+    spare = a.scratch + count_threads(a, 1) * SPARE_BYTES
     size = element_bytes(kind)
     runs = (n + RUN - 1) // RUN
-    task = fetch_add(block, 1)
-    while task < batch * runs:
+    task = take_tasks(a, 1)
+    while task < a.batch * runs:
         sample, start = task // runs, (task % runs) * RUN
         shift = sample * n * size
-        row = codes + sample * ((n * bits + 7) // 8)
+        row = a.codes + sample * ((n * bits + 7) // 8)
         for i in range(start, min(start + RUN, n), 16):
             if i + 16 <= n:
                 _apply_block(
@@ -123,86 +149,15 @@ def _apply_worker(kind, bits, block):
                 copy_bytes(row + i * bits // 8, spare + 64, ((n - i) * bits + 7) // 8)
                 _apply_block(kind, bits, tail, spare + 64, levels, spare + 128, spare)
                 copy_bytes(spare + 128, out + shift + i * size, (n - i) * size)
-        task = fetch_add(block, 1)
+        task = take_tasks(a, 1)
 
 
-def _encode_f32_2(block):
-    _encode_worker(F32, 2, block)
-
-
-def _encode_f32_4(block):
-    _encode_worker(F32, 4, block)
-
-
-def _encode_f32_8(block):
-    _encode_worker(F32, 8, block)
-
-
-def _encode_f16_2(block):
-    _encode_worker(F16, 2, block)
-
-
-def _encode_f16_4(block):
-    _encode_worker(F16, 4, block)
-
-
-def _encode_f16_8(block):
-    _encode_worker(F16, 8, block)
-
-
-def _encode_bf16_2(block):
-    _encode_worker(BF16, 2, block)
-
-
-def _encode_bf16_4(block):
-    _encode_worker(BF16, 4, block)
-
-
-def _encode_bf16_8(block):
-    _encode_worker(BF16, 8, block)
-
-
-def _apply_f32_2(block):
-    _apply_worker(F32, 2, block)
-
-
-def _apply_f32_4(block):
-    _apply_worker(F32, 4, block)
-
-
-def _apply_f32_8(block):
-    _apply_worker(F32, 8, block)
-
-
-def _apply_f16_2(block):
-    _apply_worker(F16, 2, block)
-
-
-def _apply_f16_4(block):
-    _apply_worker(F16, 4, block)
-
-
-def _apply_f16_8(block):
-    _apply_worker(F16, 8, block)
-
-
-def _apply_bf16_2(block):
-    _apply_worker(BF16, 2, block)
-
-
-def _apply_bf16_4(block):
-    _apply_worker(BF16, 4, block)
-
-
-def _apply_bf16_8(block):
-    _apply_worker(BF16, 8, block)
-
-
-_NAME = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-
-
-def _entry(verb: str, dtype: torch.dtype, bits: int):
-    return globals()[f"_{verb}_{_NAME[dtype]}_{bits}"]
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    for kind in KIND.values():
+        for bits in (2, 4, 8):
+            yield encode_worker, Encode, (kind, bits)
+            yield apply_worker, Apply, (kind, bits)
 
 
 @lru_cache(maxsize=16)
@@ -217,12 +172,19 @@ def _cells_per_unit(thresholds: bytes) -> int:
 def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
     """As ``reference.encode``; x contiguous."""
     batch, n = x.shape
-    codes = torch.empty(batch, -(-n * bits // 8), dtype=torch.uint8)
+    codes = torch.empty(batch, code_bytes(n, bits), dtype=torch.uint8)
     tasks = batch * -(-n // RUN)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
-    pointers = [tensor.data_ptr() for tensor in (x, thresholds, codes, scratch)]
-    per_unit = _cells_per_unit(thresholds.numpy().tobytes()) if bits == 8 else 0
-    launch(_entry("encode", x.dtype, bits), [0, batch, n, *pointers, per_unit], tasks)
+    told = Encode(
+        batch=batch,
+        n=n,
+        source=x.data_ptr(),
+        thresholds=thresholds.data_ptr(),
+        per_unit=_cells_per_unit(thresholds.numpy().tobytes()) if bits == 8 else 0,
+        codes=codes.data_ptr(),
+        scratch=scratch.data_ptr(),
+    )
+    launch(encode_worker, told, tasks, (KIND[x.dtype], bits))
     return codes
 
 
@@ -232,6 +194,14 @@ def apply(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
     out = torch.empty_like(grad)
     tasks = batch * -(-n // RUN)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
-    pointers = [tensor.data_ptr() for tensor in (grad, codes, levels, out, scratch)]
-    launch(_entry("apply", grad.dtype, bits), [0, batch, n, *pointers], tasks)
+    told = Apply(
+        batch=batch,
+        n=n,
+        grad=grad.data_ptr(),
+        codes=codes.data_ptr(),
+        levels=levels.data_ptr(),
+        out=out.data_ptr(),
+        scratch=scratch.data_ptr(),
+    )
+    launch(apply_worker, told, tasks, (KIND[grad.dtype], bits))
     return out

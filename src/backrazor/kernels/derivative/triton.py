@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import from_float32, launch, to_float32
+from .layout import code_bytes
 
 ELEMENTS = 2048  # a program: 16 elements a thread with four warps
 WARPS = 4
@@ -64,7 +65,7 @@ def _rows(batch: int, n: int, bits: int) -> tuple[int, int, int]:
 def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
     """As ``reference.encode``; x and thresholds contiguous."""
     batch, n = x.shape
-    codes = torch.empty(batch, -(-n * bits // 8), dtype=torch.uint8, device=x.device)
+    codes = torch.empty(batch, code_bytes(n, bits), dtype=torch.uint8, device=x.device)
     if x.numel():
         rows, length, blocks = _rows(batch, n, bits)
         launch(_encode, rows * blocks, x, thresholds, codes, length, blocks, BITS=bits, ELEMENTS=ELEMENTS, warps=WARPS)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ..rowquant import reference as rowquant
 
-LONGEST_ROW = 4096  # the fused kernels hold a whole row in registers
-
 
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, bits: int

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import from_float32, launch, magnitude, scale_of, to_float32
+from ..derivative.layout import code_bytes
 from ..rowquant.triton import store_codes
-from .reference import LONGEST_ROW
+from .layout import LONGEST_ROW
 
 # (rows a program holds, elements of a row, warps): the first whose elements hold the row. Eight elements a thread: the
 # two sums of backward stay in registers without spills.
@@ -133,7 +134,7 @@ def forward(
     """As ``reference.forward`` up to the order of its sums; all contiguous, 0 < m <= ``LONGEST_ROW``."""
     rows, m = x.shape
     out = torch.empty_like(x)
-    codes = torch.empty(rows, -(-m * bits // 8), dtype=torch.uint8, device=x.device)
+    codes = torch.empty(rows, code_bytes(m, bits), dtype=torch.uint8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float16, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:

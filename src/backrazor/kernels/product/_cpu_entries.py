@@ -7,17 +7,38 @@ from __future__ import annotations
 
 from numba import njit
 
-from .._llvm.lanes import F32
-from .._llvm.scalars import fetch_add, get_i32, get_i64, get_u8, get_u16, popcount, put_i32
-from .._llvm.vectors import LANES
-from ..topk._cpu_select import BITMAP, INT8
+from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.layout import F32, LANES
+from ..cpu.scalars import get_i32, get_u8, get_u16, popcount, put_i32
+from ..topk._cpu_form import Form, sample_form
 from ..topk._cpu_unpack import decode_values
-from ..topk.layout import TILE
-from ._lanes import compress_positions, widen_offsets
+from ..topk.layout import BITMAP, TILE
+from ._cpu_lanes import compress_positions, widen_offsets
 
 # How positions are grouped: by channel, which is the order they have; by channel and the remainders of height and width
 # by the strides; by input of a Linear.
 CHANNELS, STRIDED, INPUTS = 0, 1, 2
+
+
+@arguments
+class MakeEntries(Form):
+    """A packed batch, how its positions count, and where its entries go; pitches in bytes, from a sample to the
+    next."""
+
+    entries: int
+    entry_pitch: int
+    starts: int
+    start_pitch: int
+    order: int  # CHANNELS, STRIDED or INPUTS
+    buckets: int
+    height: int
+    width: int
+    down: int  # strides
+    across: int
+    pitch: int  # rows of the matrix from one line of positions to the next
+    unit: int  # bytes of a row of the matrix
+    scratch: int
+    scratch_bytes: int  # of one thread
 
 
 @njit(forceinline=True)
@@ -106,67 +127,37 @@ def _sorted(strided, positions, values, keep, buckets, height, width, strides, p
     put_i32(starts + (buckets + 1) * 4, keep)
 
 
-def make_entries(block):
-    """One thread's samples. The argument block is laid out by ``cpu._entries``."""
-    batch, n, keep = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32)
-    value_kind, index_kind = get_i64(block + 40), get_i64(block + 48)
-    values, scales, index = get_i64(block + 56), get_i64(block + 64), get_i64(block + 72)
-    counts, full, index_pitch = get_i64(block + 80), get_i64(block + 88), get_i64(block + 96)
-    entries, entry_pitch, starts, start_pitch = (
-        get_i64(block + 104),
-        get_i64(block + 112),
-        get_i64(block + 120),
-        get_i64(block + 128),
-    )
-    order, buckets, height, width = (
-        get_i64(block + 136),
-        get_i64(block + 144),
-        get_i64(block + 152),
-        get_i64(block + 160),
-    )
-    strides, pitch, unit = (get_i64(block + 168), get_i64(block + 176)), get_i64(block + 184), get_i64(block + 192)
-    positions = get_i64(block + 200) + fetch_add(block + 8, 1) * get_i64(block + 208)
+@njit(forceinline=True)
+def entries_worker(a):
+    """Take samples until none is left."""
+    keep = a.keep
+    positions = a.scratch + count_threads(a, 1) * a.scratch_bytes
     decoded = positions + (keep + LANES) * 4
     offsets = decoded + (keep + TILE + 64) * 4
-    tiles = (n + TILE - 1) // TILE
-    value_bytes = 1 if value_kind == INT8 else 4 if value_kind == F32 else 2
-    sample = fetch_add(block, 1)
-    while sample < batch:
-        _positions(
-            index_kind,
-            index + sample * index_pitch,
-            counts + sample * tiles,
-            full + sample * ((tiles + 7) // 8),
-            n,
-            positions,
-        )
+    sample = take_tasks(a, 1)
+    while sample < a.batch:
+        values, scales, index, counts, full = sample_form(a, sample)
+        _positions(a.index_kind, index, counts, full, a.n, positions)
         for start in range(0, keep, TILE):
-            decode_values(
-                F32,
-                value_kind,
-                values + sample * keep * value_bytes,
-                scales + sample * ((keep + TILE - 1) // TILE) * 2,
-                start,
-                min(TILE, keep - start),
-                decoded + start * 4,
-            )
-        to, begin = entries + sample * entry_pitch, starts + sample * start_pitch
-        if order == CHANNELS:
-            _in_order(positions, decoded, keep, buckets, height, width, pitch, unit, to, begin)
+            count = min(TILE, keep - start)
+            decode_values(F32, a.value_kind, values, scales, start, count, decoded + start * 4)
+        entries, starts = a.entries + sample * a.entry_pitch, a.starts + sample * a.start_pitch
+        if a.order == CHANNELS:
+            _in_order(positions, decoded, keep, a.buckets, a.height, a.width, a.pitch, a.unit, entries, starts)
         else:
             _sorted(
-                order == STRIDED,
+                a.order == STRIDED,
                 positions,
                 decoded,
                 keep,
-                buckets,
-                height,
-                width,
-                strides,
-                pitch,
-                unit,
-                to,
-                begin,
+                a.buckets,
+                a.height,
+                a.width,
+                (a.down, a.across),
+                a.pitch,
+                a.unit,
+                entries,
+                starts,
                 offsets,
             )
-        sample = fetch_add(block, 1)
+        sample = take_tasks(a, 1)

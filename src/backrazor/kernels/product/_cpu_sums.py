@@ -7,16 +7,81 @@ from __future__ import annotations
 
 from numba import njit
 
-from .._llvm.lanes import BF16, F16, F32, by_kind, cast_load, copy_bytes, element_bytes
-from .._llvm.scalars import fetch_add, get_i64, put_f32
-from .._llvm.vectors import LANES
-from ._lanes import add_products, transpose_tile
+from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.lanes import by_kind, cast_load, copy_bytes, element_bytes
+from ..cpu.layout import F32, LANES
+from ..cpu.scalars import get_i64, put_f32
+from ._cpu_lanes import add_products, transpose_tile
 
 VECTOR = LANES * 4
 TILE_BYTES = LANES * VECTOR
 MOST_VECTORS = 16  # that one pass over the entries adds to: half of the registers where they are longest
 
 _transpose = by_kind(transpose_tile)
+
+
+class Entries:
+    """Fields that say where the entries of a batch lie; pitches in bytes, from a sample to the next."""
+
+    entries: int
+    entry_pitch: int
+    starts: int
+    start_pitch: int
+
+
+@arguments
+class Lay:
+    """A gradient and the matrix it becomes."""
+
+    batch: int
+    groups: int
+    outputs: int
+    positions: int
+    width: int
+    pitch: int  # rows of the matrix from one line of positions to the next
+    border: int  # rows of the matrix before the first position
+    source: int
+    matrix: int
+    matrix_pitch: int  # bytes from a sample to the next
+    unit: int  # bytes of a row
+    scratch: int
+    scratch_bytes: int  # of one thread
+
+
+@arguments
+class Add(Entries):
+    """Entries, the matrix they look at and the sums they belong to."""
+
+    batch: int
+    channels: int
+    piece: int  # channels that a thread takes at a time
+    ranges: int
+    groups: int
+    matrix: int
+    matrix_pitch: int
+    sums: int
+    classes: int
+    table: int  # of taps by class
+    taps: int
+
+
+@arguments
+class AddDepthwise(Entries):
+    """Entries, the gradient they look at as it comes, and the sums they belong to."""
+
+    batch: int
+    channels: int
+    outputs: int
+    width: int
+    size: int  # floats of a channel of the gradient inside its border
+    pitch: int
+    border: int
+    source: int
+    sums: int
+    table: int
+    taps: int
+    scratch: int
+    scratch_bytes: int  # of one thread
 
 
 def _chain(vectors):
@@ -64,22 +129,19 @@ def _partial_tile(kind, source, pitch, rows, columns, stage):
 
 
 @njit(forceinline=True)
-def _lay_worker(kind, block):
-    """The gradient (B, D, P) as a matrix of rows of D, one a position, inside a border. A piece of work is a group of
-    channels of a sample. The argument block is laid out by ``cpu._matrix``."""
-    batch, groups, outputs = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32)
-    positions, width, pitch = get_i64(block + 40), get_i64(block + 48), get_i64(block + 56)
-    border = get_i64(block + 64)  # rows of the matrix before the first position
-    source, matrix, matrix_pitch = get_i64(block + 72), get_i64(block + 80), get_i64(block + 88)
-    unit = get_i64(block + 96)
-    stage = get_i64(block + 104) + fetch_add(block + 8, 1) * get_i64(block + 112)
+def lay_worker(a, kind):
+    """The gradient (B, D, P) as a matrix of rows of D, one per position, inside a border. A piece of work is a group of
+    channels of a sample."""
+    groups, outputs, positions, width = a.groups, a.outputs, a.positions, a.width
+    pitch, unit = a.pitch, a.unit
+    stage = a.scratch + count_threads(a, 1) * a.scratch_bytes
     partial = stage + TILE_BYTES
     size = element_bytes(kind)
-    task = fetch_add(block, 1)
-    while task < batch * groups:
+    task = take_tasks(a, 1)
+    while task < a.batch * groups:
         sample, group = task // groups, task % groups
-        at = source + (sample * outputs + group * LANES) * positions * size
-        to = matrix + sample * matrix_pitch + border * unit + group * VECTOR
+        at = a.source + (sample * outputs + group * LANES) * positions * size
+        to = a.matrix + sample * a.matrix_pitch + a.border * unit + group * VECTOR
         rows = min(LANES, outputs - group * LANES)
         column, row = 0, 0
         for start in range(0, positions, LANES):
@@ -95,31 +157,16 @@ def _lay_worker(kind, block):
                 if column == width:
                     column = 0
                     row += 1
-        task = fetch_add(block, 1)
+        task = take_tasks(a, 1)
 
 
-def lay_f32(block):
-    _lay_worker(F32, block)
-
-
-def lay_f16(block):
-    _lay_worker(F16, block)
-
-
-def lay_bf16(block):
-    _lay_worker(BF16, block)
-
-
-def add_sums(block):
-    """Sums of ``cpu._add``, whose argument block it is. A piece of work is some input channels and one range of output
-    channels."""
-    channels, piece, ranges, groups = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32), get_i64(block + 40)
-    batch, entries, entry_pitch = get_i64(block + 48), get_i64(block + 56), get_i64(block + 64)
-    starts, start_pitch = get_i64(block + 72), get_i64(block + 80)
-    matrix, matrix_pitch, sums = get_i64(block + 88), get_i64(block + 96), get_i64(block + 104)
-    classes, table, taps = get_i64(block + 112), get_i64(block + 120), get_i64(block + 128)
+@njit(forceinline=True)
+def add_worker(a):
+    """A piece of work is some input channels and one range of output channels."""
+    channels, piece, ranges, groups = a.channels, a.piece, a.ranges, a.groups
+    classes, table = a.classes, a.table
     pieces = (channels + piece - 1) // piece
-    task = fetch_add(block, 1)
+    task = take_tasks(a, 1)
     while task < pieces * ranges:
         first = task % ranges * groups // ranges
         vectors = (task % ranges + 1) * groups // ranges - first
@@ -130,38 +177,34 @@ def add_sums(block):
                     tap, offset = get_i64(table + i * 16), get_i64(table + i * 16 + 8)
                     _add(
                         vectors,
-                        entries,
-                        starts + (bucket + 1) * 4,
-                        batch,
-                        entry_pitch,
-                        start_pitch,
-                        matrix + offset + first * VECTOR,
-                        matrix_pitch,
-                        sums + ((channel * taps + tap) * groups + first) * VECTOR,
+                        a.entries,
+                        a.starts + (bucket + 1) * 4,
+                        a.batch,
+                        a.entry_pitch,
+                        a.start_pitch,
+                        a.matrix + offset + first * VECTOR,
+                        a.matrix_pitch,
+                        a.sums + ((channel * a.taps + tap) * groups + first) * VECTOR,
                     )
-        task = fetch_add(block, 1)
+        task = take_tasks(a, 1)
 
 
 @njit(forceinline=True)
-def _depthwise_worker(kind, block):
-    """Sums of ``cpu._add_depthwise``: a row of taps is one vector, and the gradient lies as it is, but for a border. A
-    piece of work is a channel of all samples."""
-    batch, channels, outputs, width = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32), get_i64(block + 40)
-    size, pitch, border = get_i64(block + 48), get_i64(block + 56), get_i64(block + 64)
-    source, entries, entry_pitch = get_i64(block + 72), get_i64(block + 80), get_i64(block + 88)
-    starts, start_pitch, sums = get_i64(block + 96), get_i64(block + 104), get_i64(block + 112)
-    table, taps = get_i64(block + 120), get_i64(block + 128)
-    matrix = get_i64(block + 136) + fetch_add(block + 8, 1) * get_i64(block + 144)
+def depthwise_worker(a, kind):
+    """A row of taps is one vector, and the gradient lies as it is, but for a border. A piece of work is a channel of
+    all samples."""
+    channels, outputs, width, size, pitch, table = a.channels, a.outputs, a.width, a.size, a.pitch, a.table
+    matrix = a.scratch + count_threads(a, 1) * a.scratch_bytes
     spare = matrix + size * 4
     _clear(matrix, size)
     step = element_bytes(kind)
     height = outputs // width
-    channel = fetch_add(block, 1)
+    channel = take_tasks(a, 1)
     while channel < channels:
-        for sample in range(batch):
-            at = source + (sample * channels + channel) * outputs * step
+        for sample in range(a.batch):
+            at = a.source + (sample * channels + channel) * outputs * step
             for row in range(height):
-                to = matrix + (border + row * pitch) * 4
+                to = matrix + (a.border + row * pitch) * 4
                 whole = width // LANES * LANES
                 for i in range(0, whole, LANES):
                     cast_load(kind, at + (row * width + i) * step, to + i * 4)
@@ -172,25 +215,13 @@ def _depthwise_worker(kind, block):
             for i in range(get_i64(table), get_i64(table + 8)):
                 tap, offset = get_i64(table + i * 16), get_i64(table + i * 16 + 8)
                 _add_one(
-                    entries + sample * entry_pitch,
-                    starts + sample * start_pitch + (channel + 1) * 4,
+                    a.entries + sample * a.entry_pitch,
+                    a.starts + sample * a.start_pitch + (channel + 1) * 4,
                     1,
                     0,
                     0,
                     matrix + offset,
                     0,
-                    sums + (channel * taps + tap) * VECTOR,
+                    a.sums + (channel * a.taps + tap) * VECTOR,
                 )
-        channel = fetch_add(block, 1)
-
-
-def depthwise_f32(block):
-    _depthwise_worker(F32, block)
-
-
-def depthwise_f16(block):
-    _depthwise_worker(F16, block)
-
-
-def depthwise_bf16(block):
-    _depthwise_worker(BF16, block)
+        channel = take_tasks(a, 1)

@@ -10,35 +10,44 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.vectors import has_avx512
-from ..topk.cpu import INDEX, KIND
+from ..cpu.compiling import EntryPoint
+from ..cpu.launch import launch, threads_for
+from ..cpu.layout import KIND
+from ..cpu.vectors import has_avx512
+from ..topk._cpu_form import form_of
 from ..topk.layout import TILE, Stored
 from . import reference
-from ._cpu_entries import CHANNELS, INPUTS, STRIDED, make_entries
+from ._cpu_entries import CHANNELS, INPUTS, STRIDED, MakeEntries, entries_worker
 from ._cpu_sums import (
     MOST_VECTORS,
     TILE_BYTES,
     VECTOR,
-    add_sums,
-    depthwise_bf16,
-    depthwise_f16,
-    depthwise_f32,
-    lay_bf16,
-    lay_f16,
-    lay_f32,
+    Add,
+    AddDepthwise,
+    Lay,
+    add_worker,
+    depthwise_worker,
+    lay_worker,
 )
 from .layout import LANES, Axis, Window, axes
 
-_LAY = {torch.float32: lay_f32, torch.float16: lay_f16, torch.bfloat16: lay_bf16}
-_DEPTHWISE = {torch.float32: depthwise_f32, torch.float16: depthwise_f16, torch.bfloat16: depthwise_bf16}
 # The gradient of so many samples is laid out as a matrix at once, at least of one.
 MATRIX_BYTES = 4 << 20
+
+
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    yield entries_worker, MakeEntries, ()
+    yield add_worker, Add, ()
+    for kind in KIND.values():
+        yield lay_worker, Lay, (kind,)
+        yield depthwise_worker, AddDepthwise, (kind,)
 
 
 class _Entries(NamedTuple):
@@ -47,11 +56,16 @@ class _Entries(NamedTuple):
     entries: Tensor
     starts: Tensor
 
-    def of(self, sample: int) -> tuple[int, int, int, int]:
-        """Addresses for ``sample`` and the pitches to the next, in bytes."""
+    def of(self, sample: int) -> dict[str, int]:
+        """Where those from ``sample`` on lie: the fields of ``_cpu_sums.Entries``."""
         entries, starts = self
         pitch, step = entries.stride(0) * 4, starts.stride(0) * 4
-        return entries.data_ptr() + sample * pitch, pitch, starts.data_ptr() + sample * step, step
+        return {
+            "entries": entries.data_ptr() + sample * pitch,
+            "entry_pitch": pitch,
+            "starts": starts.data_ptr() + sample * step,
+            "start_pitch": step,
+        }
 
 
 def _entries(
@@ -71,30 +85,21 @@ def _entries(
     made = _Entries(torch.empty(batch, keep, 2, dtype=torch.int32), torch.empty(batch, buckets + 2, dtype=torch.int32))
     scratch_bytes = ((keep + LANES) + (keep + TILE + 64) + (0 if order == CHANNELS else keep)) * 4
     scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8)
-    entries, entry_pitch, starts, start_pitch = made.of(0)
-    arguments = [
-        0,  # the next free scratch slot
-        batch,
-        n,
-        keep,
-        KIND[stored.values.dtype],
-        INDEX[index],
-        *(tensor.data_ptr() for tensor in stored),
-        stored.index.stride(0),
-        entries,
-        entry_pitch,
-        starts,
-        start_pitch,
-        order,
-        buckets,
-        *size,
-        *strides,
-        pitch,
-        unit,
-        scratch.data_ptr(),
-        scratch_bytes,
-    ]
-    launch(make_entries, arguments, batch)
+    told = MakeEntries(
+        **form_of(stored, n, index),
+        **made.of(0),
+        order=order,
+        buckets=buckets,
+        height=size[0],
+        width=size[1],
+        down=strides[0],
+        across=strides[1],
+        pitch=pitch,
+        unit=unit,
+        scratch=scratch.data_ptr(),
+        scratch_bytes=scratch_bytes,
+    )
+    launch(entries_worker, told, batch)
     return made
 
 
@@ -127,24 +132,21 @@ def _add(
     ranges = -(-groups // (MOST_VECTORS if has_avx512() else 4))
     pieces = max(min(-(-4 * torch.get_num_threads() // ranges), channels), 1)
     piece = -(-channels // pieces)
-    address, entry_pitch, starts, start_pitch = entries.of(first)
-    arguments = [
-        channels,
-        piece,
-        ranges,
-        groups,
-        batch,
-        address,
-        entry_pitch,
-        starts,
-        start_pitch,
-        *matrix,
-        sums.data_ptr(),
-        classes,
-        ctypes.addressof(table),
-        taps,
-    ]
-    launch(add_sums, [0, *arguments], -(-channels // piece) * ranges)
+    told = Add(
+        **entries.of(first),
+        batch=batch,
+        channels=channels,
+        piece=piece,
+        ranges=ranges,
+        groups=groups,
+        matrix=matrix[0],
+        matrix_pitch=matrix[1],
+        sums=sums.data_ptr(),
+        classes=classes,
+        table=ctypes.addressof(table),
+        taps=taps,
+    )
+    launch(add_worker, told, -(-channels // piece) * ranges)
 
 
 def _lay(grad: Tensor, matrix: Tensor, border: int, pitch: int) -> None:
@@ -154,23 +156,22 @@ def _lay(grad: Tensor, matrix: Tensor, border: int, pitch: int) -> None:
     groups = matrix.shape[2] // LANES
     scratch_bytes = 2 * TILE_BYTES + 2 * VECTOR
     scratch = torch.empty(threads_for(batch * groups) * scratch_bytes, dtype=torch.uint8)
-    arguments = [
-        0,
-        batch,
-        groups,
-        outputs,
-        height * width,
-        width,
-        pitch,
-        border,
-        grad.data_ptr(),
-        matrix.data_ptr(),
-        matrix.stride(0) * 4,
-        matrix.stride(1) * 4,
-        scratch.data_ptr(),
-        scratch_bytes,
-    ]
-    launch(_LAY[grad.dtype], arguments, batch * groups)
+    told = Lay(
+        batch=batch,
+        groups=groups,
+        outputs=outputs,
+        positions=height * width,
+        width=width,
+        pitch=pitch,
+        border=border,
+        source=grad.data_ptr(),
+        matrix=matrix.data_ptr(),
+        matrix_pitch=matrix.stride(0) * 4,
+        unit=matrix.stride(1) * 4,
+        scratch=scratch.data_ptr(),
+        scratch_bytes=scratch_bytes,
+    )
+    launch(lay_worker, told, batch * groups, (KIND[grad.dtype],))
 
 
 def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
@@ -245,24 +246,23 @@ def _conv_depthwise(
     size = vertical.size * pitch + LANES  # the last row is read a vector at a time
     scratch_bytes = size * 4 + 2 * VECTOR
     scratch = torch.empty(threads_for(channels) * scratch_bytes, dtype=torch.uint8)
-    arguments = [
-        0,
-        batch,
-        channels,
-        out_height * out_width,
-        out_width,
-        size,
-        pitch,
-        vertical.border * pitch + horizontal.border,
-        grad.data_ptr(),
-        *entries.of(0),
-        sums.data_ptr(),
-        ctypes.addressof(table),
-        window.kernel[0],
-        scratch.data_ptr(),
-        scratch_bytes,
-    ]
-    launch(_DEPTHWISE[grad.dtype], arguments, channels)
+    told = AddDepthwise(
+        **entries.of(0),
+        batch=batch,
+        channels=channels,
+        outputs=out_height * out_width,
+        width=out_width,
+        size=size,
+        pitch=pitch,
+        border=vertical.border * pitch + horizontal.border,
+        source=grad.data_ptr(),
+        sums=sums.data_ptr(),
+        table=ctypes.addressof(table),
+        taps=window.kernel[0],
+        scratch=scratch.data_ptr(),
+        scratch_bytes=scratch_bytes,
+    )
+    launch(depthwise_worker, told, channels, (KIND[grad.dtype],))
 
 
 def transposed(sums: Tensor, outputs: int) -> Tensor:

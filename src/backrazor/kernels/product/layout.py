@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-LANES = 16  # numbers a vector
+from ..cpu.layout import LANES
 
 
 class Window(NamedTuple):

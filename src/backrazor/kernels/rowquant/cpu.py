@@ -3,37 +3,21 @@ cache."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy
 import torch
 from numba import njit
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.lanes import (
-    BF16,
-    F16,
-    F32,
-    by_kind,
-    cast_load,
-    cast_store,
-    copy_bytes,
-    element_bytes,
-    tail_block,
-    valid_lanes,
-)
-from .._llvm.scalars import (
-    bits_float,
-    fetch_add,
-    float_bits,
-    get_f32,
-    get_i64,
-    get_u8,
-    get_u16,
-    put_f32,
-    put_u8,
-    put_u16,
-)
-from ._lanes import dequantise, largest_normalised, quantise_normalised
+from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.compiling import EntryPoint
+from ..cpu.lanes import by_kind, cast_load, cast_store, copy_bytes, element_bytes, tail_block, valid_lanes
+from ..cpu.launch import launch, threads_for
+from ..cpu.layout import F16, KIND
+from ..cpu.scalars import bits_float, float_bits, get_f32, get_u8, get_u16, put_f32, put_u8, put_u16
+from ..derivative.layout import code_bytes
+from ._cpu_lanes import dequantise, largest_normalised, quantise_normalised
 from .reference import affine
 
 ROWS = 64  # rows a thread takes at a time
@@ -60,26 +44,49 @@ def _expand(kind, bits, codes, scale, to):
         _expand_8(kind, codes, scale, to)
 
 
+@arguments
+class Encode:
+    """Rows, their statistics and where they are stored."""
+
+    rows: int
+    m: int
+    source: int
+    means: int
+    rstds: int
+    codes: int
+    scales: int
+    scratch: int
+
+
+@arguments
+class Decode:
+    """Stored rows and where they are read back to."""
+
+    rows: int
+    m: int
+    codes: int
+    scales: int
+    out: int
+    scratch: int
+
+
 @njit(forceinline=True)
-def _encode_worker(kind, block):
-    """Argument block: counter, slot, rows, m, bits, x, mean, rstd, codes, scales, scratch."""
-    rows, m, bits = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32)
-    source, means, rstds = get_i64(block + 40), get_i64(block + 48), get_i64(block + 56)
-    codes, scales = get_i64(block + 64), get_i64(block + 72)
-    spare = get_i64(block + 80) + fetch_add(block + 8, 1) * SPARE_BYTES
+def encode_worker(a, kind, bits):
+    rows, m, codes = a.rows, a.m, a.codes
+    spare = a.scratch + count_threads(a, 1) * SPARE_BYTES
     row_bytes = (m * bits + 7) // 8
     limit = numpy.float32((1 << (bits - 1)) - 1)
-    start = fetch_add(block, ROWS)
+    start = take_tasks(a, ROWS)
     while start < rows:
         for row in range(start, min(start + ROWS, rows)):
-            at = source + row * m * element_bytes(kind)
-            mean, rstd = get_f32(means + row * 4), get_f32(rstds + row * 4)
+            at = a.source + row * m * element_bytes(kind)
+            mean, rstd = get_f32(a.means + row * 4), get_f32(a.rstds + row * 4)
             largest = 0
             for i in range((m + 15) // 16):
                 largest = max(largest, _largest(kind, tail_block(kind, at, m, i, spare), mean, rstd, valid_lanes(m, i)))
             put_f32(spare, bits_float(largest) / limit)
             cast_store(F16, spare, spare + 64)
-            put_u16(scales + row * 2, get_u16(spare + 64))
+            put_u16(a.scales + row * 2, get_u16(spare + 64))
             cast_load(F16, spare + 64, spare)
             scale = get_f32(spare)
             usable = (float_bits(scale) & 0x7FFFFFFF) < 0x7F800000 and scale != 0
@@ -90,7 +97,7 @@ def _encode_worker(kind, block):
                     _quantise(kind, bits, at + i * 16 * element_bytes(kind), mean, rstd, inverse, to)
                 else:
                     _quantise_tail(kind, bits, at, m, i, mean, rstd, inverse, to, spare)
-        start = fetch_add(block, ROWS)
+        start = take_tasks(a, ROWS)
 
 
 @njit(forceinline=True)
@@ -105,17 +112,15 @@ def _quantise_tail(kind, bits, at, m, i, mean, rstd, inverse, to, spare):
 
 
 @njit(forceinline=True)
-def _decode_worker(kind, block):
-    """Argument block: counter, slot, rows, m, bits, codes, scales, out, scratch."""
-    rows, m, bits = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32)
-    codes, scales, out = get_i64(block + 40), get_i64(block + 48), get_i64(block + 56)
-    spare = get_i64(block + 64) + fetch_add(block + 8, 1) * SPARE_BYTES
+def decode_worker(a, kind, bits):
+    rows, m, codes, out = a.rows, a.m, a.codes, a.out
+    spare = a.scratch + count_threads(a, 1) * SPARE_BYTES
     size = element_bytes(kind)
     row_bytes = (m * bits + 7) // 8
-    start = fetch_add(block, ROWS)
+    start = take_tasks(a, ROWS)
     while start < rows:
         for row in range(start, min(start + ROWS, rows)):
-            put_u16(spare + 64, get_u16(scales + row * 2))
+            put_u16(spare + 64, get_u16(a.scales + row * 2))
             cast_load(F16, spare + 64, spare)
             scale = get_f32(spare)
             for i in range((m + 15) // 16):
@@ -127,46 +132,35 @@ def _decode_worker(kind, block):
                     copy_bytes(at, spare + 64, ((m - i * 16) * bits + 7) // 8)
                     _expand(kind, bits, spare + 64, scale, spare + 128)
                     copy_bytes(spare + 128, to, (m - i * 16) * size)
-        start = fetch_add(block, ROWS)
+        start = take_tasks(a, ROWS)
 
 
-def _encode_f32(block):
-    _encode_worker(F32, block)
-
-
-def _encode_f16(block):
-    _encode_worker(F16, block)
-
-
-def _encode_bf16(block):
-    _encode_worker(BF16, block)
-
-
-def _decode_f32(block):
-    _decode_worker(F32, block)
-
-
-def _decode_f16(block):
-    _decode_worker(F16, block)
-
-
-def _decode_bf16(block):
-    _decode_worker(BF16, block)
-
-
-_ENCODE = {torch.float32: _encode_f32, torch.float16: _encode_f16, torch.bfloat16: _encode_bf16}
-_DECODE = {torch.float32: _decode_f32, torch.float16: _decode_f16, torch.bfloat16: _decode_bf16}
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    for kind in KIND.values():
+        for bits in (4, 8):
+            yield encode_worker, Encode, (kind, bits)
+            yield decode_worker, Decode, (kind, bits)
 
 
 def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """As ``reference.encode``; x contiguous."""
     rows, m = x.shape
-    codes = torch.empty(rows, -(-m * bits // 8), dtype=torch.uint8)
+    codes = torch.empty(rows, code_bytes(m, bits), dtype=torch.uint8)
     scales = torch.empty(rows, dtype=torch.float16)
     tasks = -(-rows // ROWS)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
-    pointers = [tensor.data_ptr() for tensor in (x, mean, rstd, codes, scales, scratch)]
-    launch(_ENCODE[x.dtype], [0, rows, m, bits, *pointers], tasks)
+    told = Encode(
+        rows=rows,
+        m=m,
+        source=x.data_ptr(),
+        means=mean.data_ptr(),
+        rstds=rstd.data_ptr(),
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        scratch=scratch.data_ptr(),
+    )
+    launch(encode_worker, told, tasks, (KIND[x.dtype], bits))
     return codes, scales
 
 
@@ -184,6 +178,13 @@ def decode(
     out = torch.empty(rows, m, dtype=dtype)
     tasks = -(-rows // ROWS)
     scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
-    pointers = [tensor.data_ptr() for tensor in (codes, scales, out, scratch)]
-    launch(_DECODE[dtype], [0, rows, m, bits, *pointers], tasks)
+    told = Decode(
+        rows=rows,
+        m=m,
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        out=out.data_ptr(),
+        scratch=scratch.data_ptr(),
+    )
+    launch(decode_worker, told, tasks, (KIND[dtype], bits))
     return affine(out, weight, bias)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import from_float32, launch, magnitude, quantise, scale_of, to_float32
+from ..derivative.layout import code_bytes
 
 # (rows a program, elements of a row held at once, warps): the first whose elements hold the row, else the last
 CONFIGS = ((32, 64, 4), (8, 256, 4), (2, 1024, 4), (1, 4096, 8))
@@ -119,7 +120,7 @@ def _config(m: int) -> tuple[int, int, int]:
 def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """As ``reference.encode``; x, mean and rstd contiguous."""
     rows, m = x.shape
-    codes = torch.empty(rows, -(-m * bits // 8), dtype=torch.uint8, device=x.device)
+    codes = torch.empty(rows, code_bytes(m, bits), dtype=torch.uint8, device=x.device)
     if m == 0:
         return codes, mean.to(torch.float16)
     scales = torch.empty(rows, dtype=torch.float16, device=x.device)

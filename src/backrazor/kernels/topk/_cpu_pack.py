@@ -8,10 +8,8 @@ from __future__ import annotations
 import numpy
 from numba import njit
 
-from .._llvm.lanes import (
-    BF16,
-    F16,
-    F32,
+from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.lanes import (
     cast_load,
     cast_store,
     compress_offset,
@@ -22,14 +20,13 @@ from .._llvm.lanes import (
     tail_block,
     valid_lanes,
 )
-from .._llvm.scalars import (
+from ..cpu.layout import BF16, F16
+from ..cpu.scalars import (
     atomic_or,
     bits_float,
-    fetch_add,
     float_bits,
     get_f32,
     get_i32,
-    get_i64,
     get_u16,
     popcount,
     put_f32,
@@ -39,10 +36,20 @@ from .._llvm.scalars import (
     round_even,
     trailing_zeros,
 )
-from ._cpu_select import BITMAP, BUFFER_AT, INT8, SPARE_AT, STAGE_AT, TILES, threshold_of
-from .layout import TILE
+from ._cpu_form import Form, sample_form
+from ._cpu_select import BUFFER_AT, SPARE_AT, STAGE_AT, threshold_of
+from .layout import BITMAP, INT8, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, TILES
 
-NON_FINITE, OVERFLOW = 1, 2
+
+@arguments
+class Pack(Form):
+    """A batch and where it is packed to."""
+
+    source: int
+    flag: int
+    scratch: int
+    scratch_bytes: int  # of one thread
+    capacity: int  # magnitudes that the buffer behind BUFFER_AT holds
 
 
 @njit(forceinline=True)
@@ -70,7 +77,7 @@ def _store_values(value_kind, stage, count, values, scales, position):
     if largest >= 0x7F800000:
         status |= NON_FINITE
     if value_kind == INT8:
-        put_f32(spare, bits_float(largest) / numpy.float32(127.0))
+        put_f32(spare, bits_float(largest) / numpy.float32(INT8_LIMIT))
         cast_store(BF16, spare, spill)
         if get_u16(spill) < 0x0080:  # below the normal numbers its reciprocal is infinite
             put_u16(spill, 0)
@@ -81,7 +88,7 @@ def _store_values(value_kind, stage, count, values, scales, position):
         inverse = numpy.float32(0.0) if infinite or scale == 0 else numpy.float32(1.0) / scale
         for i in range(count):
             quantised = numpy.float32(0.0) if infinite else round_even(get_f32(stage + i * 4) * inverse)
-            quantised = min(max(quantised, numpy.float32(-127.0)), numpy.float32(127.0))
+            quantised = min(max(quantised, -numpy.float32(INT8_LIMIT)), numpy.float32(INT8_LIMIT))
             put_u8(values + position + i, int(quantised))
         return status
     # 65520 and 2^128 - 2^119: from there on a cast rounds to infinity
@@ -160,28 +167,23 @@ def _emit(
 
 
 @njit(forceinline=True)
-def _pack_worker(kind, block):
-    """Take samples from the shared counter until none is left. The argument block is laid out by ``pack``."""
-    batch, n, keep = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32)
-    value_kind, index_kind = get_i64(block + 40), get_i64(block + 48)
-    source, values, scales = get_i64(block + 56), get_i64(block + 64), get_i64(block + 72)
-    index, counts, full, flag = get_i64(block + 80), get_i64(block + 88), get_i64(block + 96), get_i64(block + 104)
-    index_stride, capacity = get_i64(block + 128), get_i64(block + 136)
-    scratch = get_i64(block + 112) + fetch_add(block + 8, 1) * get_i64(block + 120)
-    tiles = (n + TILE - 1) // TILE
-    value_bytes = 1 if value_kind == INT8 else element_bytes(value_kind)
-    sample = fetch_add(block, 1)
-    while sample < batch:
-        at = source + sample * n * element_bytes(kind)
+def pack_worker(a, kind):
+    """Take samples until none is left."""
+    n, keep = a.n, a.keep
+    scratch = a.scratch + count_threads(a, 1) * a.scratch_bytes
+    sample = take_tasks(a, 1)
+    while sample < a.batch:
+        at = a.source + sample * n * element_bytes(kind)
         threshold, ties = -1, 0
         if keep < n:
             threshold, ties = threshold_of(
-                kind, at, n, keep, scratch, scratch + BUFFER_AT, capacity, scratch + SPARE_AT
+                kind, at, n, keep, scratch, scratch + BUFFER_AT, a.capacity, scratch + SPARE_AT
             )
+        values, scales, index, counts, full = sample_form(a, sample)
         status = _emit(
             kind,
-            value_kind,
-            index_kind,
+            a.value_kind,
+            a.index_kind,
             at,
             n,
             keep,
@@ -189,24 +191,12 @@ def _pack_worker(kind, block):
             ties,
             scratch + STAGE_AT,
             scratch + SPARE_AT,
-            values + sample * keep * value_bytes,
-            scales + sample * ((keep + TILE - 1) // TILE) * 2,
-            index + sample * index_stride,
-            counts + sample * tiles,
-            full + sample * ((tiles + 7) // 8),
+            values,
+            scales,
+            index,
+            counts,
+            full,
         )
         if status:
-            atomic_or(flag, status)
-        sample = fetch_add(block, 1)
-
-
-def pack_f32(block):
-    _pack_worker(F32, block)
-
-
-def pack_f16(block):
-    _pack_worker(F16, block)
-
-
-def pack_bf16(block):
-    _pack_worker(BF16, block)
+            atomic_or(a.flag, status)
+        sample = take_tasks(a, 1)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from numba import njit
 
-from .._llvm.lanes import F32, gather_magnitudes, magnitude_masks, tail_block, valid_lanes
-from .._llvm.scalars import get_i32, get_u16, popcount, put_i32
+from ..cpu.lanes import gather_magnitudes, magnitude_masks, tail_block, valid_lanes
+from ..cpu.layout import F32
+from ..cpu.scalars import get_i32, get_u16, popcount, put_i32
 from .layout import TILE
 
 MIN_SAMPLED = 4096  # below this the selection scans the sample itself
@@ -19,9 +20,6 @@ BINS = 1 << BIN_BITS
 STAGE_AT = BINS * 4
 SPARE_AT = STAGE_AT + (TILE + 64) * 4
 BUFFER_AT = SPARE_AT + 64
-# How an argument block names the form of what is stored.
-NO_INDEX, BITMAP, TILES = 0, 1, 2
-INT8 = 3  # beside F32, F16 and BF16
 
 
 @njit(forceinline=True)

@@ -8,20 +8,12 @@ from __future__ import annotations
 import numpy
 from numba import njit
 
-from .._llvm.lanes import (
-    BF16,
-    F16,
-    F32,
-    cast_load,
-    cast_store,
-    copy_bytes,
-    element_bytes,
-)
-from .._llvm.scalars import (
-    fetch_add,
+from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.lanes import cast_load, cast_store, copy_bytes, element_bytes
+from ..cpu.layout import BF16, F32
+from ..cpu.scalars import (
     get_f32,
     get_i32,
-    get_i64,
     get_u8,
     get_u16,
     put_f32,
@@ -31,8 +23,18 @@ from .._llvm.scalars import (
     put_u16,
     trailing_zeros,
 )
-from ._cpu_select import BITMAP, INT8, NO_INDEX, STAGE_AT
-from .layout import TILE
+from ._cpu_form import Form, sample_form
+from ._cpu_select import STAGE_AT
+from .layout import BITMAP, INT8, NO_INDEX, TILE
+
+
+@arguments
+class Unpack(Form):
+    """A packed batch and where it is unpacked to."""
+
+    out: int
+    scratch: int
+    scratch_bytes: int  # of one thread
 
 
 @njit(forceinline=True)
@@ -114,42 +116,25 @@ def _scatter(kind, value_kind, index_kind, values, scales, index, counts, full, 
 
 
 @njit(forceinline=True)
-def _unpack_worker(kind, block):
-    """Take samples from the shared counter until none is left. The argument block is laid out by ``unpack``."""
-    batch, n, keep = get_i64(block + 16), get_i64(block + 24), get_i64(block + 32)
-    value_kind, index_kind = get_i64(block + 40), get_i64(block + 48)
-    out, values, scales = get_i64(block + 56), get_i64(block + 64), get_i64(block + 72)
-    index, counts, full = get_i64(block + 80), get_i64(block + 88), get_i64(block + 96)
-    index_stride = get_i64(block + 120)
-    scratch = get_i64(block + 104) + fetch_add(block + 8, 1) * get_i64(block + 112)
-    tiles = (n + TILE - 1) // TILE
-    value_bytes = 1 if value_kind == INT8 else element_bytes(value_kind)
-    sample = fetch_add(block, 1)
+def unpack_worker(a, kind):
+    """Take samples until none is left."""
+    batch, n, keep, value_kind, index_kind, out = a.batch, a.n, a.keep, a.value_kind, a.index_kind, a.out
+    scratch = a.scratch + count_threads(a, 1) * a.scratch_bytes
+    sample = take_tasks(a, 1)
     while sample < batch:
+        values, scales, index, counts, full = sample_form(a, sample)
         _scatter(
             kind,
             value_kind,
             index_kind,
-            values + sample * keep * value_bytes,
-            scales + sample * ((keep + TILE - 1) // TILE) * 2,
-            index + sample * index_stride,
-            counts + sample * tiles,
-            full + sample * ((tiles + 7) // 8),
+            values,
+            scales,
+            index,
+            counts,
+            full,
             n,
             keep,
             out + sample * n * element_bytes(kind),
             scratch + STAGE_AT,
         )
-        sample = fetch_add(block, 1)
-
-
-def unpack_f32(block):
-    _unpack_worker(F32, block)
-
-
-def unpack_f16(block):
-    _unpack_worker(F16, block)
-
-
-def unpack_bf16(block):
-    _unpack_worker(BF16, block)
+        sample = take_tasks(a, 1)

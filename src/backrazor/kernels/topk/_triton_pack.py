@@ -28,9 +28,6 @@ import triton.language as tl
 
 from .._triton import (
     INFINITY,
-    NON_FINITE,
-    OVERFLOW,
-    TILE,
     from_float32,
     magnitude,
     quantise,
@@ -38,11 +35,15 @@ from .._triton import (
     sum_before,
     to_float32,
 )
+from . import layout
 
 SLOTS: tl.constexpr = tl.constexpr(3)
-NO_INDEX: tl.constexpr = tl.constexpr(0)
-BITMAP: tl.constexpr = tl.constexpr(1)
-TILES: tl.constexpr = tl.constexpr(2)
+TILE: tl.constexpr = tl.constexpr(layout.TILE)
+BITMAP: tl.constexpr = tl.constexpr(layout.BITMAP)
+TILES: tl.constexpr = tl.constexpr(layout.TILES)
+NON_FINITE: tl.constexpr = tl.constexpr(layout.NON_FINITE)
+OVERFLOW: tl.constexpr = tl.constexpr(layout.OVERFLOW)
+INT8_LIMIT: tl.constexpr = tl.constexpr(float(layout.INT8_LIMIT))
 
 
 @triton.jit
@@ -233,8 +234,8 @@ def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
     inside = at < keep
     value = to_float32(tl.load(x + sample * keep + at, mask=inside, other=0))
     largest = tl.max(magnitude(value), axis=1)
-    scale, inverse = scale_of(largest, 127.0, scales.dtype.element_ty)
-    quantised = quantise(value, inverse[:, None], 127.0, 0.0)
+    scale, inverse = scale_of(largest, INT8_LIMIT, scales.dtype.element_ty)
+    quantised = quantise(value, inverse[:, None], INT8_LIMIT, 0.0)
     tl.store(values + sample * keep + at, quantised.to(tl.int8), mask=inside)
     runs = (keep + TILE - 1) // TILE
     tl.store(scales + sample * runs + run, scale, mask=run < runs)

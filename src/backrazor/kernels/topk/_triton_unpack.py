@@ -16,8 +16,8 @@ row of the epilogue.
 import triton
 import triton.language as tl
 
-from .._triton import TILE, from_float32, sum_before, to_float32
-from ._triton_pack import BITMAP
+from .._triton import from_float32, sum_before, to_float32
+from ._triton_pack import BITMAP, TILE
 
 STEP: tl.constexpr = tl.constexpr(256)  # tile offsets placed at a time
 

@@ -11,65 +11,51 @@ Shape legend: n elements a sample, K kept, T = ceil(n / 256) tiles.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .._launch import launch, threads_for
-from .._llvm.lanes import BF16, F16, F32
-from ._cpu_pack import pack_bf16, pack_f16, pack_f32
-from ._cpu_select import BITMAP, BUFFER_AT, INT8, MIN_SAMPLED, NO_INDEX, TILES
-from ._cpu_unpack import unpack_bf16, unpack_f16, unpack_f32
+from ..cpu.compiling import EntryPoint
+from ..cpu.launch import launch, threads_for
+from ..cpu.layout import KIND
+from ._cpu_form import form_of
+from ._cpu_pack import Pack, pack_worker
+from ._cpu_select import BUFFER_AT, MIN_SAMPLED
+from ._cpu_unpack import Unpack, unpack_worker
 from .layout import Stored
 
-# How an argument block names types and indices.
-KIND = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.int8: INT8}
-INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
-_PACK = {F32: pack_f32, F16: pack_f16, BF16: pack_bf16}
-_UNPACK = {F32: unpack_f32, F16: unpack_f16, BF16: unpack_bf16}
+
+def entry_points() -> Iterator[EntryPoint]:
+    """All that is ever launched from here."""
+    for kind in KIND.values():
+        yield pack_worker, Pack, (kind,)
+        yield unpack_worker, Unpack, (kind,)
 
 
 def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
     """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in
     ``flag`` (int32)."""
     batch, n = x.shape
-    threads = threads_for(batch)
     capacity = n // 8 + 1024
     scratch_bytes = BUFFER_AT + (capacity * 4 if keep < n and n >= MIN_SAMPLED else 0)
-    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
-    arguments = [
-        0,  # the next free scratch slot
-        batch,
-        n,
-        keep,
-        KIND[stored.values.dtype],
-        INDEX[index_kind],
-        x.data_ptr(),
-        *(tensor.data_ptr() for tensor in stored),
-        flag.data_ptr(),
-        scratch.data_ptr(),
-        scratch_bytes,
-        stored.index.stride(0) if stored.index.numel() else 0,
-        capacity,
-    ]
-    launch(_PACK[KIND[x.dtype]], arguments, batch)
+    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8)
+    told = Pack(
+        **form_of(stored, n, index_kind),
+        source=x.data_ptr(),
+        flag=flag.data_ptr(),
+        scratch=scratch.data_ptr(),
+        scratch_bytes=scratch_bytes,
+        capacity=capacity,
+    )
+    launch(pack_worker, told, batch, (KIND[x.dtype],))
 
 
 def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
     """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``."""
     batch = out.shape[0]
-    threads = threads_for(batch)
-    scratch = torch.empty(threads * BUFFER_AT, dtype=torch.uint8)
-    arguments = [
-        0,
-        batch,
-        n,
-        stored.values.shape[1],
-        KIND[stored.values.dtype],
-        INDEX[index_kind],
-        out.data_ptr(),
-        *(tensor.data_ptr() for tensor in stored),
-        scratch.data_ptr(),
-        BUFFER_AT,
-        stored.index.stride(0) if stored.index.numel() else 0,
-    ]
-    launch(_UNPACK[KIND[out.dtype]], arguments, batch)
+    scratch = torch.empty(threads_for(batch) * BUFFER_AT, dtype=torch.uint8)
+    told = Unpack(
+        **form_of(stored, n, index_kind), out=out.data_ptr(), scratch=scratch.data_ptr(), scratch_bytes=BUFFER_AT
+    )
+    launch(unpack_worker, told, batch, (KIND[out.dtype],))

@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 256
+from ..cpu.layout import KIND
+
+TILE = 256  # elements that share a count of kept ones; kept values that share a scale
+NON_FINITE, OVERFLOW = 1, 2  # status bits
+INT8_LIMIT = 127  # the largest code of int8 values
+# How kernels name the type of stored values and the form of the index.
+INT8 = 3
+VALUE_KIND = KIND | {torch.int8: INT8}
+NO_INDEX, BITMAP, TILES = 0, 1, 2
+INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 
 
 class Stored(NamedTuple):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE = 256
-NON_FINITE, OVERFLOW = 1, 2  # status bits
+from .layout import INT8_LIMIT, NON_FINITE, OVERFLOW, TILE
+
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -54,12 +54,12 @@ def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
     tiles = -(-keep // TILE)
     padded = torch.nn.functional.pad(kept.float(), (0, tiles * TILE - keep)).view(batch, tiles, TILE)
     largest = padded.abs().amax(dim=2)
-    scales = (largest / 127).to(torch.bfloat16)
+    scales = (largest / INT8_LIMIT).to(torch.bfloat16)
     scales = torch.where(scales < torch.finfo(torch.bfloat16).tiny, 0, scales)
     scale = scales.float().unsqueeze(2)
     usable = torch.isfinite(scale) & (scale != 0)
     inverse = torch.where(usable, 1 / scale, 0)
-    quantised = torch.where(torch.isfinite(scale), torch.round(padded * inverse), 0).clamp(-127, 127)
+    quantised = torch.where(torch.isfinite(scale), torch.round(padded * inverse), 0).clamp(-INT8_LIMIT, INT8_LIMIT)
     return quantised.to(torch.int8).view(batch, tiles * TILE)[:, :keep].contiguous(), scales, status
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._triton import chunks_of, launch
 from . import _triton_pack, _triton_unpack
-from .layout import TILE, Stored
+from .layout import INDEX, TILE, Stored
 
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
@@ -20,7 +20,6 @@ EMIT_REGISTERS = 128  # left to itself the assembler makes do with 80 and spills
 RUNS = 8  # runs of 256 that a program quantises
 STAGED_BYTES = 32 << 20  # kept values on their way to int8 never take more than this, or one sample's worth
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
-_INDEX = {"none": 0, "bitmap": 1, "tile": 2}
 _BITS = {4: torch.int32, 2: torch.int16}
 
 
@@ -98,7 +97,7 @@ def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stor
         stored.full,
         flag,
         SLOT=chosen.slot,
-        INDEX=_INDEX[index_kind],
+        INDEX=INDEX[index_kind],
         BLOCK=BLOCK,
         warps=SCAN_WARPS,
         registers=EMIT_REGISTERS,
@@ -174,7 +173,7 @@ def _unpack(
         return
     chunk, chunks = chunks_of(batch, n, BLOCK)
     counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
-    constants = {"INDEX": _INDEX[index_kind], "BLOCK": BLOCK}
+    constants = {"INDEX": INDEX[index_kind], "BLOCK": BLOCK}
     launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
     arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
     launch(_triton_unpack.expand, batch * chunks, *arguments, NORMALISE=normalise, **constants, warps=SCAN_WARPS)

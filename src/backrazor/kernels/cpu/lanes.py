@@ -9,6 +9,7 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from .layout import F16, F32
 from .scalars import get_i32, get_u8, get_u16, put_i32, put_u8, put_u16
 from .vectors import (
     FLOAT,
@@ -151,11 +152,6 @@ def load_float(kind: str):
         return types.void(types.int64, types.int64), codegen
 
     return load
-
-
-# Kinds as integers: a kernel's entry point passes one as a constant and LLVM prunes the other branches, so one source
-# serves all.
-F32, F16, BF16 = 0, 1, 2
 
 
 def by_kind(make, *settings):

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .._llvm.vectors import (
+from ..cpu.vectors import (
     FLOAT,
     I8,
     I32,

@@ -1,4 +1,4 @@
-"""Scalars at raw addresses, atomic counters, bits of numbers."""
+"""Scalars at raw addresses, bits of numbers."""
 
 from __future__ import annotations
 
@@ -47,17 +47,6 @@ def poke(name: str):
         return types.void(types.int64, types.float32 if name == "f32" else types.int64), codegen
 
     return write
-
-
-@intrinsic
-def fetch_add(typingctx, address, amount):
-    """(address, amount) -> the int64 before an atomic addition: how threads take the next sample."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -1,4 +1,4 @@
-"""Building blocks for the CPU kernels, written as LLVM IR through Numba intrinsics.
+"""What the CPU kernels of all families share. Importing this folder imports no Numba.
 
 Numba's auto-vectoriser cannot express "compress the lanes that passed a comparison", which is what packing is. LLVM
 can: ``llvm.experimental.vector.compress`` becomes one instruction on AVX-512 and a short generic sequence elsewhere, so
@@ -7,7 +7,12 @@ elements at raw addresses; a *kind* names how the elements are stored: "f32", "f
 is that of the bit pattern without its sign: for finite numbers the order of |x|, with infinity above every number and
 NaN above infinity.
 
+arguments  what a kernel is told: structs with named fields
+compiling  from a worker to machine code, kept on disk
+target     whether the kernels can run in this process
+launch     running a kernel on PyTorch's threads
 vectors    what intrinsics are written with
-scalars    single numbers at raw addresses, atomic counters
-lanes      blocks of 16: comparing, selecting, compressing, casting; a kernel's own are in its ``_lanes.py``
+scalars    single numbers at raw addresses
+lanes      blocks of 16: comparing, selecting, compressing, casting; a family's own are in its ``_cpu_lanes.py``
+layout     what code that must not import Numba knows of the blocks
 """

@@ -1,0 +1,51 @@
+"""Whether the CPU kernels can run in this process: asked before the first of them is compiled, because LLVM answers
+what it cannot do by ending the process."""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+
+LEAST_LLVM = 20  # the first with llvm.experimental.vector.compress that Numba brought, in 0.62
+# Conversions of float16, which every kernel has in one of its branches. Where the processor has no instruction for them
+# LLVM calls a function of the compiler's own library, which no process that Numba compiles for has.
+_PROBE = """
+define void @probe(ptr %from, ptr %to) {
+  %half = load <16 x half>, ptr %from, align 1
+  %float = fpext <16 x half> %half to <16 x float>
+  %sum = fadd <16 x float> %float, %float
+  %back = fptrunc <16 x float> %sum to <16 x half>
+  store <16 x half> %back, ptr %to, align 1
+  ret void
+}
+"""
+_HELPERS = re.compile(r"\b__(?:extend|trunc)\w*hf\w*|\b__gnu_(?:h2f|f2h)\w*")
+
+
+def missing_helpers(machine) -> list[str]:
+    """The functions that an LLVM target machine would call to convert float16; none where it has instructions."""
+    from llvmlite import binding
+
+    module = binding.parse_assembly(_PROBE)
+    module.triple = machine.triple
+    return sorted(set(_HELPERS.findall(machine.emit_assembly(module))))
+
+
+@cache
+def shortcoming() -> str | None:
+    """What keeps the CPU kernels from running here, in words, or None."""
+    try:
+        import numba
+        from llvmlite import binding
+        from numba.core.registry import cpu_target
+    except ImportError as error:
+        return f"Numba does not start ({error})"
+    if binding.llvm_version_info[0] < LEAST_LLVM:
+        return f"Numba {numba.__version__} brings LLVM {binding.llvm_version_info[0]}: install numba>=0.62"
+    if sys.byteorder != "little":
+        return "the processor is big-endian"
+    machine = cpu_target.target_context.codegen()._tm
+    if missing := missing_helpers(machine):
+        return f"the processor has no instructions for float16 ({', '.join(missing)}; on x86 they are called F16C)"
+    return None

@@ -1,0 +1,28 @@
+"""How a primitive becomes an operator of ``torch.library`` with a fake implementation, so that shapes and bytes are
+known without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._compile import _disable_dynamo
+
+_library = torch.library.Library("backrazor", "DEF")
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Define an operator: the decorated function runs on real tensors of any device, ``fake`` gives shapes."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def register(function: Callable[..., Any]) -> Any:
+        # after a graph break Dynamo would compile the body itself, and the kernels take addresses of its tensors
+        opaque = _disable_dynamo(function)
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, opaque, key)
+        torch.library.register_fake(f"backrazor::{name}", fake, lib=_library)
+        return getattr(torch.ops.backrazor, name).default
+
+    return register
