@@ -109,7 +109,7 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (FOLDER, ("0.png", "3x3 pixels"), small_image),
     (FOLDER, ("class9", "no images"), empty_class),
     (FOLDER, ("train/", "no test/"), train_without_test),
-    (FOLDER, ("data.test_fraction=0.2", "smallest class: 1"), too_few),
+    (FOLDER, ("data.test_fraction=0.2", "smallest class: 'class0' with 1"), too_few),
     (
         (*TINY, "paths.outputs=tree/0.png"),
         ("paths.outputs=tree/0.png", "cannot be written"),

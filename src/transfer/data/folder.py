@@ -43,20 +43,21 @@ def _from_parts(root: Path, parts: Mapping[str, Path], data: Mapping[str, Any]) 
     test = _labelled(parts[test_name], names)
     train = _labelled(parts["train"], names)
     if "val" in parts and test_name == "test":
-        return Splits(train, _labelled(parts["val"], names), test, names, "train/, val/ and test/ as found")
-    kept, val = stratified_holdout(train.labels, data["val_fraction"], data["split_seed"], "data.val_fraction")
+        val = _labelled(parts["val"], names)
+        return Splits(train, val, test, names, "train/, val/ and test/ as found", given=("val", "test"))
+    kept, val = stratified_holdout(train.labels, data["val_fraction"], data["split_seed"], "data.val_fraction", names)
     note = f"test is {test_name}/; validation drawn from train/ with data.split_seed={data['split_seed']}"
-    return Splits(train.select(kept), train.select(val), test, names, note)
+    return Splits(train.select(kept), train.select(val), test, names, note, given=("test",))
 
 
 def _from_one_tree(root: Path, data: Mapping[str, Any]) -> Splits:
     names = _class_names(root)
     everything = _labelled(root, names)
     seed = data["split_seed"]
-    rest, test = stratified_holdout(everything.labels, data["test_fraction"], seed, "data.test_fraction")
+    rest, test = stratified_holdout(everything.labels, data["test_fraction"], seed, "data.test_fraction", names)
     pool = everything.select(rest)
     share = data["val_fraction"] / (1 - data["test_fraction"])
-    train, val = stratified_holdout(pool.labels, share, seed, "data.val_fraction")
+    train, val = stratified_holdout(pool.labels, share, seed, "data.val_fraction", names, data["val_fraction"])
     note = f"stratified, drawn with data.split_seed={seed}"
     return Splits(pool.select(train), pool.select(val), everything.select(test), names, note)
 
