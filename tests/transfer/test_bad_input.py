@@ -62,6 +62,21 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
         None,
     ),
     (
+        (*TINY, "model.name=crossvit_tiny_240", "data.image_size=224"),
+        ("model.name=crossvit_tiny_240 fails on images of 224 px", "made for 240 px, set data.image_size=240"),
+        None,
+    ),
+    (
+        (*TINY, "model.name=halonet26t", "data.image_size=224"),
+        ("model.name=halonet26t fails", "(AssertionError)", "made for 256 px, set data.image_size=256"),
+        None,
+    ),
+    (
+        (*TINY, "model.name=halonet26t", "data.image_size=256", "trainer.measure={mode: all, image_size: 224}"),
+        ("fails on images of 224 px", "made for 256 px"),
+        None,
+    ),
+    (
         ("model=resnet18", "razor=none"),
         ("resnet18-f37072fd.pth", "pretrain/fetch.py resnet18", "model.pretrained=false"),
         None,
