@@ -38,6 +38,25 @@ def empty_class(root: Path) -> None:
     (root / "class9").mkdir()
 
 
+def many_bad(root: Path) -> None:
+    write_tree(root)
+    write_image(root / "class0" / "0.png", side=3)
+    for index in range(3, 9):
+        (root / "class1" / f"{index}.png").write_bytes(b"broken")
+
+
+def bad_in_both_parts(root: Path) -> None:
+    for part, images in (("train", 4), ("test", 2)):
+        write_tree(root / part, images=images)
+    (root / "train" / "class1" / "0.png").write_bytes(b"broken")
+    (root / "test" / "class0" / "1.png").write_bytes(b"broken")
+
+
+def link_to_nothing(root: Path) -> None:
+    write_tree(root)
+    (root / "class0" / "gone.png").symlink_to(root / "nowhere.png")
+
+
 def train_without_test(root: Path) -> None:
     write_tree(root / "train")
 
@@ -123,6 +142,9 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (FOLDER, ("3.png", "cannot be read"), truncated_image),
     (FOLDER, ("0.png", "3x3 pixels"), small_image),
     (FOLDER, ("class9", "no images"), empty_class),
+    (FOLDER, ("7 of 20 files cannot be used", "class0/0.png is too small", "3.png cannot be", "2 more;"), many_bad),
+    (FOLDER, ("2 of 12 files", "train/class1/0.png", "test/class0/1.png"), bad_in_both_parts),
+    (FOLDER, ("gone.png cannot be read as an image", "No such file"), link_to_nothing),
     (FOLDER, ("train/", "no test/"), train_without_test),
     (FOLDER, ("data.test_fraction=0.2", "smallest class: 'class0' with 1"), too_few),
     (

@@ -101,6 +101,45 @@ def test_val_without_test_is_the_test_split(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 6) and "test is val/" in data.note
 
 
+def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+    elsewhere = write_tree(tmp_path / "elsewhere", classes=2)
+    root = tmp_path / "tree"
+    (root / "linked").mkdir(parents=True)
+    (root / "linked" / "photos").symlink_to(elsewhere / "class0", target_is_directory=True)
+    write_classes(root, mixed=5)
+    (root / "mixed" / "more").symlink_to(elsewhere / "class1", target_is_directory=True)
+    (root / "mixed" / "again").symlink_to(elsewhere / "class1", target_is_directory=True)
+    (root / "mixed" / "self").symlink_to(root / "mixed", target_is_directory=True)
+    (root / "mixed" / "up").symlink_to(root, target_is_directory=True)
+    (elsewhere / "class1" / "back").symlink_to(elsewhere / "class1", target_is_directory=True)
+    data = folder(root)
+    found = [path for part in (data.train, data.val, data.test) for path in paths(part)]
+    names = sorted(path.relative_to(root).as_posix() for path in found)
+    expected = (
+        [f"mixed/{i}.png" for i in range(5)]
+        + [f"linked/photos/{i}.png" for i in range(10)]
+        + [f"mixed/again/{i}.png" for i in range(10)]
+    )
+    assert names == sorted(expected), "each image once, none of another class"
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    root = write_tree(tmp_path)
+    (root / "class0" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"locked cannot be read \(Permission denied\)"):
+        folder(root)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
 def test_every_png_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.png"
