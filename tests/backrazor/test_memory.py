@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import backrazor as br
 from backrazor.codecs import role_of
-from backrazor.memory.peak import in_fresh_process
+from backrazor.memory.processes import in_fresh_process
 from tests.backrazor.cases import PRUNING
 from tests.backrazor.networks import (
     Attention,
@@ -236,9 +236,11 @@ def test_predict_allocates_no_activation() -> None:
     assert grown < predicted / 20
 
 
-def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rule='formula' is not known: use 'exact' or 'official'"):
+def test_an_unknown_rule_is_refused_and_the_one_that_left_says_where_it_is() -> None:
+    with pytest.raises(ValueError, match=r"rule='formula' is not known: use 'exact'"):
         br.memory.predict(mlp(), (20,), 2, rule="formula")
+    with pytest.raises(ValueError, match=r"rule='official' has left the library: use transfer\.official\."):
+        br.memory.predict(mlp(), (20,), 2, rule="official")
 
 
 @pytest.mark.parametrize("razored", [False, True])
