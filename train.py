@@ -7,6 +7,7 @@ python train.py --help
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -23,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from transfer.errors import Interrupted, RankLost, UserError, one_line
-from transfer.settings import BY_PATH, help_text
+from transfer.help import help_text, offered
+from transfer.settings import BY_PATH
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "experiment")
@@ -44,12 +46,20 @@ def group_options() -> dict[str, list[str]]:
     }
 
 
+def refused_name(group: str, argument: str, name: str = "") -> str:
+    """Return what is to be said against a name that ``group`` does not offer."""
+    names = group_options()[group]
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"{argument} is not allowed: {offered(group, names, '|')}{hint}"
+
+
 def explain(error: BaseException) -> str:
     """Return the one line that a wrong command line or configuration ends in."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").partition("/")
         if group in GROUPS:
-            return f"{group}={name} is not allowed: {'|'.join(group_options()[group])}"
+            return refused_name(group, f"{group}={name}", name)
     text = one_line(error)
     if text.startswith("Could not override"):
         text = text.partition(" To append")[0] + " `python train.py --help` lists every key"
@@ -65,7 +75,7 @@ def refused_flag(arguments: list[str]) -> str | None:
     for argument in arguments:
         name, _, value = argument.lstrip("+~").partition("=")
         if name in GROUPS and value in ("", "null") and argument != "experiment=null":
-            return f"{argument} is not allowed: {'|'.join(group_options()[name])}"
+            return refused_name(name, argument)
         if name.startswith(LOADING_FLAGS):
             return f"{name} is not allowed: the configuration is the one in configs/"
         if name.startswith(("hydra.", "hydra/")) and (not name.startswith(LAUNCHER) or "_target_" in argument):

@@ -22,7 +22,7 @@ import torch
 from _circumstances import circumstances, command_line
 
 import backrazor as br
-from backrazor.memory.peak import in_fresh_process
+from backrazor.memory.processes import in_fresh_process
 from transfer.bench.measure import saved_of
 from transfer.bench.rows import Row, predictions
 from transfer.files import atomic_write_text

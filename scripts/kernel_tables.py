@@ -28,7 +28,8 @@ from torch.utils.flop_counter import flop_registry
 
 import backrazor as br
 from backrazor.functional import common
-from backrazor.kernels import _ahead, dispatch
+from backrazor.kernels import dispatch
+from transfer import ahead
 from transfer.bench.rows import CLASSES
 from transfer.models import build_backbone
 from transfer.training.methods import apply_method, set_train_mode
@@ -163,9 +164,9 @@ def roofline() -> None:
 
 
 def resources() -> None:
-    wanted = _ahead.configurations()
+    wanted = ahead.configurations()
     capabilities = (80, 90, 100)
-    binaries = [b for capability in capabilities for b in _ahead.compile_all(wanted, capability, os.cpu_count() or 1)]
+    binaries = [b for capability in capabilities for b in ahead.compile_all(wanted, capability, os.cpu_count() or 1)]
     kernels = dict.fromkeys((b.configuration.family, b.configuration.kernel) for b in binaries)
     print("| kernel | binaries | spilled bytes | registers | shared bytes | occupancy sm_80 | sm_90 | sm_100 |")
     print("|---|---|---|---|---|---|---|---|")

@@ -12,7 +12,9 @@ All figures are predicted from shapes: nothing is trained, no weights are needed
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,8 +99,8 @@ def report(arguments: Sequence[str]) -> None:
     title = f"{config['model']['name']}, batch {batch}, {size} px, {config['trainer']['precision']}"
     if sparsity is not None:
         title += f", {config['razor']['name']} at sparsity {sparsity:g}"
-    print(f"{title}\n")
-    print(layer_table(profile, batch, sparsity, rows), "\n")
+    table = layer_table(profile, batch, sparsity, rows)  # first, for it may end in an error
+    print(f"{title}\n\n{table}\n")
     print("\n".join(need_lines(profile, batch, sparsity)))
     if budget is not None:
         print("\n".join(budget_lines(profile, budget, own["budget"], sparsity)))
@@ -126,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report(arguments)
     except (UserError, HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+            traceback.print_exception(error)
         print(f"profile_memory.py: {one_line(error)}", file=sys.stderr)
         return WRONG_INPUT
     return 0

@@ -1,6 +1,7 @@
 """What a run may end in besides its record: a wrong input, a signal, another process's failure."""
 
 import signal
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -35,6 +36,12 @@ def stop_with_reader() -> None:
     """Let a command that only prints end without a word where its reader does, as in ``... | head``."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def first_few(texts: Sequence[str], most: int = 5) -> str:
+    """Return the first ``most`` of ``texts`` in one line, and how many there are besides."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def one_line(error: BaseException) -> str:

@@ -8,8 +8,10 @@ takes for itself (a CUDA context: some hundred MB) is not in it. Bytes.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 import backrazor as br
 from transfer.errors import UserError
 from transfer.training.costs import weight_bytes
+from transfer.training.first_forward import explained
 from transfer.training.network import Network, assemble, razor_config
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -67,20 +70,28 @@ class StepProfile:
         self._known: dict[tuple[float | None, int], br.memory.Prediction] = {}
 
     def predict(self, batch: int, sparsity: float | None) -> br.memory.Prediction:
-        """Predict a step of ``batch`` images: of the plain network where ``sparsity`` is None, else razored at it."""
+        """Predict a step of ``batch`` images: of the plain network where ``sparsity`` is None, else razored at it.
+
+        Raises:
+            UserError: the network cannot take such images.
+        """
         if (sparsity, batch) not in self._known:
             model = self.network.model
             br.unrazor_(model)
             if sparsity is not None:
                 br.razor_(model, dataclasses.replace(self.razor, sparsity=sparsity))
             try:
-                self._known[sparsity, batch] = br.memory.predict(
-                    model,
-                    (3, self.image_size, self.image_size),
-                    batch,
-                    loss_fn=self._loss,
-                    autocast=torch.bfloat16 if self.config["trainer"]["precision"] == "bfloat16" else None,
-                )
+                with (
+                    _fake_tensors_silent(),
+                    explained(self.network.backbone, self.config["model"]["name"], self.image_size),
+                ):
+                    self._known[sparsity, batch] = br.memory.predict(
+                        model,
+                        (3, self.image_size, self.image_size),
+                        batch,
+                        loss_fn=self._loss,
+                        autocast=torch.bfloat16 if self.config["trainer"]["precision"] == "bfloat16" else None,
+                    )
             finally:
                 br.unrazor_(model)
         return self._known[sparsity, batch]
@@ -148,6 +159,17 @@ class StepProfile:
     def _loss(self, logits: Tensor) -> Tensor:
         labels = torch.zeros(len(logits), dtype=torch.long)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config["optim"]["label_smoothing"])
+
+
+@contextmanager
+def _fake_tensors_silent() -> Iterator[None]:
+    """Without torch's own log of an error on fake tensors, which is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _last_true(holds: Callable[[int], bool], low: int, high: int) -> int:

@@ -1,7 +1,7 @@
 """Every configuration key of the laboratory: its type, unit, allowed values and meaning.
 
-One table serves three ends: ``validate`` checks a composed configuration against it, ``help_text`` prints it, and a
-test compares it with the files in ``configs/``.
+One table serves three ends: ``validate`` checks a composed configuration against it, ``transfer.help`` prints it, and
+a test compares it with the files in ``configs/``.
 """
 
 from __future__ import annotations
@@ -290,28 +290,3 @@ def _check_conflicts(given: Mapping[str, Any]) -> None:
             given["data.test_fraction"],
             f"below 1 - data.val_fraction={1 - given['data.val_fraction']:g}",
         )
-
-
-def help_text(groups: Mapping[str, list[str]]) -> str:
-    """Return the text of ``train.py --help``.
-
-    Args:
-        groups: the configuration groups and the names that each offers.
-    """
-    lines = [
-        "Fine-tune a pretrained image classifier, with the activations kept for backward pruned.",
-        "",
-        "  python train.py model=efficientnet_lite0 data=digits razor.sparsity=0.9",
-        "  python train.py experiment=demo/compact90          one of the committed experiments",
-        "  python train.py -m seed=1,2,3                      one run for each value",
-        "  python train.py --cfg job                          print the configuration and stop",
-        "",
-        "Groups (group=name):",
-    ]
-    lines += [f"  {group:<11} {', '.join(names)}" for group, names in groups.items()]
-    lines += ["", "Keys (key=value):"]
-    for key in KEYS:
-        lines.append(f"  {key.path:<28} {key.allowed}")
-        lines.append(f"  {'':<28}   {key.help}")
-    lines += ["", "A wrong value ends with exit code 2 and one line; HYDRA_FULL_ERROR=1 shows the traceback."]
-    return "\n".join(lines)

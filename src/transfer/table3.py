@@ -19,6 +19,7 @@ import backrazor as br
 from transfer.errors import UserError
 from transfer.files import atomic_write_text
 from transfer.models import build_backbone
+from transfer.official import official_memory
 from transfer.records import circumstances, read_record, write_record
 from transfer.training.methods import apply_method, set_train_mode
 
@@ -132,14 +133,14 @@ def without_peak(cell: Cell, folder: Path, keep: bool = True) -> dict[str, Any]:
     shape = {"input_size": (3, cell.image_size, cell.image_size), "batch_size": cell.batch_size}
     predicted = br.memory.predict(model, **shape)
     # The formula has no word for sparsity 0 with an index; it is asked at the sparsity, as the released commands do.
-    official = br.memory.predict(model, rule="official", **shape)
+    official = official_memory(model, **shape)
     images, labels = cell.batch()
     with br.memory.ledger(model) as ledger:
         loss = F.cross_entropy(model(images), labels)
     del loss
     record = {
         **cell.columns(),
-        "official_bytes": official.peak_bytes,
+        "official_bytes": round(official.total_bytes),
         "predicted_saved_bytes": predicted.saved_bytes,
         "predicted_peak_bytes": predicted.peak_bytes,
         "saved_bytes": ledger.total_bytes,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -46,3 +48,11 @@ def assert_close(name: str, actual: Tensor | None, expected: Tensor, limit: floa
         return
     error = relative_rms(actual, expected)
     assert error <= limit, f"{name}: relative RMS {error:.2e}, above {limit:.0e}"
+
+
+def gradients_on(model: nn.Module, x: Tensor, device: str) -> dict[str, Tensor]:
+    """The gradients of a copy of ``model`` and of its input on ``device``, brought to the CPU; ``x`` stays as it is."""
+    moved, leaf = copy.deepcopy(model).to(device), x.to(device, copy=True).requires_grad_()
+    out = moved(leaf)
+    (out * torch.linspace(-1, 1, out.numel(), device=device).view(out.shape)).sum().backward()
+    return {name: p.grad.cpu() for name, p in moved.named_parameters()} | {"input": leaf.grad.cpu()}

@@ -100,7 +100,7 @@ def small_step() -> br.memory.Step:
 
 def growth_and_ledger(razored: bool) -> tuple[int, int]:
     """(growth of resident memory by a forward pass, ledger.total_bytes), for a batch large enough to see."""
-    from backrazor.memory.peak import reset_high_water_mark, resident_bytes
+    from backrazor.memory.meters import reset_high_water_mark, resident_bytes
 
     torch.set_num_threads(1)
     model, x = wide_net(), torch.randn(48, 3, 112, 112)
@@ -119,7 +119,7 @@ def growth_and_ledger(razored: bool) -> tuple[int, int]:
 
 def prediction_growth() -> tuple[int, int]:
     """(growth of the resident high-water mark by ``predict``, the bytes it predicts)."""
-    from backrazor.memory.peak import high_water_mark, reset_high_water_mark
+    from backrazor.memory.meters import high_water_mark, reset_high_water_mark
 
     model = wide_net()
     br.razor_(model, br.RazorConfig(0.5))

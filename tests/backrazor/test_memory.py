@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import backrazor as br
 from backrazor.codecs import role_of
-from backrazor.memory.peak import in_fresh_process
+from backrazor.memory.processes import in_fresh_process
 from tests.backrazor.cases import PRUNING
 from tests.backrazor.networks import (
     Attention,
@@ -236,9 +236,39 @@ def test_predict_allocates_no_activation() -> None:
     assert grown < predicted / 20
 
 
-def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rule='formula' is not known: use 'exact' or 'official'"):
+def test_an_unknown_rule_is_refused_and_the_one_that_left_says_where_it_is() -> None:
+    with pytest.raises(ValueError, match=r"rule='formula' is not known: use 'exact'"):
         br.memory.predict(mlp(), (20,), 2, rule="formula")
+    with pytest.raises(ValueError, match=r"rule='official' has left the library: use transfer\.official\."):
+        br.memory.predict(mlp(), (20,), 2, rule="official")
+
+
+@pytest.mark.parametrize("razored", [False, True])
+def test_a_ledger_that_comes_too_late_warns(razored: bool) -> None:
+    model, x = mlp(), torch.randn(4, 20)
+    if razored:
+        br.razor_(model)
+    with (
+        pytest.warns(UserWarning, match="the ledger is empty: .* loss was not kept") as caught,
+        br.memory.ledger(model),
+    ):
+        model(x).sum()
+    assert len(caught) == 1 and caught[0].filename == __file__, "the line of the caller is named"
+    with pytest.warns(UserWarning, match="backward ran inside"), br.memory.ledger(model) as book:
+        model(x).sum().backward()
+    assert book.total_bytes == 0
+
+
+def test_a_ledger_that_has_nothing_to_say_does_not_warn() -> None:
+    model, x = mlp(), torch.randn(4, 20)
+    with br.memory.ledger(model) as book, torch.no_grad():
+        model(x)
+    assert book.rows == [] and book.parameter_bytes == 0
+    with br.memory.ledger(model) as book:
+        loss = model(x).sum()
+        before = book.total_bytes  # read early: taken while the graph lives
+        del loss
+    assert book.total_bytes == before > 0
 
 
 @pytest.mark.parametrize("razored", [False, True])

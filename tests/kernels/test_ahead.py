@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from backrazor.kernels import _ahead
+from transfer import ahead
 
 CAPABILITIES = (80, 90, 100)
 MOST_CONFIGURATIONS = 4
@@ -19,14 +19,14 @@ LEAST_OCCUPANCY = 0.25
 
 
 @pytest.fixture(scope="module")
-def configurations() -> list[_ahead.Configuration]:
-    return _ahead.configurations()
+def configurations() -> list[ahead.Configuration]:
+    return ahead.configurations()
 
 
-def test_every_kernel_is_in_the_list(configurations: list[_ahead.Configuration]) -> None:
+def test_every_kernel_is_in_the_list(configurations: list[ahead.Configuration]) -> None:
     """Each jitted function that a module launches, by what host code launches, not by a list of names."""
     found = {(c.family, c.kernel) for c in configurations}
-    assert {family for family, _ in found} == set(_ahead.FAMILIES)
+    assert {family for family, _ in found} == set(ahead.FAMILIES)
     assert found >= {
         ("topk", "count_digits"),
         ("topk", "tally"),
@@ -44,7 +44,7 @@ def test_every_kernel_is_in_the_list(configurations: list[_ahead.Configuration])
 
 
 @pytest.mark.parametrize("family", ["rowquant", "layernorm", "softmax"])
-def test_at_most_four_configurations(family: str, configurations: list[_ahead.Configuration]) -> None:
+def test_at_most_four_configurations(family: str, configurations: list[ahead.Configuration]) -> None:
     module = import_module(f"backrazor.kernels.{family}.triton")
     assert len(module.CONFIGS) <= MOST_CONFIGURATIONS
     launched = {
@@ -55,8 +55,8 @@ def test_at_most_four_configurations(family: str, configurations: list[_ahead.Co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_binaries_keep_to_their_limits(capability: int, configurations: list[_ahead.Configuration]) -> None:
-    for binary in _ahead.compile_all(configurations, capability, workers=os.cpu_count() or 1):
+def test_binaries_keep_to_their_limits(capability: int, configurations: list[ahead.Configuration]) -> None:
+    for binary in ahead.compile_all(configurations, capability, workers=os.cpu_count() or 1):
         where = f"{binary.name} for sm_{capability}"
         assert binary.local_bytes == 0, f"{where} spills {binary.local_bytes} bytes a thread"
         assert 0 < binary.registers <= MOST_REGISTERS, f"{where} needs {binary.registers} registers"
@@ -67,11 +67,11 @@ def test_binaries_keep_to_their_limits(capability: int, configurations: list[_ah
 def test_recording_leaves_the_modules_as_they_were() -> None:
     module = import_module("backrazor.kernels.topk.triton")
     before = module.launch
-    _ahead.configurations()
+    ahead.configurations()
     assert module.launch is before
 
 
-def test_a_refused_kernel_is_named(configurations: list[_ahead.Configuration]) -> None:
+def test_a_refused_kernel_is_named(configurations: list[ahead.Configuration]) -> None:
     broken = configurations[0].__class__(**(vars(configurations[0]) | {"constants": ()}))
     with pytest.raises(RuntimeError, match=r"topk.count_digits.* does not compile for sm_90"):
-        _ahead.compile_one(broken, 90)
+        ahead.compile_one(broken, 90)

@@ -21,7 +21,7 @@ from backrazor.kernels.dispatch import implementation
 from backrazor.kernels.rowquant import reference as rowquant
 from backrazor.kernels.topk import reference as topk
 from tests.backrazor.cases import AXES, PRUNING, pairwise
-from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits
+from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits, gradients_on
 from tests.backrazor.networks import convnet, mlp
 from tests.backrazor.samples import DATA, layouts, sample
 from tests.kernels.test_operators import arguments
@@ -134,12 +134,7 @@ CONFIGS = {"compact": br.RazorConfig.compact(0.9), "paper": br.RazorConfig.paper
 def test_presets_agree_with_the_cpu(build, shape: tuple[int, ...], preset: str) -> None:
     model, x = build(), torch.randn(shape)
     br.razor_(model, CONFIGS[preset])
-    found = []
-    for device in ("cpu", "cuda"):
-        moved, leaf = copy.deepcopy(model).to(device), x.to(device).requires_grad_()
-        out = moved(leaf)
-        (out * torch.linspace(-1, 1, out.numel(), device=device).view(out.shape)).sum().backward()
-        found.append({name: p.grad.cpu() for name, p in moved.named_parameters()} | {"input": leaf.grad.cpu()})
+    found = [gradients_on(model, x, device) for device in ("cpu", "cuda")]
     for name, gradient in found[1].items():
         assert_close(name, gradient, found[0][name], 1e-2)  # a value at the threshold may round to the other side
 

@@ -15,7 +15,7 @@ from backrazor.functional.activation import quantiser
 from backrazor.kernels import dispatch
 from backrazor.kernels.layernorm import ops
 from backrazor.kernels.layernorm import reference as layernorm
-from tests.backrazor.compare import assert_close, assert_same_bits
+from tests.backrazor.compare import assert_close, assert_same_bits, gradients_on
 from tests.backrazor.networks import convnet, mlp
 
 
@@ -148,3 +148,11 @@ def test_an_empty_norm() -> None:
     assert (out.shape, codes.shape, scales.shape, rstd.shape) == ((0, 5), (0, 5), (0,), (0,))
     gradients = layernorm.backward(torch.zeros(0, 5), codes, scales, rstd, None, 8)
     assert [tuple(g.shape) for g in gradients] == [(0, 5), (5,), (5,)]
+
+
+def test_gradients_on_one_device_leave_nothing_for_the_next() -> None:
+    model, x = mlp(), torch.randn(6, 5, 20)
+    first, second = (gradients_on(model, x, "cpu") for _ in range(2))
+    assert not x.requires_grad and x.grad is None and all(p.grad is None for p in model.parameters())
+    for name, gradient in first.items():
+        assert_same_bits(name, second[name], gradient)

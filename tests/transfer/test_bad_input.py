@@ -38,6 +38,25 @@ def empty_class(root: Path) -> None:
     (root / "class9").mkdir()
 
 
+def many_bad(root: Path) -> None:
+    write_tree(root)
+    write_image(root / "class0" / "0.png", side=3)
+    for index in range(3, 9):
+        (root / "class1" / f"{index}.png").write_bytes(b"broken")
+
+
+def bad_in_both_parts(root: Path) -> None:
+    for part, images in (("train", 4), ("test", 2)):
+        write_tree(root / part, images=images)
+    (root / "train" / "class1" / "0.png").write_bytes(b"broken")
+    (root / "test" / "class0" / "1.png").write_bytes(b"broken")
+
+
+def link_to_nothing(root: Path) -> None:
+    write_tree(root)
+    (root / "class0" / "gone.png").symlink_to(root / "nowhere.png")
+
+
 def train_without_test(root: Path) -> None:
     write_tree(root / "train")
 
@@ -62,6 +81,21 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
         None,
     ),
     (
+        (*TINY, "model.name=crossvit_tiny_240", "data.image_size=224"),
+        ("model.name=crossvit_tiny_240 fails on images of 224 px", "made for 240 px, set data.image_size=240"),
+        None,
+    ),
+    (
+        (*TINY, "model.name=halonet26t", "data.image_size=224"),
+        ("model.name=halonet26t fails", "(AssertionError)", "made for 256 px, set data.image_size=256"),
+        None,
+    ),
+    (
+        (*TINY, "model.name=halonet26t", "data.image_size=256", "trainer.measure={mode: all, image_size: 224}"),
+        ("fails on images of 224 px", "made for 256 px"),
+        None,
+    ),
+    (
         ("model=resnet18", "razor=none"),
         ("resnet18-f37072fd.pth", "pretrain/fetch.py resnet18", "model.pretrained=false"),
         None,
@@ -77,7 +111,8 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (("data.name=nosuch", "razor=none"), ("data.name=nosuch", "digits"), None),
     (("razor=nosuch",), ("razor=nosuch", "compact|int8|none|paper"), None),
     (("method=nosuch",), ("method=nosuch", "full|last"), None),
-    (("experiment=nosuch",), ("experiment=nosuch", "demo/dense"), None),
+    (("experiment=nosuch",), ("experiment=nosuch", "demo/ (", "such as demo/", "ls configs/experiment/*"), None),
+    (("experiment=table2/cifar100_compact91",), ("did you mean table2/cifar100_compact90",), None),
     (("razor.sparsity=1.0",), ("razor.sparsity=1.0", "[0, 1)"), None),
     (("razor.sparsity=-0.1",), ("razor.sparsity=-0.1", "[0, 1)"), None),
     (("razor.sparsity=much",), ("razor.sparsity=much", "[0, 1)"), None),
@@ -108,8 +143,11 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (FOLDER, ("3.png", "cannot be read"), truncated_image),
     (FOLDER, ("0.png", "3x3 pixels"), small_image),
     (FOLDER, ("class9", "no images"), empty_class),
+    (FOLDER, ("7 of 20 files cannot be used", "class0/0.png is too small", "3.png cannot be", "2 more;"), many_bad),
+    (FOLDER, ("2 of 12 files", "train/class1/0.png", "test/class0/1.png"), bad_in_both_parts),
+    (FOLDER, ("gone.png cannot be read as an image", "No such file"), link_to_nothing),
     (FOLDER, ("train/", "no test/"), train_without_test),
-    (FOLDER, ("data.test_fraction=0.2", "smallest class: 1"), too_few),
+    (FOLDER, ("data.test_fraction=0.2", "smallest class: 'class0' with 1"), too_few),
     (
         (*TINY, "paths.outputs=tree/0.png"),
         ("paths.outputs=tree/0.png", "cannot be written"),

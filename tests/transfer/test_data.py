@@ -101,6 +101,45 @@ def test_val_without_test_is_the_test_split(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 6) and "test is val/" in data.note
 
 
+def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+    elsewhere = write_tree(tmp_path / "elsewhere", classes=2)
+    root = tmp_path / "tree"
+    (root / "linked").mkdir(parents=True)
+    (root / "linked" / "photos").symlink_to(elsewhere / "class0", target_is_directory=True)
+    write_classes(root, mixed=5)
+    (root / "mixed" / "more").symlink_to(elsewhere / "class1", target_is_directory=True)
+    (root / "mixed" / "again").symlink_to(elsewhere / "class1", target_is_directory=True)
+    (root / "mixed" / "self").symlink_to(root / "mixed", target_is_directory=True)
+    (root / "mixed" / "up").symlink_to(root, target_is_directory=True)
+    (elsewhere / "class1" / "back").symlink_to(elsewhere / "class1", target_is_directory=True)
+    data = folder(root)
+    found = [path for part in (data.train, data.val, data.test) for path in paths(part)]
+    names = sorted(path.relative_to(root).as_posix() for path in found)
+    expected = (
+        [f"mixed/{i}.png" for i in range(5)]
+        + [f"linked/photos/{i}.png" for i in range(10)]
+        + [f"mixed/again/{i}.png" for i in range(10)]
+    )
+    assert names == sorted(expected), "each image once, none of another class"
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    root = write_tree(tmp_path)
+    (root / "class0" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"locked cannot be read \(Permission denied\)"):
+        folder(root)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
 def test_every_png_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.png"
@@ -142,6 +181,123 @@ def test_transforms_end_at_the_input_size_in_uint8(tmp_path: Path, kind: str) ->
         image, _ = part[0]
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert torch.equal(data.test[0][0], data.test[0][0]), "evaluation draws nothing"
+
+
+def write_classes(root: Path, **images: int) -> Path:
+    """Write ``root/<class>/<n>.png`` for each ``class=count``."""
+    for label, (name, count) in enumerate(images.items()):
+        for index in range(count):
+            write_image(root / name / f"{index}.png", seed=1000 * label + index)
+    return root
+
+
+REFUSED = [
+    (
+        {"many": 400, "pair": 2},
+        (),
+        [
+            "data.val_fraction=0.1",
+            "class 'pair'",
+            "without validation images",
+            "2 for training",
+            "about 10 images",
+        ],
+    ),
+    (
+        {"many": 61, "more": 61, "pair": 2, "two": 2},
+        (),
+        [
+            "data.val_fraction=0.1",
+            "class 'pair' (and 1 more class)",
+            "0 for test",
+            "test/ yourself",
+        ],
+    ),
+    (
+        {"many": 200, "more": 200, "pair": 2},
+        ("data.test_fraction=0.8",),
+        [
+            "data.test_fraction=0.8",
+            "class 'pair'",
+            "without training images",
+            "2 for test",
+            "about 10 images",
+        ],
+    ),
+    (
+        {"many": 200, "four": 4},
+        ("data.test_fraction=0.8",),
+        ["data.val_fraction=0.1", "that the test split leaves", "smallest class: 'four' with 1"],
+    ),
+    (
+        {"many": 40, "four": 4},
+        ("data.val_fraction=0.05",),
+        ["data.val_fraction=0.05", "class 'four'", "without validation images", "about 20 images"],
+    ),
+    (
+        {"many": 40, "other": 40, "ten": 10},
+        ("data.train_fraction=0.05",),
+        ["data.train_fraction=0.05", "class 'ten'", "without training images", "about 29 images"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("images", "overrides", "words"), REFUSED)
+def test_a_class_without_images_in_a_drawn_split_is_named(
+    tmp_path: Path, images: dict[str, int], overrides: tuple[str, ...], words: list[str]
+) -> None:
+    root = write_classes(tmp_path, **images)
+    with pytest.raises(UserError) as caught:
+        folder(root, *overrides)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_images_as_the_refusal_asks_for_are_enough(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, many=40, other=40, ten=10)
+    data = folder(root)
+    for part in (data.train, data.val, data.test):
+        assert torch.bincount(part.labels, minlength=3).min() >= 1
+
+
+def test_under_the_official_protocol_no_class_needs_validation_images(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, many=40, four=4)
+    with pytest.raises(UserError, match="without validation images"):
+        folder(root, "data.val_fraction=0.05")
+    data = folder(root, "data.val_fraction=0.05", "data.protocol=official")
+    assert torch.bincount(data.val.labels).tolist() == torch.bincount(data.test.labels).tolist() == [1, 8]
+
+
+def test_a_test_folder_may_lack_a_class_and_the_log_says_so(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", many=20, other=20)
+    write_classes(tmp_path / "test", many=5)
+    data = folder(tmp_path)
+    assert len(data.test) == 5 and "no test images of class 'other'" in data.note
+    (tmp_path / "train" / "tiny").mkdir()
+    for index in range(2):
+        write_image(tmp_path / "train" / "tiny" / f"{index}.png", seed=index)
+    with pytest.raises(UserError, match="class 'tiny' without validation images"):
+        folder(tmp_path)
+
+
+def test_an_unbalanced_digits_split_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.utils import Bunch
+
+    from transfer.data import digits as embedded
+
+    whole = embedded.load_digits()
+    kept = np.concatenate([np.flatnonzero(whole.target != 7), np.flatnonzero(whole.target == 7)[:2]])
+    part = Bunch(images=whole.images[kept], target=whole.target[kept], target_names=whole.target_names)
+    monkeypatch.setattr(embedded, "load_digits", lambda: part)
+    with pytest.raises(UserError, match=r"data\.val_fraction=0\.1 .*class '7'.*\(2 for training, 0 for"):
+        digits("data.test_fraction=0.1")
+
+
+def test_the_value_that_was_set_is_the_one_that_is_named(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, **{f"class{label}": 4 for label in range(5)})
+    with pytest.raises(UserError, match=r"data\.val_fraction=0\.1 cannot be drawn from .*\(smallest class: 'class"):
+        folder(root, "data.test_fraction=0.25")
 
 
 def test_holdout_needs_every_class_on_both_sides() -> None:

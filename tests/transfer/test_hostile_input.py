@@ -173,7 +173,7 @@ IMAGES: dict[str, Case] = {
 }
 TREES: dict[str, Case] = {
     "thousands of stray files, no image": (FOLDER, ("class0", "has no images"), make.stray_files),
-    "a thousand empty classes": (FOLDER, ("empty0000", "has no images"), make.stray_classes),
+    "a thousand empty classes": (FOLDER, ("empty0000", "has no images", "995 more"), make.stray_classes),
     "images where classes should be": (FOLDER, ("0 class folders",), make.files_in_place_of_classes),
     "a link to a text": (FOLDER, ("linked.png", "cannot be read"), make.link_to_a_text),
     "a class that is a loop": (FOLDER, ("class2", "has no images"), make.class_is_a_loop),

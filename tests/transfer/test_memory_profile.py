@@ -105,6 +105,11 @@ def test_a_budget_below_one_image_is_said(capsys) -> None:
         ("budget=1MB razor.sparsity=auto", "is too small"),
         ("model=timm", "model.name must be given"),
         ("model=timm model.name=resnet19", "model.name=resnet19"),
+        ("model=timm model.name=crossvit_tiny_240 batch=1", "it is made for 240 px, set data.image_size=240"),
+        (
+            "model=timm model.name=halonet26t batch=1",
+            "(AssertionError): it is made for 256 px, set data.image_size=256",
+        ),
         ("trainer.checkpointing=block", "trainer.checkpointing=block is not predicted"),
         ("nosuch=1", "nosuch"),
     ],
@@ -113,8 +118,22 @@ def test_wrong_values_end_in_one_line_and_code_two(capsys, arguments: str, words
     given = arguments.split()
     net = () if "model=timm" in given else NET
     assert profile_memory.main([*net, *given]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and words in lines[0], lines
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out and len(lines) == 1 and words in lines[0], lines
+
+
+def test_the_size_that_the_error_names_is_one_that_works(capsys) -> None:
+    net = ["model=timm", "model.name=halonet26t", "batch=1", "rows=1"]
+    assert profile_memory.main([*net, "data.image_size=256"]) == 0
+    assert "256 px" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_full_error_shows_the_traceback(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert profile_memory.main(["model=timm", "model.name=halonet26t", "batch=1"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "halonet26t fails on images of 224 px" in err.splitlines()[-1]
 
 
 def test_sizes() -> None:

@@ -50,6 +50,11 @@ def test_a_network_is_built_for_the_size_of_its_images(name: str) -> None:
     assert backbone.model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
 
 
+def test_a_size_that_a_network_cannot_be_built_for_is_named_with_its_own() -> None:
+    with pytest.raises(UserError, match=r"images of 100 px: .*; it is made for 224 px, set data\.image_size=224"):
+        build_backbone({**SMALL, "name": "twins_pcpvt_small"}, 5, "pretrain", 100)
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), file)

@@ -1,6 +1,6 @@
 """Memory by its three names: what is predicted, what is saved, what the peak is.
 
-predicted  bytes from shapes alone (``predict``); rule="official" is the released code's formula
+predicted  bytes from shapes alone (``predict``)
 saved      bytes autograd holds at the end of forward (``ledger``)
 peak       the highest allocation during a full step above what is resident (``measure_step``)
 """

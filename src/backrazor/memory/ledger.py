@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,6 +50,7 @@ class Ledger:
         self._types: dict[str, str] = {name: type(module).__name__ for name, module in model.named_modules()}
         self._rows: list[LedgerRow] | None = None
         self._parameter_bytes = 0
+        self.too_late = False  # tensors were saved, but the graph was gone when the rows were taken
 
     def _pack(self, tensor: Tensor) -> _Held:
         role, reason = role_of(tensor)
@@ -61,14 +63,19 @@ class Ledger:
         self._held.append(weakref.ref(held))
         return held
 
-    def _count(self) -> None:
+    def take(self) -> list[LedgerRow]:
+        """Take the rows now, while the graph lives, unless they have been taken. Returns them."""
+        if self._rows is None:
+            self._rows = self._counted()
+        return self._rows
+
+    def _counted(self) -> list[LedgerRow]:
         seen: set[int] = set()
         totals: dict[tuple[str, str, str], int] = {}
         resident: set[int] = set()
-        for reference in self._held:
-            held = reference()
-            if held is None:
-                continue
+        living = [held for reference in self._held if (held := reference()) is not None]
+        self.too_late = bool(self._held) and not living
+        for held in living:
             key = storage_key(held.tensor)
             if key in self._resident:
                 if key not in resident:
@@ -80,15 +87,12 @@ class Ledger:
             seen.add(key)
             row = held.module, held.role, held.reason
             totals[row] = totals.get(row, 0) + held.tensor.untyped_storage().nbytes()
-        self._rows = [LedgerRow(module, role, size, reason) for (module, role, reason), size in totals.items() if size]
+        return [LedgerRow(module, role, size, reason) for (module, role, reason), size in totals.items() if size]
 
     @property
     def rows(self) -> list[LedgerRow]:
         """One row a module and role, in the order of the forward pass."""
-        if self._rows is None:
-            self._count()
-        assert self._rows is not None
-        return self._rows
+        return self.take()
 
     @property
     def total_bytes(self) -> int:
@@ -98,7 +102,7 @@ class Ledger:
     @property
     def parameter_bytes(self) -> int:
         """Bytes of parameters and buffers that the graph also refers to; they are resident anyway."""
-        self.rows  # noqa: B018 (counting fills it)
+        self.take()
         return self._parameter_bytes
 
     def by_role(self) -> dict[str, int]:
@@ -143,6 +147,9 @@ def ledger(model: nn.Module) -> Iterator[Ledger]:
     Rows are taken when the context ends, or earlier when they are read. Tensors whose part of the graph was dropped in
     between do not count. Under activation checkpointing the outer graph holds the blocks' inputs, and those are what is
     counted.
+
+    Warns:
+        UserWarning: tensors were saved, but none is held any more when the context ends: nobody kept the loss.
     """
     book = Ledger(model)
     with ExitStack() as stack:
@@ -153,4 +160,10 @@ def ledger(model: nn.Module) -> Iterator[Ledger]:
             stack.callback(leave.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(book._pack, lambda held: held.tensor))
         yield book
-        book.rows  # noqa: B018 (taken while the graph lives)
+        book.take()
+    if book.too_late:
+        warnings.warn(
+            "the ledger is empty: the graph was gone before it was read, for the loss was not kept, or backward ran "
+            "inside the context; keep it: with ledger(model) as book: loss = loss_fn(model(x), y)",
+            stacklevel=3,
+        )

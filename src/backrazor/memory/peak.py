@@ -1,40 +1,29 @@
 """The measured peak of a training step, and its time, in fresh processes.
 
-On the CPU the peak is the process's high-water mark during one step less its resident set just before, after full
-warm-up steps, with weights, gradients and optimizer state in place. glibc is told to return freed blocks at once
-(MALLOC_MMAP_THRESHOLD_=65536, MALLOC_TRIM_THRESHOLD_=65536, one arena): otherwise the high-water mark would include
-blocks that the allocator kept for later. That setting makes every large tensor pay page faults, so time is taken in
-processes of their own under the default allocator. On CUDA the peak is ``torch.cuda.max_memory_allocated`` less what
-was allocated before the step.
+On the CPU the peak is the process's high-water mark during one step less its resident set just before (``meters``),
+after full warm-up steps, with weights, gradients and optimizer state in place. Its process runs under an allocator that
+returns freed blocks at once (``processes``); time is taken in processes of their own under the default one. On CUDA the
+peak is ``torch.cuda.max_memory_allocated`` less what was allocated before the step.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import multiprocessing
-import os
 import pickle
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_STABLE_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TOP_PAD_": "0",
-}
+from .meters import high_water_mark, reset_high_water_mark
+from .processes import FreshProcess, in_fresh_process
+
 WARM_UP_STEPS = 2
 
 
@@ -161,76 +150,6 @@ def _check_picklable(factory: Callable[[], Step]) -> None:
         ) from error
 
 
-def in_fresh_process(function: Callable, *arguments: object, stable_malloc: bool = False) -> Any:
-    """``function(*arguments)`` in a new interpreter; with ``stable_malloc`` freed memory returns to the system at once
-    (glibc)."""
-    with _FreshProcess(_call, function, arguments, stable_malloc=stable_malloc) as process:
-        return process.receive()
-
-
-def _call(connection: Connection, function: Callable, arguments: tuple) -> None:
-    connection.send((True, function(*arguments)))
-
-
-class _FreshProcess:
-    """A new interpreter that runs ``serve(connection, *arguments)`` and answers over the connection in pairs: whether
-    it succeeded, and the answer or the traceback."""
-
-    def __init__(self, serve: Callable, *arguments: object, stable_malloc: bool = False) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, serve, arguments), daemon=False)
-        before = {name: os.environ.get(name) for name in _STABLE_MALLOC}
-        try:
-            if stable_malloc:
-                os.environ.update(_STABLE_MALLOC)  # read by the allocator when the new process starts
-            self._process.start()
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-        other.close()
-
-    def __enter__(self) -> _FreshProcess:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._connection.close()
-        if kind is not None:
-            self._process.terminate()
-        self._process.join()
-
-    def ask(self, question: object) -> Any:
-        """The answer to ``question``; errors as ``receive``."""
-        with suppress(BrokenPipeError, ConnectionResetError):  # ``receive`` tells why
-            self._connection.send(question)
-        return self.receive()
-
-    def receive(self) -> Any:
-        """The next answer.
-
-        Raises:
-            RuntimeError: the process failed, or died.
-        """
-        try:
-            succeeded, answer = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            raise RuntimeError(
-                f"the measuring process died with exit code {self._process.exitcode}; out of memory if it is -9"
-            ) from None
-        if not succeeded:
-            raise RuntimeError(f"the measured step failed in its process:\n{answer}")
-        return answer
-
-
-def _serve(connection: Connection, serve: Callable, arguments: tuple) -> None:
-    try:
-        serve(connection, *arguments)
-    except BaseException:
-        with suppress(BrokenPipeError):  # nobody listens any more
-            connection.send((False, traceback.format_exc()))
-
-
 def _device_of(step: Step) -> torch.device:
     return next((parameter.device for parameter in step.model.parameters()), torch.device("cpu"))
 
@@ -268,7 +187,7 @@ def _times_in_turns(
     with ExitStack() as stack:
         processes = {}
         for name, factory in factories.items():
-            processes[name] = stack.enter_context(_FreshProcess(_step_on_demand, factory, threads))
+            processes[name] = stack.enter_context(FreshProcess(_step_on_demand, factory, threads))
             processes[name].receive()  # warmed up
         for _ in range(steps):
             for name, process in processes.items():
@@ -306,35 +225,3 @@ def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, int]:
     _run(step, device)
     whole = high_water_mark()
     return whole - resident, whole
-
-
-def resident_bytes() -> int:
-    """The resident set of this process (Linux)."""
-    return _status("VmRSS")
-
-
-def high_water_mark() -> int:
-    """The largest resident set since ``reset_high_water_mark`` (Linux)."""
-    return _status("VmHWM")
-
-
-def reset_high_water_mark() -> int:
-    """Give free memory back, set the high-water mark to the current resident set and return that.
-
-    Raises:
-        OSError: not Linux, or the kernel refuses to reset the mark.
-    """
-    if not sys.platform.startswith("linux"):
-        raise OSError(
-            f"peak memory on the CPU is read from /proc, which {sys.platform} lacks: measure on Linux or on CUDA"
-        )
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident_bytes()
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")

@@ -3,7 +3,6 @@ touches a kernel."""
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,18 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .ledger import LedgerRow, ledger
-from .official import OfficialMemory, official_formula
-
-ORIGINAL = "_backrazor_original"  # where a drop-in keeps the class it replaced
 
 
 @dataclass(frozen=True)
 class Prediction:
     """saved_bytes: held by autograd at the end of forward. peak_bytes: highest during forward and backward above
-    weights, gradients, optimizer state and the input batch. rows: as the ledger's. The official formula knows a peak
-    only and gives no saved bytes (None)."""
+    weights, gradients, optimizer state and the input batch. rows: as the ledger's."""
 
-    saved_bytes: int | None
+    saved_bytes: int
     peak_bytes: int
     rows: tuple[LedgerRow, ...]
 
@@ -50,17 +45,17 @@ def predict(
     the forward.
 
     Args:
-        rule: "exact", our own, equal to the ledger to the byte; or "official", the formula of the paper's released
-            code, which is kept for comparison only.
+        rule: "exact": equal to the ledger to the byte. There is no other.
 
     Raises:
-        ValueError: the rule is unknown, or the official formula does not cover this kind of model.
+        ValueError: another rule. The formula of the paper's released code is ``transfer.official`` of the laboratory.
     """
     if rule == "official":
-        result = _official(model, input_size, batch_size)
-        return Prediction(None, round(result.total_bytes), ())
+        raise ValueError(
+            "rule='official' has left the library: use transfer.official.official_memory(model, input_size, batch_size)"
+        )
     if rule != "exact":
-        raise ValueError(f"rule={rule!r} is not known: use 'exact' or 'official'")
+        raise ValueError(f"rule={rule!r} is not known: use 'exact'")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         state = {name: _fake(fake, tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         for tensor in state.values():
@@ -78,23 +73,6 @@ def predict(
             if loss.requires_grad:
                 loss.backward()
     return Prediction(sum(row.bytes for row in rows), allocations.peak, rows)
-
-
-def _official(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> OfficialMemory:
-    """The formula on a plain copy of the model: weights are shared, and a razored model lends its sparsity."""
-    razored: list[Any] = [
-        module
-        for module in model.modules()
-        if ORIGINAL in module.__dict__ and isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-    if not razored:
-        return official_formula(model, input_size=input_size, batch_size=batch_size)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, memo=shared)
-    for module in plain.modules():
-        module.__class__ = module.__dict__.pop(ORIGINAL, type(module))
-    body, head = razored[0].razor.pruned.sparsity, razored[-1].razor.pruned.sparsity
-    return official_formula(plain, input_size=input_size, batch_size=batch_size, sparsity=body, head_sparsity=head)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.profiler import profile
 
 import backrazor as br
-from backrazor.memory.peak import in_fresh_process
+from backrazor.memory.processes import in_fresh_process
 from transfer.bench.rows import Row
 from transfer.files import atomic_write, atomic_write_text
 from transfer.records import circumstances

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transfer.data.images import CHECKED
 from transfer.data.registry import DATASETS
 from transfer.data.spec import LabelledImages
-from transfer.data.splits import stratified_holdout
+from transfer.data.splits import check_classes, lacking, stratified_holdout
 from transfer.data.transforms import TwoPartTransform, eval_transform, train_transform
 from transfer.errors import UserError
 
@@ -69,7 +69,7 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = 
         check: decode its files first; False where another process of the job has done that.
 
     Raises:
-        UserError: the data set is unknown, missing or damaged, or a class or split comes out empty.
+        UserError: the data set is unknown, missing or damaged, or a class has no images in a split.
     """
     name = data["name"]
     if name not in DATASETS:
@@ -79,18 +79,20 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = 
         splits = DATASETS[name].load(data, paths)
     finally:
         CHECKED.reset(token)
-    train, val, note = splits.train, splits.val, splits.note
+    names = splits.class_names
     if data["protocol"] == "official":
-        train, val = train + val, splits.test
-        note += "; official protocol: validation images train, the best epoch is selected on test"
-    if data["train_fraction"] < 1:
-        _, used = stratified_holdout(train.labels, data["train_fraction"], data["split_seed"], "data.train_fraction")
-        train = train.select(used)
+        note = "official protocol: validation images train, the best epoch is selected on test"
+        joined, given = splits.train + splits.val, ("val", "test") if "test" in splits.given else ("val",)
+        splits = replace(splits, train=joined, val=splits.test, given=given, note=f"{splits.note}; {note}")
+    if (share := data["train_fraction"]) < 1:
+        _, used = stratified_holdout(splits.train.labels, share, data["split_seed"], "data.train_fraction", names)
+        splits = replace(splits, train=splits.train.select(used))
+    check_classes(splits, data)
     final = eval_transform(data)
     return DataBundle(
-        train=TensorImages(train, train_transform(data), data["cache"]),
-        val=TensorImages(val, final, data["cache"]),
+        train=TensorImages(splits.train, train_transform(data), data["cache"]),
+        val=TensorImages(splits.val, final, data["cache"]),
         test=TensorImages(splits.test, final, data["cache"]),
-        class_names=splits.class_names,
-        note=note,
+        class_names=names,
+        note=splits.note + lacking(splits),
     )

@@ -35,14 +35,15 @@ def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
     source = load_digits()
     pixels = (source.images * (255 / WHITE)).round().astype(np.uint8)
     everything = LabelledImages(_DigitImages(pixels), tuple(int(label) for label in source.target))
-    rest, test = stratified_holdout(everything.labels, data["test_fraction"], data["split_seed"], "data.test_fraction")
+    names, seed = tuple(str(name) for name in source.target_names), data["split_seed"]
+    rest, test = stratified_holdout(everything.labels, data["test_fraction"], seed, "data.test_fraction", names)
     labels = [everything.labels[i] for i in rest]
     share = data["val_fraction"] / (1 - data["test_fraction"])
-    train, val = stratified_holdout(labels, share, data["split_seed"], "data.val_fraction")
+    train, val = stratified_holdout(labels, share, seed, "data.val_fraction", names, data["val_fraction"])
     return Splits(
         train=everything.select([rest[i] for i in train]),
         val=everything.select([rest[i] for i in val]),
         test=everything.select(test),
-        class_names=tuple(str(name) for name in source.target_names),
-        note=f"stratified, drawn with data.split_seed={data['split_seed']}",
+        class_names=names,
+        note=f"stratified, drawn with data.split_seed={seed}",
     )

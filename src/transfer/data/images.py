@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from transfer.errors import UserError
+from transfer.errors import UserError, first_few
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 # What those endings stand for. Pillow goes by content, and some of its formats start other programs (PostScript).
@@ -20,6 +20,14 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MIN_SIDE = 8  # pixels; smaller than the smallest data set here, so most likely a stray icon
 CHECK_LIMIT = 20_000  # files that are decoded once before a run; a larger set is checked as it is read
 CHECKED: ContextVar[bool] = ContextVar("another process of the job has checked the files", default=False)
+
+
+class UnusableImage(UserError):
+    """One file cannot be used. ``path`` is the file, ``reason`` why."""
+
+    def __init__(self, path: Path, reason: str, advice: str) -> None:
+        super().__init__(f"{path} {reason}{advice}")
+        self.path, self.reason = path, reason
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -37,7 +45,7 @@ def read_image(path: Path) -> Image.Image:
     """Decode one file.
 
     Raises:
-        UserError: the file is missing, damaged, no image, larger than Pillow's safety limit, or below ``MIN_SIDE``.
+        UnusableImage: the file is missing, damaged, no image, larger than Pillow's safety limit, or below ``MIN_SIDE``.
     """
     try:
         with warnings.catch_warnings():
@@ -46,15 +54,13 @@ def read_image(path: Path) -> Image.Image:
             warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
             with Image.open(path, formats=FORMATS) as image:
                 if min(image.size) < MIN_SIDE:
-                    raise UserError(
-                        f"{path} is too small: {image.size[0]}x{image.size[1]} pixels, at least "
-                        f"{MIN_SIDE}x{MIN_SIDE} is needed; remove or replace it"
-                    )
+                    size = f"{image.size[0]}x{image.size[1]} pixels, at least {MIN_SIDE}x{MIN_SIDE} is needed"
+                    raise UnusableImage(path, f"is too small: {size}", "; remove or replace it")
                 return to_rgb(image)
     except UserError:
         raise
     except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): remove or replace it") from error
+        raise UnusableImage(path, f"cannot be read as an image ({error})", ": remove or replace it") from error
 
 
 @dataclass(frozen=True)
@@ -70,18 +76,30 @@ class ImageFiles:
         return read_image(self.paths[index])
 
 
-def check_files(paths: Sequence[Path]) -> None:
-    """Decode every file once, so that a damaged one stops the run before it begins; not where ``CHECKED`` is set.
+def check_files(*groups: Sequence[Path]) -> None:
+    """Decode every file once, so that damaged ones stop the run before it begins; not where ``CHECKED`` is set.
+
+    Args:
+        groups: files; a group of more than ``CHECK_LIMIT`` is left out.
 
     Raises:
-        UserError: as ``read_image``, for the first damaged file in order.
+        UserError: names the first five unusable files in order, with the reason of each, and how many there are.
     """
-    if len(paths) > CHECK_LIMIT or CHECKED.get():
+    paths = [path for group in groups if len(group) <= CHECK_LIMIT for path in group]
+    if CHECKED.get():
         return
 
-    def size(path: Path) -> tuple[int, int]:
-        return read_image(path).size
+    def fault(path: Path) -> UnusableImage | None:
+        try:
+            read_image(path)
+        except UnusableImage as error:
+            return error
+        return None
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(size, paths):
-            pass
+        faults = [error for error in pool.map(fault, paths) if error is not None]
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        named = first_few([f"{error.path} {error.reason}" for error in faults])
+        raise UserError(f"{len(faults)} of {len(paths)} files cannot be used: {named}; remove or replace them")

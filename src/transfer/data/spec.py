@@ -81,6 +81,7 @@ class Splits:
     Args:
         class_names: the classes; a label is an index into them.
         note: how the splits came about, for the log.
+        given: which of ``val`` and ``test`` the data set brings, rather than have them drawn here.
     """
 
     train: LabelledImages
@@ -88,6 +89,7 @@ class Splits:
     test: LabelledImages
     class_names: tuple[str, ...]
     note: str = ""
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from transfer.errors import UserError
+from transfer.errors import UserError, one_line
 from transfer.models.weights import find_weights, load_weights
 from transfer.models.zoo import BACKBONES, BackboneSpec, find_spec
 
@@ -28,6 +28,7 @@ class Backbone:
         stages: names of the modules that checkpointing may wrap: the stages, and the blocks of each.
         weights: the file that the weights came from, None where they are random.
         one_size: whether it takes images of the size alone that it was built for.
+        own_size: side of the images that it was made for, pixels; None where that is not known.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Backbone:
     stages: dict[str, tuple[str, ...]]
     weights: Path | None
     one_size: bool = False
+    own_size: int | None = None
 
 
 def build_backbone(
@@ -63,14 +65,17 @@ def build_backbone(
         model = spec.build(num_classes, config["drop_rate"], image_size)
         head = spec.head or _head_name(model)
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        sized = spec.one_size and image_size is not None and not isinstance(error, AttributeError)
+        own = f"; it is made for {spec.own_size} px, set data.image_size={spec.own_size}"
         raise UserError(
             f"model.name={name} cannot be built as a classifier with model.drop_rate={config['drop_rate']}"
-            f"{f' for images of {image_size} px' if spec.one_size and image_size else ''}: {error}"
+            f"{f' for images of {image_size} px' if sized else ''}: {one_line(error) or type(error).__name__}"
+            f"{own if sized and spec.own_size not in (None, image_size) else ''}"
         ) from error
     if file is not None:
         _load(model, file, head, spec)
     _start_head(model.get_submodule(head), config["head_init"])
-    return Backbone(model, head, spec.mean, spec.std, find_stages(model), file, spec.one_size)
+    return Backbone(model, head, spec.mean, spec.std, find_stages(model), file, spec.one_size, spec.own_size)
 
 
 def _start_head(head: nn.Module, how: str) -> None:

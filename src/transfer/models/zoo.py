@@ -32,6 +32,7 @@ class BackboneSpec:
         load: ``load(model, file)`` reads a weights file of a format of its own; None for named or positional tensors.
         head: name of the classifier; None asks the network, as timm's can tell.
         one_size: whether the network takes images of the size alone that it was built for.
+        own_size: side of the images that it was made for, pixels; None where that is not known.
     """
 
     build: Callable[[int, float, int | None], nn.Module]
@@ -44,6 +45,7 @@ class BackboneSpec:
     load: Callable[[nn.Module, Path], None] | None = None
     head: str | None = None
     one_size: bool = False
+    own_size: int | None = None
 
 
 def timm_spec(
@@ -63,7 +65,9 @@ def timm_spec(
         return timm.create_model(name, pretrained=False, num_classes=num_classes, drop_rate=drop_rate, **size)
 
     mean, std = (config.mean, config.std) if config is not None else ((0.5,) * 3, (0.5,) * 3)
-    return BackboneSpec(build, weights_file or f"{name}.safetensors", url, mean, std, package, hub, one_size=one_size)
+    own_size = config.input_size[-1] if config is not None else None
+    file = weights_file or f"{name}.safetensors"
+    return BackboneSpec(build, file, url, mean, std, package, hub, one_size=one_size, own_size=own_size)
 
 
 def proxylessnas_spec() -> BackboneSpec:
@@ -76,6 +80,7 @@ def proxylessnas_spec() -> BackboneSpec:
         std=IMAGENET_DEFAULT_STD,
         load=load_published_weights,
         head="classifier",
+        own_size=224,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import backrazor as br
 from transfer.models.frozen_storage import coded_weights
+from transfer.official import official_memory
 from transfer.training.network import Network, assemble
 from transfer.training.optimisation import make_optimizer
 
@@ -137,7 +138,7 @@ def _criterion(logits: Tensor, labels: Tensor, config: Mapping[str, Any]) -> Ten
 
 def _official(network: Network, shape: Mapping[str, Any]) -> int | None:
     try:
-        total = br.memory.predict(network.model, rule="official", **shape).peak_bytes
+        total = round(official_memory(network.model, **shape).total_bytes)
     except ValueError:
         return None
     return total + coded_weights(network.model)  # codes are no parameters, but the formula counts a byte for each

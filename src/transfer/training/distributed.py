@@ -125,6 +125,7 @@ def joined_world(device: str) -> Iterator[World]:
 
     Raises:
         RankLost: another process is gone, or has failed and said why.
+        UserError: there is no GPU for this process.
 
     An exception that leaves the context carries ``spoken``: whether another process has failed before.
     """
@@ -132,13 +133,16 @@ def joined_world(device: str) -> Iterator[World]:
     if world.size == 1:
         yield world
         return
+    # Before the group is there: NCCL's object collectives go through the current device, which is 0 for all otherwise.
+    gpu = own_gpu(world.local_rank) if device == "cuda" else None
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        "nccl" if gpu is not None else "gloo",
         store=dist.PrefixStore("job", store),
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
+        device_id=gpu,
     )
     ours = dist.PrefixStore("failures", store)
     if not world.main:
@@ -164,12 +168,14 @@ def _translated(error: BaseException) -> BaseException:
 
 
 def own_gpu(local_rank: int) -> torch.device:
-    """Return the GPU of this process.
+    """Return the GPU of this process, which is the current one from now on.
 
     Raises:
         UserError: the machine has fewer GPUs than processes.
     """
     count = torch.cuda.device_count()
+    if not count:
+        raise UserError("trainer.device=cuda is not possible: torch sees no CUDA device; choose cpu or auto")
     if local_rank >= count:
         raise UserError(f"process {local_rank} of this machine finds {count} GPUs: start at most that many a machine")
     torch.cuda.set_device(local_rank)

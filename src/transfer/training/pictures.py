@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from transfer.data import DataBundle
 from transfer.tables.figures import layer_bars
+from transfer.tables.fonts import Lettering
 from transfer.training.network import Network
 
 COLUMNS, ROWS = 6, 3
@@ -40,11 +41,14 @@ def sample_figure(network: Network, data: DataBundle) -> Figure:
     panels = list(figure.subplots(ROWS, COLUMNS, squeeze=False).flat)
     for panel in panels:
         panel.axis("off")
+    lettering = Lettering(data.class_names)
+    names = [lettering.drawable(name) for name in data.class_names]
     told = zip(panels, images, labels, shares.indices.tolist(), shares.values.tolist(), strict=False)
     for panel, image, label, guess, share in told:
         panel.imshow(image.permute(1, 2, 0).numpy())
-        text, right = _title(data.class_names, guess, share, int(label))
-        panel.set_title(text, fontsize="small", color="black" if right else "red", parse_math=False)
+        text, right = _title(names, guess, share, int(label))
+        color = "black" if right else "red"
+        panel.set_title(text, fontsize="small", color=color, parse_math=False, fontfamily=lettering.families)
     return figure
 
 

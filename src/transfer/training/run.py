@@ -23,6 +23,7 @@ from transfer.records import circumstances, config_hash, read_record, run_direct
 from transfer.settings import validate
 from transfer.training.costs import StepFactory, measured_columns, pick_device, saved_columns, step_shape
 from transfer.training.distributed import World, joined_world, own_gpu
+from transfer.training.first_forward import try_forward
 from transfer.training.loop import Fitted, Trainer
 from transfer.training.monitor import LOGGER, Monitor, SilentMonitor
 from transfer.training.network import Network, assemble
@@ -68,6 +69,7 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
         data = build_data(config["data"], config["paths"], check=first)
     network = assemble(config, len(data.class_names))
     network.model.to(device)
+    try_forward(network, config)
     if world.rank:
         torch.manual_seed(config["seed"] + RANK_SEEDS * world.rank)  # each process's dropout draws its own masks
     start = time.perf_counter()

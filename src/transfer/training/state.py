@@ -45,7 +45,7 @@ def random_state() -> dict[str, Any]:
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
         "python": [version, list(internal), spare],
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking would make a context of some hundred MB in a run on the CPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -57,7 +57,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, spare = state["python"]
     random.setstate((version, tuple(internal), spare))
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 

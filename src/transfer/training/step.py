@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from transfer.training.distributed import World
 from transfer.training.evaluation import correct_in_top
+from transfer.training.first_forward import explained
 from transfer.training.network import Network
 from transfer.training.numerics import HeldStatistics, bad_step
 
@@ -60,6 +61,8 @@ class Stepper:
         self.settings, self.optim = config["trainer"], config["optim"]
         self.device = next(network.model.parameters()).device
         self.shared = world.share(network.model, self.device)
+        self.first = True
+        self.name, self.size = config["model"]["name"], config["data"]["image_size"]
 
     def take(self, images: Tensor, labels: Tensor, stop: int = 0) -> Outcome:
         """Take one step.
@@ -90,7 +93,8 @@ class Stepper:
         total, correct = 0.0, 0
         for number, (x, y) in enumerate(zip(parts, labels.split(len(parts[0])), strict=True)):
             with self._gradients_stay_here(number < len(parts) - 1):
-                logits = self._logits(self.shared, x)
+                with self._first_explained():
+                    logits = self._logits(self.shared, x)
                 loss = F.cross_entropy(logits, y, label_smoothing=self.optim["label_smoothing"])
                 loss = loss * (len(y) / self.batch)
                 (loss * self.world.size).backward()  # the processes' gradients are averaged
@@ -101,6 +105,11 @@ class Stepper:
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
             return model(self.network.normalise(images)).float()
+
+    def _first_explained(self) -> contextlib.AbstractContextManager[None]:
+        """Training mode may refuse what evaluation takes: batch norm wants more than one value per channel."""
+        first, self.first = self.first, False
+        return explained(self.network.backbone, self.name, self.size) if first else contextlib.nullcontext()
 
     def _gradients_stay_here(self, more: bool) -> contextlib.AbstractContextManager[None]:
         return self.shared.no_sync() if more and self.world.size > 1 else contextlib.nullcontext()

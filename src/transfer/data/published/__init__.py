@@ -44,14 +44,16 @@ def make_splits(spec: PublishedSpec, root: Path, val_fraction: float, split_seed
         UserError: files are missing or damaged, or ``val_fraction`` leaves a class without validation images.
     """
     listing = read_listing(spec, root)
-    kept, val = stratified_holdout(listing.train.labels, val_fraction, split_seed, "data.val_fraction")
+    names = listing.class_names
+    kept, val = stratified_holdout(listing.train.labels, val_fraction, split_seed, "data.val_fraction", names)
     note = f"published test split; validation drawn from the training images with data.split_seed={split_seed}"
     return Splits(
         train=listing.train.select(kept),
         val=listing.train.select(val),
         test=listing.test,
-        class_names=listing.class_names,
+        class_names=names,
         note=note,
+        given=("test",),
     )
 
 

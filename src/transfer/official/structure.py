@@ -60,7 +60,7 @@ def is_smooth_activation(module: nn.Module) -> bool:
 def check_defined(model: nn.Module) -> None:
     """Refuse razored models, and layers outside a transformer block that the formula has no line for."""
     for name, module in model.named_modules():
-        if type(module).__module__.split(".")[0] == __name__.split(".")[0]:
+        if type(module).__module__.split(".")[0] == "backrazor":
             raise ValueError(
                 f"the official formula takes a plain network, but {name or 'the model'} is razored: call unrazor_ first"
             )
@@ -68,7 +68,7 @@ def check_defined(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module not in in_blocks and _is_undefined(module):
             raise ValueError(
-                f"the official formula is not defined for {type(module).__name__} ({name}): use rule='exact'"
+                f"the official formula is not defined for {type(module).__name__} ({name}): use br.memory.predict"
             )
 
 

@@ -6,8 +6,9 @@ import torch
 import torchvision
 from torch import nn
 
-from backrazor.memory.official import official_formula
+import backrazor as br
 from transfer.models.proxylessnas import proxylessnas
+from transfer.official import official_formula, official_memory
 
 CLASSES = 100
 INPUT = (3, 224, 224)
@@ -187,3 +188,14 @@ def test_wrong_arguments_name_key_and_value(arguments):
     key = list(arguments)[-1]
     with pytest.raises(ValueError, match=f"{key}={arguments[key]}"):
         official_formula(small_cnn(), (4, 6, 6), **{"batch_size": 1, **arguments})
+
+
+def test_a_razored_network_is_asked_at_its_own_sparsities_and_stays_razored():
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=5)
+    plain = official_formula(model, (3, 64, 64), 2, sparsity=0.9, head_sparsity=0.5)
+    dense = official_formula(model, (3, 64, 64), 2)
+    assert official_memory(model, (3, 64, 64), 2) == dense
+    br.razor_(model, br.RazorConfig.paper(0.9, head_sparsity=0.5))
+    classes = [type(module) for module in model.modules()]
+    assert official_memory(model, (3, 64, 64), 2) == plain
+    assert [type(module) for module in model.modules()] == classes and plain.total_bytes < dense.total_bytes

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from backrazor.memory.shapes import forward_shapes
-from backrazor.memory.structure import (
+from transfer.official.shapes import forward_shapes
+from transfer.official.structure import (
     NORMS,
     adds_its_input,
     check_defined,

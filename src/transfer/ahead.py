@@ -23,7 +23,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from .topk.layout import allocate
+from backrazor.kernels.topk.layout import allocate
 
 FAMILIES = ("topk", "bitmask", "derivative", "rowquant", "layernorm", "softmax")
 _POINTERS = {
@@ -145,7 +145,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _topk() -> None:
-    from .topk import triton as topk
+    from backrazor.kernels.topk import triton as topk
 
     f32, f16, bf16, int8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
     flag = _meta(1, dtype=torch.int32)
@@ -171,8 +171,8 @@ def _topk() -> None:
 
 
 def _elementwise() -> None:
-    from .bitmask import triton as bitmask
-    from .derivative import triton as derivative
+    from backrazor.kernels.bitmask import triton as bitmask
+    from backrazor.kernels.derivative import triton as derivative
 
     for dtype, n in ((torch.float32, 150_528), (torch.float16, 100_001), (torch.bfloat16, 150_528)):
         x = _meta(8, n, dtype=dtype)
@@ -190,9 +190,9 @@ def _elementwise() -> None:
 
 
 def _rows() -> None:
-    from .layernorm import triton as layernorm
-    from .rowquant import triton as rowquant
-    from .softmax import triton as softmax
+    from backrazor.kernels.layernorm import triton as layernorm
+    from backrazor.kernels.rowquant import triton as rowquant
+    from backrazor.kernels.softmax import triton as softmax
 
     dtypes = torch.float32, torch.bfloat16, torch.float16
     for number, (m, bits) in enumerate(((64, 4), (197, 8), (197, 4), (768, 4), (768, 8), (4096, 8), (5000, 4))):

@@ -1,0 +1,77 @@
+"""A network that cannot take its input ends a run in one line, before anything is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from transfer.errors import UserError, one_line
+from transfer.models import Backbone
+from transfer.training.network import Network
+from transfer.training.sampling import worker_death
+
+LONGEST = 200  # characters of the network's own words
+FULL = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+
+
+@contextmanager
+def explained(backbone: Backbone, name: str, size: int) -> Iterator[None]:
+    """A context for a network's first forward: what it raises becomes one line.
+
+    Args:
+        backbone: the network.
+        name: its ``model.name``.
+        size: side of its input, pixels.
+
+    Raises:
+        UserError: the forward failed; names the network, the input's size, the reason and what to do.
+    """
+    try:
+        yield
+    except (UserError, FloatingPointError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and worker_death(error) is not None:
+            raise
+        words = one_line(error)
+        words = words if len(words) <= LONGEST else words[: LONGEST - 3] + "..."
+        reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
+        raise UserError(
+            f"model.name={name} fails on images of {size} px ({reason}): {_advice(backbone, size, words)}"
+        ) from error
+
+
+def _advice(backbone: Backbone, size: int, words: str) -> str:
+    if FULL.search(words):
+        return "lower trainer.batch_size or set trainer.micro_batch, raise razor.sparsity, or choose a smaller network"
+    own = backbone.own_size
+    if own not in (None, size):
+        return f"it is made for {own} px, set data.image_size={own}; HYDRA_FULL_ERROR=1 shows where it fails"
+    return "choose another network or data.image_size; HYDRA_FULL_ERROR=1 shows where it fails"
+
+
+def try_forward(network: Network, config: Mapping[str, Any]) -> None:
+    """Run one image of each size that ``config`` asks for through the network, in evaluation mode.
+
+    Nothing is kept for backward, and neither the network's state nor the random state changes.
+
+    Raises:
+        UserError: as ``explained``.
+    """
+    measure = config["trainer"]["measure"]
+    sizes = {config["data"]["image_size"]}
+    if measure["mode"] != "none" and measure["image_size"] is not None:
+        sizes.add(measure["image_size"])
+    device = next(network.model.parameters()).device
+    network.model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for size in sorted(sizes):
+                with explained(network.backbone, config["model"]["name"], size):
+                    network.model(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        network.train()
