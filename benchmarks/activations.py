@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from backrazor import functional
 from backrazor.codecs import NormCodec
-from backrazor.functional.activation import quantiser
+from backrazor.codecs.smooth import quantiser
 from backrazor.kernels import level_encode
 
 RESULTS = Path(__file__).parent / "results" / "activations.csv"

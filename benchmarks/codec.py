@@ -20,7 +20,7 @@ from _malloc import keep_freed_memory
 from _timing import quartiles, seconds
 from torch import Tensor
 
-from backrazor.codecs import Pruned, kept_count, pack, unpack
+from backrazor.codecs import Pruned, kept_count, pack
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,7 +48,7 @@ def measure(
     packed = pack(x, codec, flag)
     candidates = {
         "pack": lambda: pack(x, codec, flag),
-        "unpack": lambda: unpack(packed.tensors, packed.layout),
+        "unpack": lambda: packed.unpack(),
         "clone": lambda: x.clone(),
     }
     if rival:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .codecs import pack_shared, unpack
+from .codecs import pack_shared
 from .functional.common import sample_chunks
 from .hooks import passive
 from .nn.base import DropIn
@@ -52,10 +52,10 @@ class Energy:
         if x.dim() < (4 if isinstance(module, nn.Conv2d) else 2):
             x = x.unsqueeze(0)
         # What the layer itself has packed a moment ago, wherever the graph still holds it.
-        packed, layout = pack_shared(x, module.razor.pruned, module.flag_for(x))
+        packed = pack_shared(x, module.razor.pruned, module.flag_for(x))
         sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-        for start, stop in sample_chunks(len(x), layout.sample_numel * 4):
-            x_hat = unpack(packed, layout, start, stop, torch.float32)
+        for start, stop in sample_chunks(len(x), packed.form.sample_numel * 4):
+            x_hat = packed.unpack(start, stop, torch.float32)
             parts = (
                 _energy(x[start:stop]),
                 _energy(x_hat),
@@ -75,8 +75,8 @@ def kept_energy(model: nn.Module) -> Iterator[Energy]:
     """See what every pruning layer of a razored model keeps: ``with kept_energy(model) as energy: loss = ...``.
 
     Covers Linear and convolution layers whose weight trains: their input is what is packed. The forward, its gradients
-    and the random numbers it draws are those without this context. Costs an unpacking a layer, so use it at the steps
-    that are logged. ``energy.rows`` may be read at any time after.
+    and the random numbers it draws are those without this context. Costs one unpacking per layer, so use it at
+    the steps that are logged. ``energy.rows`` may be read at any time after.
     """
     energy = Energy()
     with ExitStack() as stack:

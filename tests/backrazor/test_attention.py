@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import backrazor as br
 from backrazor import functional
-from backrazor.codecs import Pruned, pack, pack_rows, unpack, unpack_rows
+from backrazor.codecs import Pruned, Rows, pack
 from backrazor.functional import AttentionCodec
 
 from .compare import LIMITS, assert_close, assert_same_bits
@@ -84,10 +84,9 @@ def _read(rule: str, q: Tensor, k: Tensor, v: Tensor, flag: Tensor) -> list[Tens
     """q, k and v as backward reads them."""
     tensors = [x.detach() for x in (q, k, v)]
     if rule == "pruned":
-        return [unpack(*pack(x, PRUNED, flag)) for x in tensors]
+        return [pack(x, PRUNED, flag).unpack() for x in tensors]
     bits = int(rule.removeprefix("int"))
-    parts = [pack_rows(x, bits, keeps_mean) for x, keeps_mean in zip(tensors, (True, False, True), strict=True)]
-    return [unpack_rows(*part, 0, q.shape[0], q.dtype) for part in parts]
+    return [Rows(bits, mean).pack(x).unpack() for x, mean in zip(tensors, (True, False, True), strict=True)]
 
 
 def _paper_gradients(q, k, v, bias, scale, grad, hats, flag) -> list[Tensor]:
@@ -96,7 +95,7 @@ def _paper_gradients(q, k, v, bias, scale, grad, hats, flag) -> list[Tensor]:
     q_hat, k_hat, v_hat = (x.double() for x in hats)
     scores = (q * scale) @ k.transpose(-2, -1)
     p = (scores if bias is None else scores + bias).softmax(-1).detach()
-    p_hat, grad = unpack(*pack(p, PRUNED, flag)).double(), grad.double()
+    p_hat, grad = pack(p, PRUNED, flag).unpack().double(), grad.double()
     grad_p = grad @ v_hat.transpose(-2, -1)
     grad_scores = p_hat * (grad_p - (grad_p * p_hat).sum(-1, keepdim=True))
     return [

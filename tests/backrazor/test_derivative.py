@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backrazor.functional.activation import ACTIVATIONS, _segment, quantiser
+from backrazor.codecs.smooth import ACTIVATIONS, _segment, quantiser
 from backrazor.kernels import level_apply, level_encode
 from backrazor.kernels.derivative import reference
 from backrazor.kernels.dispatch import implementation

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import backrazor as br
-from backrazor.codecs import Pruned, pack, unpack
+from backrazor.codecs import Pruned, pack
 
 
 def network() -> nn.Sequential:
@@ -32,7 +32,7 @@ def test_rows_are_what_the_codec_keeps() -> None:
         loss = model(x).sum()
     assert loss.requires_grad and [row.module for row in energy.rows] == ["0", "5"]
     for row, seen in zip(energy.rows, (x, inputs[0]), strict=True):
-        x_hat = unpack(*pack(seen, Pruned(0.9, "float32"), torch.zeros(1, dtype=torch.int32)))
+        x_hat = pack(seen, Pruned(0.9, "float32"), torch.zeros(1, dtype=torch.int32)).unpack()
         assert row.kept_energy == pytest.approx(float(x_hat.square().sum() / seen.square().sum()), rel=1e-5)
         assert row.sparsity == pytest.approx(float((x_hat == 0).float().mean()), rel=1e-6)
         assert 0.1 < row.kept_energy < 1 and row.sparsity > 0.89

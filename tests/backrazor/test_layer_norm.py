@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import backrazor as br
-from backrazor.codecs import Pruned, pack, unpack
-from backrazor.functional.activation import quantiser
+from backrazor.codecs import Pruned, pack
+from backrazor.codecs.smooth import quantiser
 from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits
 from tests.backrazor.samples import layouts
 from tests.oracles import activation_gradient, channel_scale_at, layer_norm_gradient, normalised
@@ -48,7 +48,7 @@ def razored(layer: nn.Module, **fields: object) -> nn.Module:
 
 
 def x_hat_of(x: Tensor) -> Tensor:
-    return unpack(*pack(x.detach(), CODEC, torch.zeros(1, dtype=torch.int32)))
+    return pack(x.detach(), CODEC, torch.zeros(1, dtype=torch.int32)).unpack()
 
 
 def oracle(layer: nn.Module, x: Tensor, rule: str, grad: Tensor) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import backrazor as br
-from backrazor.codecs import Pruned, pack, unpack
-from backrazor.functional.activation import quantiser
+from backrazor.codecs import Pruned, pack
+from backrazor.codecs.smooth import quantiser
 from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits
 from tests.backrazor.samples import layouts
 from tests.oracles import (
@@ -44,7 +44,7 @@ def razored(layer: nn.Module, **fields: object) -> nn.Module:
 
 
 def x_hat_of(x: Tensor) -> Tensor:
-    return unpack(*pack(x.detach(), CODEC, torch.zeros(1, dtype=torch.int32)))
+    return pack(x.detach(), CODEC, torch.zeros(1, dtype=torch.int32)).unpack()
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["running statistics", "batch statistics"])
@@ -234,7 +234,7 @@ def test_conv_norm_act_as_one(settings: dict, chunk_bytes: int, end: str, monkey
         grad = torch.randn_like(out)
         wanted = {"input": x, **{f"0.{key}": p for key, p in ours[0].named_parameters()}}
         got = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
-        x_hat = unpack(*pack(x.detach(), ours[0].razor.pruned, torch.zeros(1, dtype=torch.int32)))
+        x_hat = pack(x.detach(), ours[0].razor.pruned, torch.zeros(1, dtype=torch.int32)).unpack()
         before = ENDS[end][1](plain[:2](x), grad)
         oracle = vjp_at(plain[:2], x_hat, before)
         for key, gradient in got.items():

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import backrazor as br
 from backrazor import functional
-from backrazor.codecs import Pruned, pack, unpack
+from backrazor.codecs import Pruned, pack
 from tests.backrazor.cases import AXES, PRUNING, pairwise
 from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits
 from tests.backrazor.samples import layouts
@@ -33,7 +33,7 @@ def x_hat_of(x: Tensor, codec: Pruned, sample_dims: int) -> Tensor:
     """What the codec gives back of x; an input without a batch is one sample."""
     flag = torch.zeros(1, dtype=torch.int32)
     batched = x.detach() if x.dim() >= sample_dims else x.detach().unsqueeze(0)
-    return unpack(*pack(batched, codec, flag)).view(x.shape)
+    return pack(batched, codec, flag).unpack().view(x.shape)
 
 
 @pytest.mark.parametrize("name", PRUNING)
@@ -125,7 +125,7 @@ def test_channel_scale(gate_shape: tuple[int, ...], dtype: torch.dtype, flag: Te
             if not wanted:
                 continue
             grad = torch.randn_like(out)
-            oracle = channel_scale_at(unpack(*pack(x.detach(), codec, flag)), gate, grad)
+            oracle = channel_scale_at(pack(x.detach(), codec, flag).unpack(), gate, grad)
             expected = [o for o, t in zip(oracle, (x, gate), strict=True) if t.requires_grad]
             for name, got, want in zip(("x", "gate"), torch.autograd.grad(out, wanted, grad), expected, strict=False):
                 assert_close(f"{name}, {layout}", got, want, LIMITS[dtype])

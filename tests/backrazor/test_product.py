@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib import import_module
 from itertools import product
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 import backrazor as br
 from backrazor import kernels
-from backrazor.codecs import Pruned, products
+from backrazor.codecs import Pruned, PrunedForm, pack, products
 from backrazor.kernels import Window
 from backrazor.kernels.product import cpu, reference
 from backrazor.kernels.topk.reference import unpack
@@ -207,9 +206,9 @@ def test_offsets_beyond_32_bits_are_left_to_the_dense_product() -> None:
 
 @pytest.mark.parametrize("n", [100, 101, 102, 103, 104, 200_704])
 def test_at_a_sparsity_of_08_the_kept_are_few(n: int) -> None:
-    codec = Pruned(0.8, "int8")
-    assert products._sparse(codec.layout(torch.empty(1, n, device="meta")))
-    assert not products._sparse(Pruned(0.7, "int8").layout(torch.empty(1, n, device="meta")))
+    x, flag, grad = torch.empty(1, n), torch.zeros(1, dtype=torch.int32), torch.empty(1, 4)
+    assert products._multiplies(pack(x, Pruned(0.8, "int8"), flag), grad)
+    assert not products._multiplies(pack(x, Pruned(0.7, "int8"), flag), grad)
 
 
 def test_samples_in_several_matrices_and_short_registers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,23 +237,28 @@ UNLIKE = {  # layers that have no product
 }
 
 
+def reads(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Grows with every dense copy of a pruned input."""
+    unpacked, read = [], PrunedForm.read
+    monkeypatch.setattr(PrunedForm, "read", lambda *given: unpacked.append(given) or read(*given))
+    return unpacked
+
+
 @pytest.mark.parametrize("name", UNLIKE)
 def test_other_convolutions_unpack(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, unpacked = import_module("backrazor.functional.conv"), []
-    unpack = module.unpack
-    monkeypatch.setattr(module, "unpack", lambda *given: unpacked.append(given) or unpack(*given))
+    unpacked = reads(monkeypatch)
     assert weight_gradient(UNLIKE[name](), torch.randn(4, 8, 16, 16), 0.9).any()
     assert unpacked
 
 
 LAYERS = {
-    "linear": (lambda: nn.Linear(40, 24), (4, 32, 40), "linear"),
-    "linear and GELU": (lambda: nn.Sequential(nn.Linear(40, 24), nn.GELU()), (4, 32, 40), "linear_act"),
-    "conv": (lambda: nn.Conv2d(8, 16, 3, 2, padding=1), (4, 8, 16, 16), "conv"),
-    "same padding": (lambda: nn.Conv2d(8, 16, 4, padding="same"), (4, 8, 16, 16), "conv"),
-    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (4, 8, 28, 28), "conv"),
-    "chain": (chain, (4, 8, 16, 16), "conv"),
-    "depthwise 5 x 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8), (4, 8, 7, 7), "conv"),
+    "linear": (lambda: nn.Linear(40, 24), (4, 32, 40)),
+    "linear and GELU": (lambda: nn.Sequential(nn.Linear(40, 24), nn.GELU()), (4, 32, 40)),
+    "conv": (lambda: nn.Conv2d(8, 16, 3, 2, padding=1), (4, 8, 16, 16)),
+    "same padding": (lambda: nn.Conv2d(8, 16, 4, padding="same"), (4, 8, 16, 16)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (4, 8, 28, 28)),
+    "chain": (chain, (4, 8, 16, 16)),
+    "depthwise 5 x 5": (lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8), (4, 8, 7, 7)),
 }
 
 
@@ -269,11 +273,8 @@ def weight_gradient(dense: nn.Module, x: Tensor, sparsity: float) -> Tensor:
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_dense_copy_where_little_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 0.9 the backward of a layer unpacks nothing, at 0.5 it does; the gradient is the same either way."""
-    make, shape, operator = LAYERS[name]
-    dense, x, unpacked = make(), torch.randn(shape), []
-    module = import_module(f"backrazor.functional.{operator}")
-    unpack = module.unpack
-    monkeypatch.setattr(module, "unpack", lambda *given: unpacked.append(given) or unpack(*given))
+    make, shape = LAYERS[name]
+    dense, x, unpacked = make(), torch.randn(shape), reads(monkeypatch)
     weight_gradient(dense, x, 0.5)
     assert unpacked
     unpacked.clear()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import backrazor as br
-from backrazor.codecs import Pruned, kept_count, pack, unpack
+from backrazor.codecs import Pruned, kept_count, pack
 
 FIXED = settings(max_examples=80, derandomize=True, deadline=None, database=None)
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,7 +46,7 @@ def largest(x: Tensor, keep: int) -> Tensor:
 
 
 def read_back(x: Tensor, codec: Pruned) -> Tensor:
-    return unpack(*pack(x, codec, torch.zeros(1, dtype=torch.int32)))
+    return pack(x, codec, torch.zeros(1, dtype=torch.int32)).unpack()
 
 
 @FIXED
@@ -77,7 +77,7 @@ def test_what_is_stored_depends_on_the_shape_alone(x, sparsity, values, data) ->
     assert [t.dtype for t in packed.tensors] == [t.dtype for t in zeros.tensors]
     start = data.draw(st.integers(0, len(x) - 1))
     stop = data.draw(st.integers(start + 1, len(x)))
-    assert torch.equal(unpack(*packed, start, stop), unpack(*packed)[start:stop])
+    assert torch.equal(packed.unpack(start, stop), packed.unpack()[start:stop])
 
 
 @FIXED

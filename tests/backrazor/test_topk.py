@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backrazor.codecs import Pruned, kept_count, pack, unpack
+from backrazor.codecs import Pruned, kept_count, pack
 from backrazor.kernels import Stored, index_bytes, topk_pack, topk_unpack
 from backrazor.kernels.dispatch import implementation
 from backrazor.kernels.topk import reference
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def check(x: Tensor, codec: Pruned, where: str) -> None:
     """The operator against the reference: everything stored, the status, and what is read back."""
-    layout, status = codec.layout(x), torch.zeros(1, dtype=torch.int32)
+    layout, status = codec.form(x), torch.zeros(1, dtype=torch.int32)
     rows = x.flatten(1)
     *expected, expected_status = reference.pack(rows, layout.keep, layout.values, layout.index)
     actual = topk_pack(x, layout.keep, layout.values, layout.index, status)
@@ -126,7 +126,7 @@ def test_the_count_is_static_and_that_of_the_released_rule(sparsity: float, flag
 def test_what_is_kept_is_the_largest(flag: Tensor) -> None:
     x = torch.randn(4, 3000)
     packed = pack(x, Pruned(0.9, "float32"), flag)
-    x_hat = unpack(*packed)
+    x_hat = packed.unpack()
     smallest_kept = x_hat.abs().masked_fill(x_hat == 0, math.inf).amin(1)
     largest_dropped = x.masked_fill(x_hat != 0, 0).abs().amax(1)
     assert bool((smallest_kept >= largest_dropped).all())
@@ -206,9 +206,9 @@ def test_bits_of_the_tile_index(n: int) -> None:
     for sparsity, bar in ((0.9, 0.84), (0.97, 0.28)):
         keep = kept_count(n, sparsity)
         assert index_bytes(n, keep, "tile") * 8 / n <= bar
-        assert Pruned(sparsity, "float32").layout(torch.empty(1, n, device="meta")).index == "tile"
-    assert Pruned(0.5, "float32").layout(torch.empty(1, n, device="meta")).index == "bitmap"
-    assert Pruned(0.0, "float32", "tile").layout(torch.empty(1, n, device="meta")).index == "none"
+        assert Pruned(sparsity, "float32").form(torch.empty(1, n, device="meta")).index == "tile"
+    assert Pruned(0.5, "float32").form(torch.empty(1, n, device="meta")).index == "bitmap"
+    assert Pruned(0.0, "float32", "tile").form(torch.empty(1, n, device="meta")).index == "none"
 
 
 @pytest.mark.parametrize("index", ["bitmap", "tile"])
@@ -216,9 +216,9 @@ def test_rows_read_alone(index: str, flag: Tensor) -> None:
     x = torch.randn(7, 600)
     for values in ("float32", "int8"):
         packed = pack(x, Pruned(0.8, values, index), flag)
-        whole = unpack(*packed)
+        whole = packed.unpack()
         for start, stop in ((0, 1), (2, 5), (6, 7), (3, 3)):
-            assert_same_bits(f"samples {start} to {stop}", unpack(*packed, start, stop), whole[start:stop])
+            assert_same_bits(f"samples {start} to {stop}", packed.unpack(start, stop), whole[start:stop])
 
 
 def test_the_rounding_of_int8() -> None:

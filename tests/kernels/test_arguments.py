@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backrazor import kernels
-from backrazor.functional.activation import quantiser
+from backrazor.codecs.smooth import quantiser
 from backrazor.kernels.bitmask import cpu as bitmask
 from backrazor.kernels.bitmask import reference as bitmask_reference
 from backrazor.kernels.cpu import compiling

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import backrazor as br
 from backrazor import kernels
-from backrazor.codecs import pack, unpack
-from backrazor.functional.activation import quantiser
+from backrazor.codecs import pack
+from backrazor.codecs.smooth import quantiser
 from backrazor.kernels import Stored
 from backrazor.kernels.bitmask import reference as bitmask
 from backrazor.kernels.derivative import reference as derivative
@@ -120,7 +120,7 @@ def check_case(name: str, plain: nn.Module, layer: nn.Module, x: Tensor, trained
     sample_dims = 4 if isinstance(plain, nn.Conv2d) else 2
     batched = x.detach() if x.dim() >= sample_dims else x.detach().unsqueeze(0)
     flag = torch.zeros(1, dtype=torch.int32, device="cuda")
-    x_hat = unpack(*pack(batched, layer.razor.pruned, flag)).view(x.shape)
+    x_hat = pack(batched, layer.razor.pruned, flag).unpack().view(x.shape)
     oracle = vjp_at(plain, x_hat, grad)
     for key, gradient in got.items():
         assert_close(f"{key} of {name}", gradient, oracle[key], LIMITS[x.dtype])

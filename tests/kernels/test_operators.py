@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import backrazor as br
 from backrazor import kernels
-from backrazor.functional.activation import quantiser
+from backrazor.codecs.smooth import quantiser
 from backrazor.kernels import dispatch
 from backrazor.kernels.layernorm import ops
 from backrazor.kernels.layernorm import reference as layernorm

@@ -14,7 +14,7 @@ import torch
 from llvmlite import binding
 
 from backrazor import kernels, warmup
-from backrazor.functional.activation import quantiser
+from backrazor.codecs.smooth import quantiser
 from backrazor.kernels.cpu import compiling, launch
 from backrazor.kernels.cpu.layout import F16, KIND
 from backrazor.kernels.cpu.target import missing_helpers
@@ -31,7 +31,7 @@ for _ in range(2):
 EVERY_FAMILY = """
 import torch
 from backrazor import kernels
-from backrazor.functional.activation import quantiser
+from backrazor.codecs.smooth import quantiser
 from backrazor.kernels.cpu.vectors import has_avx512
 from tests.kernels import test_arguments
 from tests.backrazor.compare import assert_close, assert_same_bits

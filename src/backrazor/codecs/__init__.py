@@ -1,30 +1,41 @@
 """What is stored for backward instead of an activation: codecs turn a tensor into a few small ones, and back."""
 
-from .normalised import AffineLayout, NormCodec
+from .derivative import Bits, Derivative, Half, Levels, pack_derivative, smooth_codec, times
+from .normalised import AffineForm, NormCodec
+from .packed import NOTHING, Form, Packed, load, packed_of, save, save_outputs
 from .products import ConvProduct, LinearProduct, Window
-from .pruned import Packed, PackedLayout, Pruned, kept_count, pack
+from .pruned import Pruned, PrunedForm, kept_count, pack
 from .roles import mark, role_of
-from .rows import RowsLayout, pack_rows, unpack_rows
-from .shared import Layout, pack_shared, remember_source, unpack
+from .rows import Rows
+from .shared import pack_shared, remember_source
 
 __all__ = [
-    "AffineLayout",
+    "NOTHING",
+    "AffineForm",
+    "Bits",
     "ConvProduct",
-    "Layout",
+    "Derivative",
+    "Form",
+    "Half",
+    "Levels",
     "LinearProduct",
     "NormCodec",
     "Packed",
-    "PackedLayout",
     "Pruned",
-    "RowsLayout",
+    "PrunedForm",
+    "Rows",
     "Window",
     "kept_count",
+    "load",
     "mark",
     "pack",
-    "pack_rows",
+    "pack_derivative",
     "pack_shared",
+    "packed_of",
     "remember_source",
     "role_of",
-    "unpack",
-    "unpack_rows",
+    "save",
+    "save_outputs",
+    "smooth_codec",
+    "times",
 ]

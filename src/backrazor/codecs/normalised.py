@@ -3,20 +3,20 @@
 Every rule is read back as the normalised input (x - mean) * rstd, since that is what the gradient's formula needs.
 Rows: a token for LayerNorm, a group of channels of one sample for GroupNorm, a channel of one sample for BatchNorm.
 
-Shape legend: B samples, R rows, m elements a row.
+Shape legend: B samples, R rows, m elements of a row.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels import row_decode, row_encode
-from .pruned import PackedLayout, Pruned, pack, unpack_normalised
-from .roles import DENSE, QUANTISED, label_codes, mark
+from .packed import Form, Packed
+from .pruned import Pruned, PrunedForm
+from .roles import DENSE, QUANTISED, bits_of, label_codes, mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,95 +26,92 @@ class NormCodec:
     kind: str
     pruned: Pruned | None = None
 
+    @property
+    def bits(self) -> int | None:
+        """The width of the normalised input's codes; None where the input itself is kept."""
+        return bits_of(self.kind) if self.kind in ("int8", "int4") else None
 
-@dataclass(frozen=True, slots=True)
-class NormLayout:
-    """How the kept tensors are read: the input's shape, its row length, the codec, and the layout of a pruned input."""
+    def form(self, x: Tensor, rows: int) -> NormForm:
+        """How x (B, ...) with ``rows`` rows in all is going to be stored."""
+        packed = self.pruned.form(x) if self.kind == "pruned" else None
+        return NormForm(tuple(x.shape), x.dtype, x.numel() // rows if rows else 0, self.bits, packed)
 
-    shape: tuple[int, ...]
-    row: int
-    kind: str
-    packed: PackedLayout | None = None
-
-
-def _row_length(x: Tensor, rows: int) -> int:
-    return x.numel() // rows if rows else 0
+    def pack(self, x: Tensor, mean: Tensor, rstd: Tensor, flag: Tensor) -> Packed:
+        """Keep x (B, ...) for the backward of a normalisation with statistics ``mean`` and ``rstd``: per channel (C,)
+        or per row, float32."""
+        mean_rows, rstd_rows = _rows_of(mean, x), _rows_of(rstd, x)
+        form = self.form(x, mean_rows.numel())
+        if form.bits is not None:
+            codes, scales = row_encode(x.reshape(mean_rows.numel(), form.row), mean_rows, rstd_rows, form.bits)
+            return Packed(label_codes(codes, scales, x.shape[0]), form)
+        statistics = mark(mean.contiguous(), DENSE, "mean"), mark(rstd.contiguous(), DENSE, "reciprocal deviation")
+        if form.pruned is not None:
+            return Packed((*statistics, *form.pruned.pack(x, flag)), form)
+        kept = x.to(torch.bfloat16) if x.element_size() > 2 else x.clone()
+        return Packed((*statistics, mark(kept, QUANTISED)), form)
 
 
 def _rows_of(statistics: Tensor, x: Tensor) -> Tensor:
-    """One-dimensional statistics are a channel's, spread to one a row (B * C,); others are one a row already, the batch
-    first."""
+    """One-dimensional statistics are a channel's, spread to one per row (B * C,); others are one per row already, the
+    batch first."""
     if statistics.dim() == 1:
         return statistics.expand(x.shape[0], -1).reshape(-1)
     return statistics.reshape(-1)
 
 
-def normalised_layout(x: Tensor, rows: int, codec: NormCodec) -> NormLayout:
-    """How ``keep_normalised`` is going to store x (B, ...) with ``rows`` rows in all: known from the shape."""
-    packed = codec.pruned.layout(x) if codec.kind == "pruned" else None
-    return NormLayout(tuple(x.shape), _row_length(x, rows), codec.kind, packed)
+@dataclass(frozen=True, slots=True)
+class NormForm(Form):
+    """A norm's input, read as the normalised one. ``row``: elements of a row. ``bits``: the stored tensors are codes
+    and scales; None: mean, reciprocal deviation and the input, pruned where ``pruned`` says how, else in 16 bits."""
 
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    row: int
+    bits: int | None
+    pruned: PrunedForm | None = None
 
-def keep_normalised(
-    x: Tensor, mean: Tensor, rstd: Tensor, codec: NormCodec, flag: Tensor
-) -> tuple[tuple[Tensor, ...], NormLayout]:
-    """Keep x (B, ...) for the backward of a normalisation with statistics ``mean`` and ``rstd``: a channel (C,) or one
-    a row, float32."""
-    mean_rows, rstd_rows = _rows_of(mean, x), _rows_of(rstd, x)
-    layout = normalised_layout(x, mean_rows.numel(), codec)
-    if codec.kind in ("int8", "int4"):
-        bits = int(codec.kind.removeprefix("int"))
-        codes, scales = row_encode(x.reshape(mean_rows.numel(), layout.row), mean_rows, rstd_rows, bits)
-        return label_codes(codes, scales, x.shape[0]), layout
-    statistics = mark(mean.contiguous(), DENSE, "mean"), mark(rstd.contiguous(), DENSE, "reciprocal deviation")
-    if codec.kind == "pruned":
-        return (*statistics, *pack(x, codec.pruned, flag).tensors), layout
-    kept = x.to(torch.bfloat16) if x.element_size() > 2 else x.clone()
-    return (*statistics, mark(kept, QUANTISED)), layout
+    @property
+    def count(self) -> int:
+        if self.bits is not None:
+            return 2
+        return 2 + (1 if self.pruned is None else self.pruned.count)
 
+    def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if self.bits is not None:
+            return self.read_affine(tensors, start, stop, dtype, None, None)
+        mean, rstd, *kept = tensors
+        if mean.dim() > 1:  # one per row
+            mean, rstd = (statistic.reshape(self.shape[0], -1)[start:stop] for statistic in (mean, rstd))
+        else:
+            mean, rstd = (statistic.expand(stop - start, -1) for statistic in (mean, rstd))
+        if self.pruned is not None:
+            return self.pruned.read_normalised(tuple(kept), (mean, rstd), start, stop, dtype)
+        x = kept[0][start:stop].to(torch.promote_types(dtype, torch.float32))
+        rows = x.reshape(stop - start, -1, self.row) - mean.unsqueeze(2)
+        return rows.mul_(rstd.unsqueeze(2)).to(dtype).view(stop - start, *self.shape[1:])
 
-def _read_rows(
-    stored: tuple[Tensor, ...],
-    layout: NormLayout,
-    start: int,
-    stop: int,
-    dtype: torch.dtype,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Samples start to stop from their codes, (stop - start, ...) of ``dtype``, times weight plus bias (row,)."""
-    codes, scales = (part[start:stop] for part in stored)
-    rows = scales.numel()
-    bits = int(layout.kind.removeprefix("int"))
-    dense = row_decode(codes.reshape(rows, -1), scales.reshape(-1), layout.row, bits, dtype, weight, bias)
-    return dense.view(stop - start, *layout.shape[1:])
-
-
-def read_normalised(
-    stored: tuple[Tensor, ...], layout: NormLayout, start: int, stop: int, dtype: torch.dtype
-) -> Tensor:
-    """The normalised input of samples start to stop, (stop - start, ...) of ``dtype``."""
-    if layout.kind in ("int8", "int4"):
-        return _read_rows(stored, layout, start, stop, dtype)
-    mean, rstd, *kept = stored
-    batch = layout.shape[0]
-    if mean.dim() > 1:  # one a row
-        mean, rstd = (statistic.reshape(batch, -1)[start:stop] for statistic in (mean, rstd))
-    else:
-        mean, rstd = (statistic.expand(stop - start, -1) for statistic in (mean, rstd))
-    if layout.kind == "pruned":
-        return unpack_normalised(tuple(kept), layout.packed, (mean, rstd), start, stop, dtype)
-    x = kept[0][start:stop].to(torch.promote_types(dtype, torch.float32))
-    rows = x.reshape(stop - start, -1, layout.row) - mean.unsqueeze(2)
-    return rows.mul_(rstd.unsqueeze(2)).to(dtype).view(stop - start, *layout.shape[1:])
+    def read_affine(
+        self,
+        tensors: tuple[Tensor, ...],
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """From codes: normalised * weight + bias, where they are given, (row,)."""
+        codes, scales = (part[start:stop] for part in tensors)
+        rows = codes.reshape(scales.numel(), -1), scales.reshape(-1)
+        dense = row_decode(*rows, self.row, self.bits, dtype, weight, bias)
+        return dense.view(stop - start, *self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
-class AffineLayout:
-    """A norm's output read from what the norm keeps, in 8 or 4 bits: normalised * weight + bias. ``tensors`` are the
+class AffineForm(Form):
+    """A norm's output read from what the norm keeps, in 8 or 4 bits: normalised * weight + bias. Stored are the norm's
     codes and scales, then weight and bias where they exist."""
 
-    norm: NormLayout
+    norm: NormForm
     dtype: torch.dtype
     has_weight: bool
     has_bias: bool
@@ -124,13 +121,11 @@ class AffineLayout:
         return self.norm.shape
 
     @property
-    def sample_numel(self) -> int:
-        return math.prod(self.norm.shape[1:])
+    def count(self) -> int:
+        return 2 + self.has_weight + self.has_bias
 
-
-def read_affine(tensors: tuple[Tensor, ...], layout: AffineLayout, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Samples start to stop of the norm's output, (stop - start, ...) of ``dtype``."""
-    affine = iter(tensors[2:])  # after the codes and their scales
-    weight = next(affine).flatten() if layout.has_weight else None
-    bias = next(affine).flatten() if layout.has_bias else None
-    return _read_rows(tensors[:2], layout.norm, start, stop, dtype, weight, bias)
+    def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        affine = iter(tensors[2:])
+        weight = next(affine).flatten() if self.has_weight else None
+        bias = next(affine).flatten() if self.has_bias else None
+        return self.norm.read_affine(tensors[:2], start, stop, dtype, weight, bias)

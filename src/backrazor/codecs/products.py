@@ -24,8 +24,8 @@ from ..kernels import (
     product_sums_shape,
     product_transposed,
 )
-from .pruned import PackedLayout, stored_of
-from .shared import Layout
+from .packed import Packed
+from .pruned import PrunedForm
 
 # Above this share of kept elements the dense product is about as fast (benchmarks/products.py).
 MOST_KEPT = 0.2
@@ -36,33 +36,35 @@ FEWEST_TOKENS = 16
 FEWEST_POSITIONS = 28 * 28
 
 
-def _sparse(layout: Layout | None) -> bool:
-    """Whether no more is kept than ``kept_count`` keeps of a sample at the sparsity 1 - ``MOST_KEPT``."""
-    return isinstance(layout, PackedLayout) and layout.keep <= math.ceil(MOST_KEPT * layout.sample_numel) + 1
+def _multiplies(packed: Packed, grad: Tensor) -> bool:
+    """Whether the input is pruned, no more of it kept than ``kept_count`` keeps at the sparsity 1 - ``MOST_KEPT``, and
+    in types that the kernels multiply."""
+    form = packed.form
+    if not isinstance(form, PrunedForm) or form.keep > math.ceil(MOST_KEPT * form.sample_numel) + 1:
+        return False
+    return multiplies_packed(form.stored_dtype, form.index, grad)
 
 
 class LinearProduct:
     """The gradient of a Linear's weight, summed over calls of ``add``."""
 
-    def __init__(self, layout: PackedLayout, grad: Tensor) -> None:
-        self._layout, self._outputs = layout, grad.shape[-1]
-        self._sums = grad.new_zeros(layout.shape[-1], product_padded(self._outputs), dtype=torch.float32)
+    def __init__(self, packed: Packed, grad: Tensor) -> None:
+        self._packed, self._outputs = packed, grad.shape[-1]
+        self._sums = grad.new_zeros(packed.form.shape[-1], product_padded(self._outputs), dtype=torch.float32)
 
     @staticmethod
-    def of(layout: Layout | None, grad: Tensor) -> LinearProduct | None:
+    def of(packed: Packed, grad: Tensor) -> LinearProduct | None:
         """For a gradient like ``grad`` (B, *, O); None where the dense product is no slower."""
-        if not _sparse(layout):
+        tokens = math.prod(packed.form.shape[1:-1])
+        if tokens < FEWEST_TOKENS or not linear_fits(tokens, packed.form.shape[-1], grad.shape[-1]):
             return None
-        tokens = math.prod(layout.shape[1:-1])
-        if tokens < FEWEST_TOKENS or not linear_fits(tokens, layout.shape[-1], grad.shape[-1]):
-            return None
-        return LinearProduct(layout, grad) if multiplies_packed(layout.stored_dtype, layout.index, grad) else None
+        return LinearProduct(packed, grad) if _multiplies(packed, grad) else None
 
-    def add(self, grad: Tensor, packed: tuple[Tensor, ...], start: int, stop: int) -> None:
+    def add(self, grad: Tensor, start: int, stop: int) -> None:
         """``grad`` (stop - start, *, O) is that of these samples."""
+        form = self._packed.form
         rows = grad.reshape(stop - start, -1, self._outputs)
-        stored = stored_of(packed, self._layout, start, stop)
-        add_linear_product(self._sums, rows, *stored, self._layout.index)
+        add_linear_product(self._sums, rows, *form.stored(self._packed.tensors, start, stop), form.index)
 
     def result(self) -> Tensor:
         """(O, I) float32."""
@@ -72,26 +74,24 @@ class LinearProduct:
 class ConvProduct:
     """The gradient of a convolution's weight, summed over calls of ``add``."""
 
-    def __init__(self, layout: PackedLayout, window: Window, grad: Tensor) -> None:
-        self._layout, self._window, self._shape = layout, window, grad.shape[1:]
+    def __init__(self, packed: Packed, window: Window, grad: Tensor) -> None:
+        self._packed, self._window, self._shape = packed, window, grad.shape[1:]
         self._sums = grad.new_zeros(product_sums_shape(window, grad.shape[1]), dtype=torch.float32)
 
     @staticmethod
-    def of(layout: Layout | None, window: Window, grad: Tensor) -> ConvProduct | None:
+    def of(packed: Packed, window: Window, grad: Tensor) -> ConvProduct | None:
         """For a gradient like ``grad`` (B, D, Ho, Wo); None where the dense product is no slower."""
-        if not _sparse(layout):
-            return None
         small = window.depthwise and window.kernel[1] <= 3
         if math.prod(grad.shape[2:]) < (FEWEST_POSITIONS if small else FEWEST_TOKENS):
             return None
         if not conv_fits(window, grad.shape[1], (grad.shape[2], grad.shape[3])):
             return None
-        return ConvProduct(layout, window, grad) if multiplies_packed(layout.stored_dtype, layout.index, grad) else None
+        return ConvProduct(packed, window, grad) if _multiplies(packed, grad) else None
 
-    def add(self, grad: Tensor, packed: tuple[Tensor, ...], start: int, stop: int) -> None:
+    def add(self, grad: Tensor, start: int, stop: int) -> None:
         """``grad`` (stop - start, D, Ho, Wo) is that of these samples."""
-        stored = stored_of(packed, self._layout, start, stop)
-        add_conv_product(self._sums, grad, *stored, self._layout.index, *self._window)
+        form = self._packed.form
+        add_conv_product(self._sums, grad, *form.stored(self._packed.tensors, start, stop), form.index, *self._window)
 
     def result(self) -> Tensor:
         """(D, C, kh, kw) float32; depthwise (C, 1, kh, kw)."""

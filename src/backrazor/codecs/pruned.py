@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import Stored, index_bytes, topk_pack, topk_unpack, topk_unpack_normalised
+from .packed import Form, Packed
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
 
 
@@ -30,12 +30,12 @@ class Pruned:
     values: str
     index: str = "auto"
 
-    def layout(self, x: Tensor) -> PackedLayout:
+    def form(self, x: Tensor) -> PrunedForm:
         """How x (B, ...) is going to be stored."""
         n = math.prod(x.shape[1:])
         keep = kept_count(n, self.sparsity)
         channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return PackedLayout(
+        return PrunedForm(
             shape=tuple(x.shape),
             dtype=x.dtype,
             keep=keep,
@@ -62,8 +62,8 @@ def _index(index: str, n: int, keep: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedLayout:
-    """All that is needed beside the tensors to read a packed activation: static, known from the shape."""
+class PrunedForm(Form):
+    """The K kept elements of each sample and their index: the non-empty ones of the tensors of ``kernels.Stored``."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -73,77 +73,50 @@ class PackedLayout:
     channels_last: bool
 
     @property
-    def sample_numel(self) -> int:
-        return math.prod(self.shape[1:])
-
-    @property
     def stored_dtype(self) -> torch.dtype:
         return getattr(torch, self.values)
 
     @property
     def count(self) -> int:
-        """How many tensors are stored."""
-        return sum(_present(self))
+        return sum(self._present)
 
+    @property
+    def _present(self) -> tuple[bool, ...]:
+        return (True, self.values == "int8", self.index != "none", self.index == "tile", self.index == "tile")
 
-class Packed(NamedTuple):
-    """The non-empty stored tensors, in the order of ``Stored``, and the layout."""
+    def pack(self, x: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
+        """What is stored of x."""
+        parts = topk_pack(x.detach(), self.keep, self.values, self.index, flag)
+        roles = (PRUNED if self.index != "none" else QUANTISED, SCALES, INDEX, INDEX, INDEX)
+        return tuple(
+            mark(part, role) for part, role, present in zip(parts, roles, self._present, strict=True) if present
+        )
 
-    tensors: tuple[Tensor, ...]
-    layout: PackedLayout
+    def stored(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> Stored:
+        """Samples start to stop as the kernels take them."""
+        rows = iter(tensor[start:stop] for tensor in tensors)
+        empty = tensors[0].new_empty(0, dtype=torch.uint8)
+        return Stored(*(next(rows) if present else empty for present in self._present))
 
+    def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        dense = topk_unpack(*self.stored(tensors, start, stop), self.sample_numel, self.index, dtype)
+        dense = dense.view(stop - start, *self.shape[1:])
+        return dense.contiguous(memory_format=torch.channels_last) if self.channels_last else dense
 
-def _present(layout: PackedLayout) -> tuple[bool, ...]:
-    return (True, layout.values == "int8", layout.index != "none", layout.index == "tile", layout.index == "tile")
+    def read_normalised(
+        self, tensors: tuple[Tensor, ...], statistics: tuple[Tensor, Tensor], start: int, stop: int, dtype: torch.dtype
+    ) -> Tensor:
+        """(x_hat - mean) * rstd of samples start to stop, contiguous (stop - start, ...) of ``dtype``; ``statistics``
+        are (stop - start, rows) float32."""
+        mean, rstd = statistics
+        row = self.sample_numel // max(mean.shape[1], 1)
+        stored = self.stored(tensors, start, stop)
+        dense = topk_unpack_normalised(*stored, mean, rstd, self.sample_numel, row, self.index, dtype)
+        return dense.view(stop - start, *self.shape[1:])
 
 
 def pack(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
     """Pack x (B, ...), float32, float64, float16 or bfloat16, any strides. ``flag`` (int32, one element) collects
     non-finite values and overflow."""
-    layout = codec.layout(x)
-    parts = topk_pack(x.detach(), layout.keep, layout.values, layout.index, flag)
-    roles = (PRUNED if layout.index != "none" else QUANTISED, SCALES, INDEX, INDEX, INDEX)
-    kept = zip(parts, roles, _present(layout), strict=True)
-    return Packed(tuple(mark(part, role) for part, role, present in kept if present), layout)
-
-
-def stored_of(tensors: tuple[Tensor, ...], layout: PackedLayout, start: int, stop: int) -> Stored:
-    """Samples start to stop of the packed tensors, with the empty ones back in place."""
-    rows = iter(tensor[start:stop] for tensor in tensors)
-    empty = tensors[0].new_empty(0, dtype=torch.uint8)
-    return Stored(*(next(rows) if present else empty for present in _present(layout)))
-
-
-def unpack_pruned(
-    tensors: tuple[Tensor, ...],
-    layout: PackedLayout,
-    start: int = 0,
-    stop: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Samples start to stop as a dense tensor (stop - start, ...) of ``dtype`` (default: that of the input), in the
-    input's memory format."""
-    stop = layout.shape[0] if stop is None else stop
-    dense = topk_unpack(
-        *stored_of(tensors, layout, start, stop), layout.sample_numel, layout.index, dtype or layout.dtype
-    )
-    dense = dense.view(stop - start, *layout.shape[1:])
-    return dense.contiguous(memory_format=torch.channels_last) if layout.channels_last else dense
-
-
-def unpack_normalised(
-    tensors: tuple[Tensor, ...],
-    layout: PackedLayout,
-    statistics: tuple[Tensor, Tensor],
-    start: int,
-    stop: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(x_hat - mean) * rstd of samples start to stop, contiguous (stop - start, ...) of ``dtype``; ``statistics`` are
-    (stop - start, rows) float32."""
-    mean, rstd = statistics
-    n = layout.sample_numel
-    row = n // max(mean.shape[1], 1)
-    stored = stored_of(tensors, layout, start, stop)
-    dense = topk_unpack_normalised(*stored, mean, rstd, n, row, layout.index, dtype)
-    return dense.view(stop - start, *layout.shape[1:])
+    form = codec.form(x)
+    return Packed(form.pack(x, flag), form)

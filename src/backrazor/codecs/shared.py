@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from .normalised import AffineLayout, read_affine
-from .pruned import Packed, PackedLayout, Pruned, pack, unpack_pruned
-
-Layout = PackedLayout | AffineLayout
+from .packed import Packed
+from .pruned import Pruned, pack
 
 _SOURCES = WeakTensorKeyDictionary()  # a norm's output -> its version, what the norm keeps
-_PACKED = WeakTensorKeyDictionary()  # an input -> codec and version, weak references to what was packed, its layout
+_PACKED = WeakTensorKeyDictionary()  # an input -> codec and version, weak references to what was packed, its form
 
 
-def remember_source(x: Tensor, tensors: tuple[Tensor, ...], layout: AffineLayout) -> None:
+def remember_source(x: Tensor, packed: Packed) -> None:
     """Note that x, a norm's output, can be read from what the norm keeps."""
     if not torch.compiler.is_compiling():
-        _SOURCES[x] = x._version, Packed(tensors, layout)
+        _SOURCES[x] = x._version, packed
 
 
 def _source(x: Tensor) -> Packed | None:
@@ -35,7 +33,7 @@ def _source(x: Tensor) -> Packed | None:
 
 def _remember_packed(x: Tensor, codec: Pruned, packed: Packed) -> None:
     references = tuple(TensorWeakRef(tensor) for tensor in packed.tensors)
-    _PACKED[x] = (codec, x._version), references, packed.layout
+    _PACKED[x] = (codec, x._version), references, packed.form
 
 
 def _packed_before(x: Tensor, codec: Pruned) -> Packed | None:
@@ -56,17 +54,3 @@ def pack_shared(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
         packed = pack(x, codec, flag)
         _remember_packed(x, codec, packed)
     return packed
-
-
-def unpack(
-    tensors: tuple[Tensor, ...],
-    layout: Layout,
-    start: int = 0,
-    stop: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """x_hat: samples start to stop of what ``pack_shared`` gave, dense (stop - start, ...) of ``dtype`` (default: the
-    input's)."""
-    stop = layout.shape[0] if stop is None else stop
-    read = read_affine if isinstance(layout, AffineLayout) else unpack_pruned
-    return read(tensors, layout, start, stop, dtype or layout.dtype)

@@ -4,7 +4,8 @@ Everything kept goes through ``save_for_backward``. Nothing is packed without gr
 needs no gradient.
 """
 
-from .activation import ACTIVATIONS, piecewise_linear, smooth
+from ..codecs.smooth import ACTIVATIONS
+from .activation import piecewise_linear, smooth
 from .attention import AttentionCodec, attention
 from .batch_norm import batch_norm
 from .conv import conv2d

@@ -1,25 +1,16 @@
-"""Activations: piecewise-linear ones keep one bit an element, smooth ones a quantised derivative or a 16-bit input."""
+"""Activations: piecewise-linear ones keep one bit per element, smooth ones a quantised derivative or a 16-bit input."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch._guards import detect_fake_mode
-from torch.nn import functional as F
 
-from ..codecs import mark
-from ..codecs.roles import MASK, QUANTISED
-from ..kernels import level_apply, level_encode, mask_apply, mask_encode
-from ..kernels.topk.reference import OVERFLOW
-from .common import as_rows, from_rows, memory_format, needs_grad, raise_flag
+from ..codecs import Bits, Form, Half, Packed, load, pack_derivative, packed_of, save, smooth_codec, times
+from ..codecs.smooth import ACTIVATIONS
+from ..kernels.topk.layout import OVERFLOW
+from .common import needs_grad, raise_flag
 from .transforms import differentiable_once
 
 
@@ -33,157 +24,7 @@ def piecewise_linear(
     """
     if not needs_grad(x):
         return forward(x)
-    bits = mark(mask_encode(as_rows(x.detach(), memory_format(x)), low, high), MASK)
-    return _PiecewiseLinear.apply(x, bits, forward, inplace)
-
-
-class _PiecewiseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, bits: Tensor, forward: Callable[[Tensor], Tensor], inplace: bool) -> Tensor:
-        return forward(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, bits, _, inplace = inputs
-        ctx.format = memory_format(x)
-        ctx.save_for_backward(bits)
-        if inplace:
-            ctx.mark_dirty(x)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (bits,) = ctx.saved_tensors
-        rows = mask_apply(as_rows(grad, ctx.format), bits)
-        return from_rows(rows, grad.shape, ctx.format), None, None, None
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A smooth activation: its forward in PyTorch, its derivative in float64 NumPy, and the gradient PyTorch itself
-    computes."""
-
-    forward: Callable[[Tensor], Tensor]
-    derivative: Callable[[np.ndarray], np.ndarray]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-def _normal_density(x: np.ndarray) -> np.ndarray:
-    return np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-def _gelu_derivative(x: np.ndarray) -> np.ndarray:
-    error = np.vectorize(math.erf)(x / math.sqrt(2))
-    return 0.5 * (1 + error) + x * _normal_density(x)
-
-
-def _gelu_tanh_derivative(x: np.ndarray) -> np.ndarray:
-    c = math.sqrt(2 / math.pi)
-    t = np.tanh(c * (x + 0.044715 * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
-
-
-def _silu_derivative(x: np.ndarray, slope: float = 1.0) -> np.ndarray:
-    s = 1 / (1 + np.exp(-slope * x))
-    return s * (1 + slope * x * (1 - s))
-
-
-def _hardswish_derivative(x: np.ndarray) -> np.ndarray:
-    return np.where(x <= -3, 0.0, np.where(x >= 3, 1.0, (2 * x + 3) / 6))
-
-
-def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * x)
-    return grad * (s + 1.702 * x * s * (1 - s))
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": Activation(F.gelu, _gelu_derivative, torch.ops.aten.gelu_backward),
-    "gelu_tanh": Activation(
-        lambda x: F.gelu(x, approximate="tanh"),
-        _gelu_tanh_derivative,
-        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-    ),
-    "silu": Activation(F.silu, _silu_derivative, torch.ops.aten.silu_backward),
-    "quick_gelu": Activation(
-        lambda x: x * torch.sigmoid(1.702 * x), lambda x: _silu_derivative(x, 1.702), _quick_gelu_backward
-    ),
-    "hardswish": Activation(F.hardswish, _hardswish_derivative, torch.ops.aten.hardswish_backward),
-}
-
-_GRID = np.linspace(-6.0, 6.0, 1537)  # cells of 1/128
-
-
-def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
-    """(thresholds (2^bits - 1,), levels (2^bits,)) float32 for the derivative of activation ``name``.
-
-    8 bits: an even grid about zero whose step is a power of two, so that a kernel finds the interval by one exact
-        multiplication: 1/32 (to +-4), or 1/16 (to +-8) where the derivative goes flat late, as SiLU's does. 4 and 2
-        bits: the piecewise-constant fit of least squared error for x normal with deviation 1.5, found exactly by
-        dynamic programming over a grid of 1/128. Each level is the weighted mean of its interval, so that the error has
-        no bias (the outermost intervals' mean is taken up to twice the last threshold; +-6 for 4 and 2 bits).
-    """
-    thresholds, levels = _fit(name, bits)
-    return torch.from_numpy(thresholds), torch.from_numpy(levels)
-
-
-@_disable_dynamo  # it would trace through the caches
-def quantiser_on(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``quantiser`` on a device. On a GPU the tables are copied there once: a copy from the host waits for the device,
-    and a CUDA graph cannot hold one."""
-    if device.type != "cuda" or detect_fake_mode() is not None:
-        thresholds, levels = quantiser(name, bits)
-        return thresholds.to(device), levels.to(device)
-    return _resident(name, bits, device)
-
-
-@cache
-def _resident(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    thresholds, levels = quantiser(name, bits)
-    return thresholds.to(device), levels.to(device)
-
-
-@cache  # of arrays: tensors first made under ``predict`` would be fake ones for good
-def _fit(name: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays behind ``quantiser``, float32."""
-    if bits == 8:
-        step = 1 / 16 if name in ("silu", "quick_gelu") else 1 / 32
-        grid = np.arange(-256 * 16, 256 * 16 + 1) * (step / 16)
-        value, weight = _weighed(name, grid)
-        edges = np.array([0, *range(129 * 16, 384 * 16, 16), len(value)])  # the outermost two reach twice as far
-    else:
-        grid = _GRID
-        value, weight = _weighed(name, grid)
-        edges = _segment(value, weight, 2**bits)
-    levels = [np.average(value[a:b], weights=weight[a:b]) for a, b in pairwise(edges)]
-    return grid[edges[1:-1]].astype(np.float32), np.array(levels, dtype=np.float32)
-
-
-def _weighed(name: str, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The derivative in the middle of each cell of ``grid``, and how much the cell counts."""
-    x = (grid[1:] + grid[:-1]) / 2
-    return ACTIVATIONS[name].derivative(x), np.exp(-0.5 * (x / 1.5) ** 2) + 1e-6  # the floor keeps far cells meaningful
-
-
-def _segment(value: np.ndarray, weight: np.ndarray, count: int) -> np.ndarray:
-    """Edges (count + 1,) of the ``count`` runs of cells with the least weighted squared error around their means."""
-    zero = np.zeros(1)
-    w = np.concatenate([zero, np.cumsum(weight)])
-    wv = np.concatenate([zero, np.cumsum(weight * value)])
-    wvv = np.concatenate([zero, np.cumsum(weight * value * value)])
-    start, stop = np.meshgrid(np.arange(len(w)), np.arange(len(w)), indexing="ij")
-    mass = w[stop] - w[start]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cost = np.where(stop > start, (wvv[stop] - wvv[start]) - (wv[stop] - wv[start]) ** 2 / mass, np.inf)
-    best, choices = cost[0], []
-    for _ in range(count - 1):
-        total = best[:, None] + cost
-        choices.append(total.argmin(axis=0))
-        best = total.min(axis=0)
-    edges = [len(value)]
-    for choice in reversed(choices):
-        edges.append(int(choice[edges[-1]]))
-    return np.array([0, *reversed(edges)])
+    return _apply(x, forward, pack_derivative(x.detach(), Bits(low, high)), inplace)
 
 
 def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False) -> Tensor:
@@ -192,53 +33,44 @@ def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False)
 
     The forward is PyTorch's own. Under "float16" the gradient is PyTorch's at the rounded input; otherwise grad times
     the stored level.
+
+    Raises:
+        TypeError: x is float64, whose derivative is not quantised.
     """
-    activation = ACTIVATIONS[name]
-    if not needs_grad(x):
-        return _store(activation.forward(x), x, inplace)
-    if kept == "dense":
-        return activation.forward(x)
-    if kept != "float16" and x.dtype == torch.float64:
+    function, codec = ACTIVATIONS[name].forward, smooth_codec(name, kept)
+
+    def forward(x: Tensor) -> Tensor:
+        return x.copy_(function(x)) if inplace else function(x)
+
+    if codec is None or not needs_grad(x):
+        return function(x) if codec is None and needs_grad(x) else forward(x)
+    if not isinstance(codec, Half) and x.dtype == torch.float64:
         raise TypeError(f"activation={kept!r} has no float64 form: use activation='dense' for double precision")
-    stored = mark(_encoded(x.detach(), name, kept, inplace, flag), QUANTISED)
-    return _Smooth.apply(x, stored, name, kept, inplace)
+    copied = isinstance(codec, Half) and inplace and x.element_size() == 2  # or it would change with x
+    packed = pack_derivative(x.detach().clone() if copied else x.detach(), codec)
+    if isinstance(codec, Half):
+        raise_flag(flag, OVERFLOW * torch.isinf(packed.tensors[0]).any())
+    return _apply(x, forward, packed, inplace)
 
 
-def _encoded(x: Tensor, name: str, kept: str, inplace: bool, flag: Tensor) -> Tensor:
-    """What backward needs: x in float16 (itself where it has 16 bits and stays as it is), or the derivative's codes."""
-    if kept == "float16":
-        half = x.to(torch.float16) if x.element_size() > 2 else x.clone() if inplace else x
-        raise_flag(flag, OVERFLOW * torch.isinf(half).any())
-        return half
-    bits = int(kept.removeprefix("int"))
-    thresholds, _ = quantiser_on(name, bits, x.device)
-    return level_encode(as_rows(x, memory_format(x)), thresholds, bits)
+def _apply(x: Tensor, forward: Callable[[Tensor], Tensor], packed: Packed, inplace: bool) -> Tensor:
+    return _Activation.apply(x, forward, inplace, *packed.arguments)
 
 
-def _store(out: Tensor, x: Tensor, inplace: bool) -> Tensor:
-    return x.copy_(out) if inplace else out
-
-
-class _Smooth(torch.autograd.Function):
+class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, stored: Tensor, name: str, kept: str, inplace: bool) -> Tensor:
-        return _store(ACTIVATIONS[name].forward(x), x, inplace)
+    def forward(x: Tensor, forward: Callable[[Tensor], Tensor], inplace: bool, form: Form, *stored: Tensor) -> Tensor:
+        return forward(x)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, stored, ctx.name, ctx.kept, inplace = inputs
-        ctx.format = memory_format(x)
-        ctx.save_for_backward(stored)
+        x, _, inplace, form, *stored = inputs
+        save(ctx, packed_of(form, stored))
         if inplace:
             ctx.mark_dirty(x)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (stored,) = ctx.saved_tensors
-        if ctx.kept == "float16":
-            return ACTIVATIONS[ctx.name].backward(grad, stored.to(grad.dtype)), None, None, None, None
-        bits = int(ctx.kept.removeprefix("int"))
-        _, levels = quantiser_on(ctx.name, bits, grad.device)
-        rows = level_apply(as_rows(grad, ctx.format), stored, levels, bits)
-        return from_rows(rows, grad.shape, ctx.format), None, None, None, None
+        (packed,) = load(ctx)
+        return times(grad, packed), *(None for _ in ctx.needs_input_grad[1:])

@@ -3,23 +3,38 @@
 Shape legend: B samples, H heads, N queries, M keys, d/e width of a key/value head. P = softmax(scale q k^T + mask), out
 = dropout(P) v.
 
-Rules. "pruned" is the paper's: q, k, P and v pruned a sample, softmax backward from the pruned P. "int8" and "int4"
-keep q, k and v quantised a row and recompute P in backward, as flash attention does (Dao et al.,
+Rules. "pruned" is the paper's: q, k, P and v pruned per sample, softmax backward from the pruned P. "int8" and "int4"
+keep q, k and v quantised per row and recompute P in backward, as flash attention does (Dao et al.,
 https://arxiv.org/abs/2205.14135); each is stored without its mean over the tokens, and k's
 mean is not kept at all: it adds the same number to every score of a query, which softmax and its gradient ignore.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import PackedLayout, Pruned, RowsLayout, mark, pack, pack_rows, role_of, unpack, unpack_rows
-from ..codecs.roles import DENSE, MASK
-from ..kernels import fused_softmax, mask_apply, mask_encode, softmax_backward
+from ..codecs import (
+    Bits,
+    Form,
+    Packed,
+    Pruned,
+    Rows,
+    load,
+    mark,
+    pack,
+    pack_derivative,
+    role_of,
+    save_outputs,
+    times,
+)
+from ..codecs.derivative import DerivativeForm
+from ..codecs.roles import DENSE, bits_of
+from ..kernels import fused_softmax, softmax_backward
 from .common import autocast_dtype, needs_grad, sample_chunks, write
 from .transforms import differentiable_once
 
@@ -29,6 +44,12 @@ class AttentionCodec(NamedTuple):
 
     rule: str
     pruned: Pruned
+
+    @property
+    def rows(self) -> tuple[Rows, Rows, Rows]:
+        """How a quantised rule keeps q, k and v: k without its mean over the tokens."""
+        bits = bits_of(self.rule)
+        return Rows(bits, True), Rows(bits, False), Rows(bits, True)
 
 
 class _Scale(NamedTuple):
@@ -122,53 +143,55 @@ class _Attention(torch.autograd.Function):
             out[start:stop] = p @ v[start:stop]
         if not keeps:
             return (out,)
-        bits = () if noise is None else (mark(mask_encode(noise.view(batch, -1), 0.0, float("nan")), MASK),)
-        return out, *bits, *_kept(q, k, v, probabilities, codec, flag)
+        dropped = () if noise is None else pack_derivative(noise, Bits()).tensors
+        return out, *dropped, *_kept(q, k, v, probabilities, codec, flag)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         q, k, v, mask, ctx.is_causal, ctx.dropout_p, ctx.scale, ctx.codec, _, keeps = inputs
         _, *kept = output
-        ctx.shapes, ctx.keys = [x.shape for x in (q, k, v)], k.shape[2]
-        ctx.layouts = _layouts(q, k, v, ctx.codec)
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        if keeps:
-            bits = kept if ctx.dropout_p > 0 else [None, *kept]
-            mask = None if mask is None else mark(mask, DENSE, "attention mask")
-            ctx.save_for_backward(mask, *bits)
+        ctx.shapes = [x.shape for x in (q, k, v)]
+        if not keeps:
+            return
+        forms = _forms(q, k, v, ctx.codec)
+        if ctx.dropout_p > 0:
+            forms = [DerivativeForm((*q.shape[:3], k.shape[2]), Bits()), *forms]
+        tensors = iter(kept)
+        parts = [Packed(tuple(islice(tensors, form.count)), form) for form in forms]
+        mask = None if mask is None else mark(mask, DENSE, "attention mask")
+        save_outputs(ctx, kept, mask, *parts)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_q, need_k, need_v, need_mask, *rest = ctx.needs_input_grad
-        saved = _Saved(ctx)
-        mask = saved.mask
+        mask, *parts = load(ctx)
+        dropped = parts.pop(0) if ctx.dropout_p > 0 else None
+        keep_scale = 0.0 if ctx.dropout_p >= 1 else 1 / (1 - ctx.dropout_p)
         batch, heads, queries = grad.shape[:3]
+        keys = ctx.shapes[1][2]
         grads = [
             grad.new_empty(shape) if need else None
-            for shape, need in zip(saved.shapes, (need_q, need_k, need_v), strict=True)
+            for shape, need in zip(ctx.shapes, (need_q, need_k, need_v), strict=True)
         ]
         grad_mask = torch.zeros_like(mask) if need_mask else None
-        for start, stop in sample_chunks(batch, heads * queries * ctx.keys * grad.element_size(), grad.device):
-            q, k, v, p = saved.read(start, stop, grad.dtype)
+        for start, stop in sample_chunks(batch, heads * queries * keys * grad.element_size(), grad.device):
+            q, k, v, *p = (packed.unpack(start, stop, grad.dtype) for packed in parts)
+            # P is recomputed where it is not kept
+            p = p[0] if p else _probabilities(q, k, ctx.scale, _of_samples(mask, start, stop), ctx.is_causal)
             part = grad[start:stop]
-            kept = saved.noise(start, stop)
-            dropped = (
-                p
-                if kept is None
-                else mask_apply(p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
-            )
             if need_v:
-                write(grads[2][start:stop], torch.matmul, dropped.transpose(-2, -1), part)
-            del dropped
+                after = p if dropped is None else times(p, dropped, start, stop).mul_(keep_scale)
+                write(grads[2][start:stop], torch.matmul, after.transpose(-2, -1), part)
+                del after
             grad_p = part @ v.transpose(-2, -1)
             fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
             if fused:
-                grad_scores = softmax_backward(grad_p, p, kept, saved.keep_scale, ctx.scale.factor)
+                bits = None if dropped is None else dropped.tensors[0][start:stop]
+                grad_scores = softmax_backward(grad_p, p, bits, keep_scale, ctx.scale.factor)
             else:
-                if kept is not None:
-                    grad_p = mask_apply(grad_p.reshape(stop - start, -1), kept).view(p.shape).mul_(saved.keep_scale)
+                if dropped is not None:
+                    grad_p = times(grad_p, dropped, start, stop).mul_(keep_scale)
                 grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             del grad_p, p
             if need_mask:
@@ -183,52 +206,27 @@ class _Attention(torch.autograd.Function):
         return *grads, grad_mask, *(None for _ in rest)
 
 
-def _kept(q: Tensor, k: Tensor, v: Tensor, probabilities: list, codec: AttentionCodec, flag: Tensor) -> list[Tensor]:
+def _kept(
+    q: Tensor, k: Tensor, v: Tensor, probabilities: list[Packed], codec: AttentionCodec, flag: Tensor
+) -> list[Tensor]:
     """What backward reads of q, k, v and, pruned, of P: the tensors of each, one after another."""
-    if codec.rule == "pruned":
-        parts = [pack(x, codec.pruned, flag).tensors for x in (q, k, v)]
-        if not probabilities:  # an empty batch
-            probabilities = [pack(q.new_empty(*q.shape[:3], k.shape[2]), codec.pruned, flag)]
-        parts.append(tuple(_join(pieces) for pieces in zip(*(packed.tensors for packed in probabilities), strict=True)))
-    else:
-        bits = int(codec.rule.removeprefix("int"))
-        parts = [pack_rows(x, bits, keeps_mean).tensors for x, keeps_mean in ((q, True), (k, False), (v, True))]
+    if codec.rule != "pruned":
+        parts = [rows.pack(x).tensors for rows, x in zip(codec.rows, (q, k, v), strict=True)]
+        return [tensor for tensors in parts for tensor in tensors]
+    parts = [pack(x, codec.pruned, flag).tensors for x in (q, k, v)]
+    if not probabilities:  # an empty batch
+        probabilities = [pack(q.new_empty(*q.shape[:3], k.shape[2]), codec.pruned, flag)]
+    parts.append(tuple(map(_join, zip(*(packed.tensors for packed in probabilities), strict=True))))
     return [tensor for tensors in parts for tensor in tensors]
 
 
-def _layouts(q: Tensor, k: Tensor, v: Tensor, codec: AttentionCodec) -> list[PackedLayout] | list[RowsLayout]:
+def _forms(q: Tensor, k: Tensor, v: Tensor, codec: AttentionCodec) -> list[Form]:
     """How ``_kept`` stores each of its parts: known from the shapes."""
-    if codec.rule == "pruned":
-        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
-        return [codec.pruned.layout(x) for x in (q, k, v, q.new_empty(()).expand(batch, heads, queries, keys))]
-    bits = int(codec.rule.removeprefix("int"))
-    return [RowsLayout(tuple(x.shape), bits, keeps_mean) for x, keeps_mean in ((q, True), (k, False), (v, True))]
+    if codec.rule != "pruned":
+        return [rows.form(x) for rows, x in zip(codec.rows, (q, k, v), strict=True)]
+    probabilities = q.new_empty(()).expand(*q.shape[:3], k.shape[2])
+    return [codec.pruned.form(x) for x in (q, k, v, probabilities)]
 
 
 def _join(pieces: tuple[Tensor, ...]) -> Tensor:
     return mark(torch.cat(pieces), *role_of(pieces[0])) if len(pieces) > 1 else pieces[0]
-
-
-class _Saved:
-    """What a backward pass reads."""
-
-    def __init__(self, ctx) -> None:
-        self.mask, self._bits, *tensors = ctx.saved_tensors
-        self.shapes, self._scale, self._is_causal, self._codec = ctx.shapes, ctx.scale, ctx.is_causal, ctx.codec
-        self.keep_scale = 0.0 if ctx.dropout_p >= 1 else 1 / (1 - ctx.dropout_p)
-        self._parts, at = [], 0
-        for layout in ctx.layouts:
-            self._parts.append((tuple(tensors[at : at + layout.count]), layout))
-            at += layout.count
-
-    def noise(self, start: int, stop: int) -> Tensor | None:
-        return None if self._bits is None else self._bits[start:stop]
-
-    def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, P) of samples start to stop."""
-        if self._codec.rule == "pruned":
-            q, k, v, p = (unpack(tensors, layout, start, stop, dtype) for tensors, layout in self._parts)
-            return q, k, v, p
-        q, k, v = (unpack_rows(tensors, layout, start, stop, dtype) for tensors, layout in self._parts)
-        mask = _of_samples(self.mask, start, stop)
-        return q, k, v, _probabilities(q, k, self._scale, mask, self._is_causal)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import mark
-from ..codecs.normalised import NormCodec, NormLayout, keep_normalised, normalised_layout, read_normalised
+from ..codecs import NOTHING, Form, NormCodec, Packed, load, mark, packed_of, save, save_outputs
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks, write
 from .transforms import differentiable_once
@@ -39,11 +38,11 @@ def batch_norm(
     if keep_input and codec.kind == "dense":
         return F.batch_norm(x, *arguments)
     if not use_batch_statistics:
-        layout, packed = None, ()
+        packed = NOTHING
         if keep_input:
             mean, rstd = running_mean.float(), torch.rsqrt(running_var.float() + eps)
-            packed, layout = keep_normalised(x.detach(), mean, rstd, codec, flag)
-        return _Frozen.apply(x, weight, bias, running_mean, running_var, eps, layout, *packed)
+            packed = codec.pack(x.detach(), mean, rstd, flag).arguments
+        return _Frozen.apply(x, weight, bias, running_mean, running_var, eps, *packed)
     out, *_ = _Batch.apply(x, weight, bias, running_mean, running_var, momentum, eps, codec, flag)
     return out
 
@@ -52,14 +51,14 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).view(1, -1, *(1,) * (x.dim() - 2))
 
 
-def _sums(grad: Tensor, packed: tuple[Tensor, ...], layout: NormLayout) -> tuple[Tensor, Tensor]:
+def _sums(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """(sum of grad, sum of grad * normalised input) a channel, float32, chunk by chunk."""
     dims = (0, *range(2, grad.dim()))
     plain = grad.new_zeros(grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
     weighted = torch.zeros_like(plain)
     for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
         part = grad[start:stop]
-        normalised = read_normalised(packed, layout, start, stop, grad.dtype)
+        normalised = packed.unpack(start, stop, grad.dtype)
         plain += part.sum(dims, dtype=plain.dtype)
         weighted += (part * normalised).sum(dims, dtype=plain.dtype)
     return plain, weighted
@@ -74,27 +73,27 @@ class _Frozen(torch.autograd.Function):
         running_mean: Tensor,
         running_var: Tensor,
         eps: float,
-        layout: NormLayout | None,
-        *packed: Tensor,
+        form: Form | None,
+        *stored: Tensor,
     ) -> Tensor:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, weight, _, _, running_var, ctx.eps, ctx.layout, *packed = inputs
-        ctx.save_for_backward(weight, running_var, *packed)
+        _, weight, _, _, running_var, ctx.eps, form, *stored = inputs
+        save(ctx, weight, running_var, packed_of(form, stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, running_var, *packed = ctx.saved_tensors
+        weight, running_var, packed = load(ctx)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if need_x:
             scale = torch.rsqrt(running_var + ctx.eps)
             grad_x = grad * _per_channel(scale if weight is None else scale * weight, grad)
         if need_weight:
-            grad_bias, grad_weight = _sums(grad, tuple(packed), ctx.layout)
+            grad_bias, grad_weight = _sums(grad, packed)
             grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
         elif need_bias:
             grad_bias = grad.sum((0, *range(2, grad.dim())))
@@ -118,25 +117,21 @@ class _Batch(torch.autograd.Function):
         out, mean, rstd, *_ = torch._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
         )
-        packed, _ = keep_normalised(x, mean.float(), rstd.float(), codec, flag)
-        return out, mark(rstd, DENSE, "reciprocal deviation"), *packed
+        packed = codec.pack(x, mean.float(), rstd.float(), flag)
+        return out, mark(rstd, DENSE, "reciprocal deviation"), *packed.tensors
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         x, weight, *_, codec, _ = inputs
         _, rstd, *stored = output
-        ctx.layout = normalised_layout(x, x.shape[0] * rstd.numel(), codec)
-        ctx.mark_non_differentiable(rstd, *stored)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, rstd, *stored)
+        save_outputs(ctx, output[1:], weight, rstd, packed_of(codec.form(x, x.shape[0] * rstd.numel()), stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, rstd, *packed = ctx.saved_tensors
+        weight, rstd, packed = load(ctx)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-        packed = tuple(packed)
-        plain, weighted = _sums(grad, packed, ctx.layout)
+        plain, weighted = _sums(grad, packed)
         grad_x = None
         if need_x:
             count = grad.numel() // max(grad.shape[1], 1)
@@ -144,7 +139,7 @@ class _Batch(torch.autograd.Function):
             offset, slope = _per_channel(plain / count, grad), _per_channel(weighted / count, grad)
             grad_x = torch.empty_like(grad)
             for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
-                part = read_normalised(packed, ctx.layout, start, stop, grad.dtype).mul_(slope).add_(offset)
+                part = packed.unpack(start, stop, grad.dtype).mul_(slope).add_(offset)
                 write(grad_x[start:stop], torch.mul, part.neg_().add_(grad[start:stop]), scale)
         dtype = grad.dtype if weight is None else weight.dtype
         return (

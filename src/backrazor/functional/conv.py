@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import ConvProduct, Layout, Pruned, Window, pack_shared, unpack
+from ..codecs import NOTHING, ConvProduct, Form, Packed, Pruned, Window, load, pack_shared, packed_of, save
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks, write
 from .transforms import differentiable_once
 
@@ -36,12 +36,10 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec
     if not needs_grad(x, weight, bias) or x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * spec.groups:
         return _forward(x, weight, bias, spec)
     cast = autocast_dtype(x)
-    layout, packed = None, ()
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    if weight.requires_grad:
-        packed, layout = pack_shared(batched, codec, flag)
+    packed = pack_shared(batched, codec, flag).arguments if weight.requires_grad else NOTHING
     (batched,) = cast_to(cast, batched)
-    out = _Conv2d.apply(batched, weight, bias, spec, cast, layout, *packed)
+    out = _Conv2d.apply(batched, weight, bias, spec, cast, *packed)
     return out if x.dim() == 4 else out.squeeze(0)
 
 
@@ -152,8 +150,7 @@ MATRIX_POSITIONS = 128
 def backward_in_chunks(
     grad: Tensor,
     part_of: Callable[[int, int], Tensor],
-    packed: tuple[Tensor, ...],
-    layout: Layout | None,
+    packed: Packed | None,
     shape: tuple[int, ...],
     weight: Tensor,
     spec: ConvSpec,
@@ -163,19 +160,19 @@ def backward_in_chunks(
     """(gradient of x or None, gradient of the weight or None) of an ``explicit`` convolution, some samples at a time.
 
     ``part_of(start, stop)`` is the gradient of the convolution's output for some samples, of the shape of ``grad``'s;
-    ``packed`` and ``layout`` hold its input, of which ``shape`` is the whole.
+    ``packed`` holds its input, whose shape is ``shape``.
     """
     batch = grad.shape[0]
     grad_x = grad.new_empty(shape) if need_x and not batch else None
     grad_weight = torch.zeros_like(weight) if need_weight and not batch else None
     window = _window(shape, weight, spec) if need_weight and batch else None
-    product = None if window is None else ConvProduct.of(layout, window, grad)
+    product = None if window is None else ConvProduct.of(packed, window, grad)
     for start, stop in sample_chunks(batch, backward_sample_bytes(shape, grad, spec)):
         part = part_of(start, stop)
         if product is not None:
-            product.add(part, packed, start, stop)
+            product.add(part, start, stop)
         dense = need_weight and product is None
-        x_hat = unpack(packed, layout, start, stop, grad.dtype) if dense else None
+        x_hat = packed.unpack(start, stop, grad.dtype) if dense else None
         if _is_matrix_product(part, spec, weight):
             if need_x:
                 grad_x = part.new_empty(shape) if grad_x is None else grad_x
@@ -246,28 +243,27 @@ class _Conv2d(torch.autograd.Function):
         bias: Tensor | None,
         spec: ConvSpec,
         cast: torch.dtype | None,
-        layout: Layout | None,
-        *packed: Tensor,
+        form: Form | None,
+        *stored: Tensor,
     ) -> Tensor:
         return not_a_view(_forward(x, *cast_to(cast, weight, bias), spec))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, spec, _, ctx.layout, *packed = inputs
+        x, weight, _, spec, _, form, *stored = inputs
         ctx.spec, ctx.shape = explicit(spec, weight.shape[2:]), tuple(x.shape)
-        ctx.save_for_backward(weight, *packed)
+        save(ctx, weight, packed_of(form, stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *packed = ctx.saved_tensors
+        weight, packed = load(ctx)
         weight = weight.to(grad.dtype)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         grad_x, grad_weight = backward_in_chunks(
             grad,
             lambda start, stop: grad[start:stop],
-            tuple(packed),
-            ctx.layout,
+            packed,
             ctx.shape,
             weight,
             ctx.spec,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import Layout, Pruned, pack_shared
+from ..codecs import NOTHING, Form, Pruned, load, pack_shared, packed_of, save_outputs, times
 from .common import added, autocast_dtype, cast_to, needs_grad
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
-from .epilogue import Act, activate_, encode, gradient, join
+from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
 from .transforms import differentiable_once
 
 
@@ -39,7 +39,7 @@ def conv_norm_act(
     bias: Tensor | None,
     spec: ConvSpec,
     norm: Norm,
-    act: Act | None,
+    act: Epilogue | None,
     codec: Pruned,
     flag: Tensor,
 ) -> Tensor:
@@ -49,11 +49,9 @@ def conv_norm_act(
     """
     keeps = needs_grad(x, weight, bias) and x.shape[1] == weight.shape[1] * spec.groups
     cast = autocast_dtype(x)
-    layout, packed = None, ()
-    if keeps and weight.requires_grad:
-        packed, layout = pack_shared(x, codec, flag)
+    packed = pack_shared(x, codec, flag).arguments if keeps and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
-    out, *_ = _ConvNormAct.apply(x, weight, bias, spec, *norm, act, keeps, cast, layout, *packed)
+    out, *_ = _ConvNormAct.apply(x, weight, bias, spec, *norm, act, keeps, cast, *packed)
     return out
 
 
@@ -86,11 +84,11 @@ class _ConvNormAct(torch.autograd.Function):
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         eps: float,
-        act: Act | None,
+        act: Epilogue | None,
         keeps: bool,
         cast: torch.dtype | None,
-        layout: Layout | None,
-        *packed: Tensor,
+        form: Form | None,
+        *stored: Tensor,
     ) -> tuple[Tensor, ...]:
         norm = Norm(running_mean, running_var, norm_weight, norm_bias, eps)
         weight, bias = cast_to(cast, weight, bias)
@@ -105,24 +103,22 @@ class _ConvNormAct(torch.autograd.Function):
                 if keeps:
                     codes.append(encode(part, act))
                 activate_(part, act)
-        return (out, join(codes, act)) if codes else (out,)
+        return (out, joined(codes, act)) if codes else (out,)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, weight, _, spec, _, running_var, norm_weight, _, ctx.eps, ctx.act, _, _, ctx.layout, *packed = inputs
-        _, *codes = output
+        x, weight, _, spec, _, running_var, norm_weight, _, ctx.eps, act, _, _, form, *stored = inputs
+        out, *codes = output
+        derivative = packed_epilogue(codes[0], out.shape, act) if codes else None
         ctx.spec, ctx.shape = explicit(spec, weight.shape[2:]), x.shape
-        ctx.mark_non_differentiable(*codes)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, norm_weight, running_var, *codes, *packed)
+        save_outputs(ctx, codes, weight, norm_weight, running_var, derivative, packed_of(form, stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-        weight, norm_weight, running_var, *kept = ctx.saved_tensors
+        weight, norm_weight, running_var, derivative, packed = load(ctx)
         weight = weight.to(grad.dtype)
-        codes, packed = (kept[0], tuple(kept[1:])) if ctx.act is not None else (None, tuple(kept))
         scale = torch.rsqrt(running_var + ctx.eps)
         scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
         # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if smaller.
@@ -134,8 +130,8 @@ class _ConvNormAct(torch.autograd.Function):
         def part_of(start: int, stop: int) -> Tensor:
             nonlocal grad_bias
             part = grad[start:stop]
-            if codes is not None:
-                part = gradient(part, codes[start:stop], ctx.act)
+            if derivative is not None:
+                part = times(part, derivative, start, stop)
             if not folded:
                 part = part * scale.view(1, -1, 1, 1)
             if need_bias:
@@ -144,7 +140,7 @@ class _ConvNormAct(torch.autograd.Function):
             return part
 
         grad_x, grad_weight = backward_in_chunks(
-            grad, part_of, packed, ctx.layout, ctx.shape, scaled_weight, ctx.spec, need_x, need_weight
+            grad, part_of, packed, ctx.shape, scaled_weight, ctx.spec, need_x, need_weight
         )
         if grad_weight is not None:
             grad_weight = (grad_weight.mul_(scale) if folded else grad_weight).to(weight.dtype)

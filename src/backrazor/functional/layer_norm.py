@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import AffineLayout, NormCodec, mark, remember_source
-from ..codecs.normalised import NormLayout, keep_normalised, normalised_layout, read_normalised
+from ..codecs import AffineForm, NormCodec, Packed, load, mark, packed_of, remember_source, save_outputs
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
 from .common import accumulator, needs_grad, reshaped, sample_chunks, write
 from .transforms import differentiable_once
-
-QUANTISED_RULES = ("int8", "int4")
 
 
 def layer_norm(
@@ -30,19 +27,19 @@ def layer_norm(
 ) -> Tensor:
     """``F.layer_norm`` of x (B, *, D...) over its last dimensions ``shape``.
 
-    Keeps the normalised input by ``codec`` and a reciprocal deviation a row. With h the normalised input as kept and g
-    the gradient times ``weight``, the gradient of x is rstd * (g - mean(g) - h * mean(g * h)), means over D (Ba et al.,
-    https://arxiv.org/abs/1607.06450). Under int8 and int4 the output carries a note that layers reading it directly may
-    use h * weight + bias instead of packing it again.
+    Keeps the normalised input by ``codec`` and a reciprocal deviation per row. With h the normalised input as kept
+    and g the gradient times ``weight``, the gradient of x is rstd * (g - mean(g) - h * mean(g * h)), means over D
+    (Ba et al., https://arxiv.org/abs/1607.06450). Under int8 and int4 the output carries a note that layers reading
+    it directly may use h * weight + bias instead of packing it again.
     """
     if not needs_grad(x, weight, bias) or codec.kind == "dense" or not _has_rows(x, shape):
         return F.layer_norm(x, shape, weight, bias, eps)
     x = _autocast(x)
     out, rstd, *stored = _LayerNorm.apply(x, weight, bias, tuple(shape), eps, codec, flag)
-    if codec.kind in QUANTISED_RULES:
-        layout = normalised_layout(x, rstd.numel(), codec)
+    if codec.bits is not None:
         affine = tuple(p for p in (weight, bias) if p is not None)
-        remember_source(out, (*stored, *affine), AffineLayout(layout, out.dtype, weight is not None, bias is not None))
+        form = AffineForm(codec.form(x, rstd.numel()), out.dtype, weight is not None, bias is not None)
+        remember_source(out, Packed((*stored, *affine), form))
     return out
 
 
@@ -66,10 +63,10 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 
 
 def _fused_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float, kind: str
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float, bits: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """(out, rstd with a row's dimensions kept as 1, what is stored) by one kernel that reads x once."""
-    row, bits = math.prod(shape), int(kind.removeprefix("int"))
+    row = math.prod(shape)
     out, codes, scales, rstd = norm_forward(x.reshape(-1, row), _flat(weight), _flat(bias), eps, bits)
     stored = label_codes(codes, scales, x.shape[0])
     rstd = rstd.view(*x.shape[: -len(shape)], *(1 for _ in shape))
@@ -77,13 +74,12 @@ def _fused_forward(
 
 
 def _fused_backward(
-    grad: Tensor, weight: Tensor | None, rstd: Tensor, stored: list[Tensor], layout: NormLayout, mask: list[bool]
+    grad: Tensor, weight: Tensor | None, rstd: Tensor, packed: Packed, mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias, where ``mask`` asks for them, by one kernel that reads the codes."""
-    codes, scales = (part.view(rstd.numel(), -1) for part in stored)
-    bits = int(layout.kind.removeprefix("int"))
-    arguments = codes, scales.flatten(), rstd.flatten(), _flat(weight), bits
-    grad_x, *sums = norm_backward(grad.reshape(-1, layout.row), *arguments)
+    codes, scales = (part.view(rstd.numel(), -1) for part in packed.tensors)
+    arguments = codes, scales.flatten(), rstd.flatten(), _flat(weight), packed.form.bits
+    grad_x, *sums = norm_backward(grad.reshape(-1, packed.form.row), *arguments)
     if weight is not None:
         sums = [total.to(weight.dtype).view(weight.shape) for total in sums]
     return tuple(part if need else None for part, need in zip((reshaped(grad_x, grad.shape), *sums), mask, strict=True))
@@ -100,35 +96,32 @@ class _LayerNorm(torch.autograd.Function):
         codec: NormCodec,
         flag: Tensor,
     ) -> tuple[Tensor, ...]:
-        if codec.kind in QUANTISED_RULES and fused_norm(x, math.prod(shape)):
-            out, rstd, stored = _fused_forward(x, weight, bias, shape, eps, codec.kind)
+        if codec.bits is not None and fused_norm(x, math.prod(shape)):
+            out, rstd, stored = _fused_forward(x, weight, bias, shape, eps, codec.bits)
         else:
             out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
             mean, rstd = mean.float(), rstd.float()
-            stored, _ = keep_normalised(x, mean.flatten(1), rstd.flatten(1), codec, flag)
+            stored = codec.pack(x, mean.flatten(1), rstd.flatten(1), flag).tensors
         return out, mark(rstd, DENSE, "reciprocal deviation"), *stored
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         x, weight, bias, ctx.normalised_shape, _, codec, _ = inputs
         _, rstd, *stored = output
-        ctx.layout = normalised_layout(x, rstd.numel(), codec)
-        ctx.mark_non_differentiable(rstd, *stored)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, bias, rstd, *stored)
+        save_outputs(ctx, output[1:], weight, bias, rstd, packed_of(codec.form(x, rstd.numel()), stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, rstd, *stored = ctx.saved_tensors
+        weight, bias, rstd, packed = load(ctx)
         mask = list(ctx.needs_input_grad[:3])
-        if ctx.layout.kind in QUANTISED_RULES and fused_norm(grad, ctx.layout.row):
-            return *_fused_backward(grad, weight, rstd, stored, ctx.layout, mask), *(None,) * 5
+        if packed.form.bits is not None and fused_norm(grad, packed.form.row):
+            return *_fused_backward(grad, weight, rstd, packed, mask), *(None,) * 4
         sums = [accumulator(ctx.normalised_shape, grad) if need else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
         for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
             part = grad[start:stop].contiguous()
-            normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
+            normalised = packed.unpack(start, stop, grad.dtype)
             scale = rstd[start:stop]
             # PyTorch's own kernel on the normalised input, whose mean is 0 and deviation 1 by definition
             zero, one = torch.zeros_like(scale, dtype=grad.dtype), torch.ones_like(scale, dtype=grad.dtype)
@@ -146,7 +139,7 @@ class _LayerNorm(torch.autograd.Function):
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, codec: NormCodec, flag: Tensor
 ) -> Tensor:
-    """``F.group_norm`` of x (B, C, *); rows are groups, and the gradient is LayerNorm's a group (Wu and He,
+    """``F.group_norm`` of x (B, C, *); rows are groups, and the gradient is LayerNorm's per group (Wu and He,
     https://arxiv.org/abs/1803.08494)."""
     usual = needs_grad(x, weight, bias) and x.dim() > 1 and x.is_contiguous()
     if not usual or codec.kind == "dense" or x.shape[1] % groups or math.prod(x.shape[1:]) <= groups:
@@ -171,29 +164,26 @@ class _GroupNorm(torch.autograd.Function):
         positions = math.prod(x.shape[2:])
         out, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, positions, groups, eps)
         mean, rstd = mean.float(), rstd.float()
-        stored, _ = keep_normalised(x, mean, rstd, codec, flag)
+        stored = codec.pack(x, mean, rstd, flag).tensors
         return out, mark(rstd, DENSE, "reciprocal deviation"), *stored
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         x, weight, _, ctx.groups, _, codec, _ = inputs
         _, rstd, *stored = output
-        ctx.layout = normalised_layout(x, rstd.numel(), codec)
-        ctx.mark_non_differentiable(rstd, *stored)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, rstd, *stored)
+        save_outputs(ctx, output[1:], weight, rstd, packed_of(codec.form(x, rstd.numel()), stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, rstd, *stored = ctx.saved_tensors
+        weight, rstd, packed = load(ctx)
         mask = list(ctx.needs_input_grad[:3])
         channels, positions = grad.shape[1], math.prod(grad.shape[2:])
         sums = [accumulator((channels,), grad) if need else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
         for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
             part = grad[start:stop].contiguous()
-            normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
+            normalised = packed.unpack(start, stop, grad.dtype)
             scale = rstd[start:stop].to(grad.dtype)
             zero, one = torch.zeros_like(scale), torch.ones_like(scale)
             part_x, *part_affine = torch.ops.aten.native_group_norm_backward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
+from ..codecs import NOTHING, Form, LinearProduct, Packed, Pruned, load, pack_shared, packed_of, save
 from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks
 from .transforms import differentiable_once
 
@@ -21,11 +21,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: 
     if not needs_grad(x, weight, bias) or x.shape[-1:] != weight.shape[-1:]:
         return F.linear(x, weight, bias)
     cast = autocast_dtype(x)
-    layout, packed = None, ()
+    packed = NOTHING
     if weight.requires_grad:
-        packed, layout = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, flag)
+        packed = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, flag).arguments
     (x,) = cast_to(cast, x)
-    return _Linear.apply(x, weight, bias, cast, layout, *packed)
+    return _Linear.apply(x, weight, bias, cast, *packed)
 
 
 class _Linear(torch.autograd.Function):
@@ -35,44 +35,45 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         cast: torch.dtype | None,
-        layout: Layout | None,
-        *packed: Tensor,
+        form: Form | None,
+        *stored: Tensor,
     ) -> Tensor:
         return not_a_view(F.linear(x, *cast_to(cast, weight, bias)))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, weight, _, _, ctx.layout, *packed = inputs
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *packed)
+        _, weight, _, _, form, *stored = inputs
+        save(ctx, weight if ctx.needs_input_grad[0] else None, packed_of(form, stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *packed = ctx.saved_tensors
+        weight, packed = load(ctx)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if need_x:
             grad_x = torch.matmul(grad, weight.to(grad.dtype))
         if need_weight:
-            grad_weight = _weight_gradient(grad, tuple(packed), ctx.layout)
+            grad_weight = _weight_gradient(grad, packed)
         if need_bias:
             grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)
 
 
-def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -> Tensor:
+def _weight_gradient(grad: Tensor, packed: Packed) -> Tensor:
     """sum over rows of grad^T x_hat, chunk by chunk into one (O, I) buffer: no (B, O, I) temporary, no dense copy of
     the batch."""
-    batch, inputs, outputs = layout.shape[0], layout.shape[-1], grad.shape[-1]
-    grad = grad.reshape(batch, math.prod(layout.shape[1:-1]), outputs)
-    chunks = sample_chunks(batch, layout.sample_numel * grad.element_size(), grad.device)
-    product = LinearProduct.of(layout, grad)
+    form = packed.form
+    batch, inputs, outputs = form.shape[0], form.shape[-1], grad.shape[-1]
+    grad = grad.reshape(batch, math.prod(form.shape[1:-1]), outputs)
+    chunks = sample_chunks(batch, form.sample_numel * grad.element_size(), grad.device)
+    product = LinearProduct.of(packed, grad)
     if product is not None:
         for start, stop in chunks:
-            product.add(grad[start:stop], packed, start, stop)
+            product.add(grad[start:stop], start, stop)
         return product.result().to(grad.dtype)
     total = accumulator((outputs, inputs), grad)
     for start, stop in chunks:
-        x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
+        x_hat = packed.unpack(start, stop, grad.dtype).reshape(-1, inputs)
         add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
     return total.to(grad.dtype)

@@ -13,22 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
+from ..codecs import NOTHING, Form, LinearProduct, Pruned, load, pack_shared, packed_of, save_outputs, times
 from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, write
-from .epilogue import Act, activate_, encode, gradient, join
+from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
 from .transforms import differentiable_once
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act, codec: Pruned, flag: Tensor) -> Tensor:
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Epilogue, codec: Pruned, flag: Tensor) -> Tensor:
     """act(linear(x)) of x (B, *, I), equal to the two operators bit for bit. Keeps x as ``linear`` does and the
     activation's codes."""
     needed = needs_grad(x, weight, bias) and x.shape[-1:] == weight.shape[-1:]
     cast = autocast_dtype(x)
-    layout, packed = None, ()
-    if needed and weight.requires_grad:
-        packed, layout = pack_shared(x, codec, flag)
+    packed = pack_shared(x, codec, flag).arguments if needed and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
-    out, *_ = _LinearAct.apply(x, weight, bias, act, needed, cast, layout, *packed)
+    out, *_ = _LinearAct.apply(x, weight, bias, act, needed, cast, *packed)
     return out
 
 
@@ -38,11 +36,11 @@ class _LinearAct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        act: Act,
+        act: Epilogue,
         keeps: bool,
         cast: torch.dtype | None,
-        layout: Layout | None,
-        *packed: Tensor,
+        form: Form | None,
+        *stored: Tensor,
     ) -> tuple[Tensor, ...]:
         # whole, so that the product is the dense one bit for bit
         out = not_a_view(F.linear(x, *cast_to(cast, weight, bias)))
@@ -52,36 +50,35 @@ class _LinearAct(torch.autograd.Function):
             if keeps:
                 codes.append(encode(y, act))
             activate_(y, act)
-        return (out, join(codes, act)) if codes else (out,)
+        return (out, joined(codes, act)) if codes else (out,)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _, weight, _, ctx.act, keeps, _, ctx.layout, *packed = inputs
-        _, *codes = output
-        ctx.mark_non_differentiable(*codes)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight if keeps else None, *(codes or (None,)), *packed)
+        _, weight, _, act, _, _, form, *stored = inputs
+        out, *codes = output
+        derivative = packed_epilogue(codes[0], out.shape, act) if codes else None
+        save_outputs(ctx, codes, weight if codes else None, derivative, packed_of(form, stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, codes, *packed = ctx.saved_tensors
+        weight, derivative, packed = load(ctx)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         outputs, inputs = weight.shape
         weight = weight.to(grad.dtype)
         grad_x = grad.new_empty(*grad.shape[:-1], inputs) if need_x else None
-        product = LinearProduct.of(ctx.layout, grad) if need_weight else None
+        product = LinearProduct.of(packed, grad) if need_weight else None
         grad_weight = accumulator((outputs, inputs), grad) if need_weight and product is None else None
         grad_bias = accumulator((outputs,), grad) if need_bias else None
         for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size()):
-            part = gradient(grad[start:stop], codes[start:stop], ctx.act)
+            part = times(grad[start:stop], derivative, start, stop)
             rows = part.reshape(-1, outputs)
             if need_x:
                 write(grad_x[start:stop], torch.matmul, part, weight)
             if product is not None:
-                product.add(part, tuple(packed), start, stop)
+                product.add(part, start, stop)
             elif need_weight:
-                x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype).reshape(-1, inputs)
+                x_hat = packed.unpack(start, stop, grad.dtype).reshape(-1, inputs)
                 add_product(grad_weight, rows, x_hat)
             if need_bias:
                 grad_bias.add_(rows.sum(0, dtype=grad_bias.dtype))

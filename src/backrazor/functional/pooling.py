@@ -1,4 +1,4 @@
-"""Pooling that keeps shapes, or one byte an output element. Shape legend: B samples, C channels, H/W in, P/Q out."""
+"""Pooling that keeps shapes, or one byte per output element. Shape legend: B samples, C channels, H/W in, P/Q out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import mark
+from ..codecs import mark, save_outputs
+from ..codecs.layouts import memory_format
 from ..codecs.roles import INDEX
-from .common import memory_format, needs_grad, not_a_view, sample_chunks
+from .common import needs_grad, not_a_view, sample_chunks
 from .transforms import differentiable_once
 
 Pair = tuple[int, int]
@@ -65,9 +66,7 @@ class _MaxPool2d(torch.autograd.Function):
         x, *ctx.settings = inputs
         _, place = output
         ctx.shape = x.shape
-        ctx.mark_non_differentiable(place)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(place)
+        save_outputs(ctx, (place,), place)
 
     @staticmethod
     @differentiable_once

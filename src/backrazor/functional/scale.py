@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codecs import Layout, Pruned, mark, pack_shared, unpack
+from ..codecs import NOTHING, Form, Packed, Pruned, load, mark, pack_shared, packed_of, save
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks
 from .transforms import differentiable_once
@@ -17,10 +17,8 @@ def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tenso
     x is exact."""
     if not needs_grad(x, gate) or not _broadcasts_to(gate.shape, x.shape):
         return x * gate
-    layout, packed = None, ()
-    if gate.requires_grad:
-        packed, layout = pack_shared(x, codec, flag)
-    return _ChannelScale.apply(x, gate, layout, *packed)
+    packed = pack_shared(x, codec, flag).arguments if gate.requires_grad else NOTHING
+    return _ChannelScale.apply(x, gate, *packed)
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
@@ -30,31 +28,31 @@ def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
 
 class _ChannelScale(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, gate: Tensor, layout: Layout | None, *packed: Tensor) -> Tensor:
+    def forward(x: Tensor, gate: Tensor, form: Form | None, *stored: Tensor) -> Tensor:
         return x * gate
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, gate, ctx.layout, *packed = inputs
+        _, gate, form, *stored = inputs
         ctx.gate_shape = gate.shape
-        ctx.save_for_backward(mark(gate, DENSE, "gate") if ctx.needs_input_grad[0] else None, *packed)
+        save(ctx, mark(gate, DENSE, "gate") if ctx.needs_input_grad[0] else None, packed_of(form, stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, *packed = ctx.saved_tensors
+        gate, packed = load(ctx)
         need_x, need_gate, *rest = ctx.needs_input_grad
         grad_x = grad * gate if need_x else None
-        grad_gate = _gate_gradient(grad, tuple(packed), ctx.layout, ctx.gate_shape) if need_gate else None
+        grad_gate = _gate_gradient(grad, packed, ctx.gate_shape) if need_gate else None
         return grad_x, grad_gate, *(None for _ in rest)
 
 
-def _gate_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout, shape: torch.Size) -> Tensor:
+def _gate_gradient(grad: Tensor, packed: Packed, shape: torch.Size) -> Tensor:
     """sum of grad * x_hat over the dimensions that the gate was broadcast along."""
     own_batch = len(shape) == grad.dim() and shape[0] == grad.shape[0]
     parts, total = [], None
-    for start, stop in sample_chunks(layout.shape[0], layout.sample_numel * grad.element_size()):
-        product = unpack(packed, layout, start, stop, grad.dtype).mul_(grad[start:stop])
+    for start, stop in sample_chunks(len(grad), packed.form.sample_numel * grad.element_size()):
+        product = packed.unpack(start, stop, grad.dtype).mul_(grad[start:stop])
         if own_batch:
             parts.append(product.sum_to_size(stop - start, *shape[1:]))
         else:

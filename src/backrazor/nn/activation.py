@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..functional.epilogue import Act
+from ..codecs import Bits, Levels, smooth_codec
+from ..functional.epilogue import Epilogue
 from .base import DropIn, LayerRules
 from .fusion import hands_through
 
@@ -24,7 +25,7 @@ class _RazorActivation(DropIn):
         """The activation, with what its backward needs."""
 
     @abstractmethod
-    def epilogue(self) -> Act | None:
+    def epilogue(self) -> Epilogue | None:
         """The activation as the end of a fused chain, None where it cannot be one."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,38 +37,38 @@ class _PiecewiseLinear(_RazorActivation):
 
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
-        return "one bit an element"
+        return "one bit per element"
 
 
 class RazorReLU(_PiecewiseLinear, nn.ReLU):
-    """ReLU that keeps one bit an element."""
+    """ReLU that keeps one bit per element."""
 
     def activate(self, x: Tensor) -> Tensor:
         return functional.piecewise_linear(x, lambda x: F.relu(x, self.inplace), 0.0, math.nan, self.inplace)
 
-    def epilogue(self) -> Act:
-        return Act("clamp", 0.0, math.nan)
+    def epilogue(self) -> Bits:
+        return Bits()
 
 
 class RazorHardtanh(_PiecewiseLinear, nn.Hardtanh):
-    """Hardtanh that keeps one bit an element."""
+    """Hardtanh that keeps one bit per element."""
 
     def activate(self, x: Tensor) -> Tensor:
         low, high = self.min_val, self.max_val
         return functional.piecewise_linear(x, lambda x: F.hardtanh(x, low, high, self.inplace), low, high, self.inplace)
 
-    def epilogue(self) -> Act:
-        return Act("clamp", self.min_val, self.max_val)
+    def epilogue(self) -> Bits:
+        return Bits(self.min_val, self.max_val)
 
 
 class RazorReLU6(_PiecewiseLinear, nn.ReLU6):
-    """ReLU6 that keeps one bit an element."""
+    """ReLU6 that keeps one bit per element."""
 
     def activate(self, x: Tensor) -> Tensor:
         return functional.piecewise_linear(x, lambda x: F.relu6(x, self.inplace), 0.0, 6.0, self.inplace)
 
-    def epilogue(self) -> Act:
-        return Act("clamp", 0.0, 6.0)
+    def epilogue(self) -> Bits:
+        return Bits(0.0, 6.0)
 
 
 class RazorSmooth(_RazorActivation):
@@ -91,9 +92,9 @@ class RazorSmooth(_RazorActivation):
             x, self._function, self.razor.activation, self.flag_for(x), getattr(self, "inplace", False)
         )
 
-    def epilogue(self) -> Act | None:
-        kept = self.razor.activation
-        return None if kept == "float16" else Act(self._function, bits=int(kept.removeprefix("int")))
+    def epilogue(self) -> Epilogue | None:
+        codec = smooth_codec(self._function, self.razor.activation)
+        return codec if isinstance(codec, Levels) else None
 
 
 class RazorGELU(RazorSmooth, nn.GELU):

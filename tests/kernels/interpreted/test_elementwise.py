@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from backrazor.functional.activation import ACTIVATIONS, quantiser
+from backrazor.codecs.smooth import ACTIVATIONS, quantiser
 from backrazor.kernels import level_apply, level_encode, mask_apply, mask_encode
 from backrazor.kernels.bitmask import reference as bitmask_reference
 from backrazor.kernels.derivative import reference as derivative_reference
