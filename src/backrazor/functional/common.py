@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from ..codecs.layouts import reshaped
-from .transforms import refuse_tracing, refuse_transforms
+from .transforms import is_wrapped, refuse_tracing, refuse_transforms
 
 # Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps
 # the matrix products of the weight gradients long enough to run at full speed and is small beside any activation worth
@@ -103,7 +103,7 @@ def needs_grad(x: Tensor, *tensors: Tensor | None) -> bool:
 
 def write(out: Tensor, operator: Callable[..., Tensor], *operands: Tensor) -> None:
     """``operator(*operands, out=out)``. The tensors of ``torch.func`` know no ``out``, there it costs a copy."""
-    if _functorch.is_functorch_wrapped_tensor(out):
+    if is_wrapped(out):
         out.copy_(operator(*operands))
     else:
         operator(*operands, out=out)
@@ -111,7 +111,10 @@ def write(out: Tensor, operator: Callable[..., Tensor], *operands: Tensor) -> No
 
 def raise_flag(flag: Tensor, bits: Tensor) -> None:
     """Set ``bits`` (int32, no dimensions) in ``flag``, which belongs to no transform of ``torch.func``."""
-    while _functorch.is_functorch_wrapped_tensor(bits):
+    if not is_wrapped(bits):
+        flag.bitwise_or_(bits)
+        return
+    while is_wrapped(bits):
         bits = _functorch.get_unwrapped(bits)
     with torch._C._DisableFuncTorch():
         flag.bitwise_or_(bits)

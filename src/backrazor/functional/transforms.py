@@ -77,6 +77,11 @@ def _kinds() -> list[_functorch.TransformType]:
     return [level.key() for level in _functorch.get_interpreter_stack() or ()]
 
 
+def is_wrapped(x: Tensor) -> bool:
+    """Whether x belongs to a transform of ``torch.func``."""
+    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x)
+
+
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is active."""
     return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None

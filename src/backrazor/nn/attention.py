@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
+from ..functional.transforms import refuse_tracing
 from .base import DropIn, LayerRules, MadeDropIn
 from .linear import RazorLinear
 
@@ -140,6 +141,8 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if not torch.compiler.is_compiling():
+            refuse_tracing(query)
         plain = need_weights or not torch.is_grad_enabled()
         if plain or not self._fits(query, key, value, attn_mask, key_padding_mask):
             return super().forward(

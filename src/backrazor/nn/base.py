@@ -12,12 +12,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 
 from ..codecs import Pruned
 from ..codecs.normalised import NormCodec
 from ..functional.attention import AttentionCodec
-from ..functional.transforms import refuse_script, refuse_tracing
+from ..functional.transforms import is_wrapped, refuse_script, refuse_tracing
 
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
@@ -51,7 +50,7 @@ class Status:
             flag = torch.zeros(1, dtype=torch.int32, device=device)
             # shapes without data, and tensors of a transform, do not outlive the call
             lasting = type(flag) is Tensor and device.type != "meta"
-            if lasting and not _functorch.is_functorch_wrapped_tensor(flag):
+            if lasting and not is_wrapped(flag):
                 self._flags[device] = flag
         return flag
 
@@ -61,7 +60,10 @@ class Status:
         return list(self._flags.values())
 
     def __deepcopy__(self, memo: dict) -> Status:
-        return Status()
+        copied = Status()
+        for device in self._flags:
+            copied.on(device)
+        return copied
 
     def __reduce__(self) -> tuple:
         return Status, ()
