@@ -99,19 +99,26 @@ def batch_norm_gradient(z: Tensor, variance: Tensor, weight: Tensor, eps: float,
 
 
 def layer_norm_gradient(
-    z: Tensor, variance: Tensor, eps: float, grad: Tensor, weight: Tensor | None, affine_shape: tuple[int, ...]
+    z: Tensor,
+    variance: Tensor,
+    eps: float,
+    grad: Tensor,
+    weight: Tensor | None,
+    affine_shape: tuple[int, ...],
+    centred: bool = True,
 ) -> dict[str, Tensor]:
     """y = weight * z + bias on each row's own statistics: the means of g and of g * z over a row are taken out, with g
     the gradient times ``weight``.
 
-    z and variance are (B, R, m) and (B, R, 1), a row each; grad and weight have y's shape, and ``affine_shape`` is that
-    of the affine parameters, broadcast to y. Ba et al. 2016 (rows of tokens), Wu and He 2018 (rows of groups).
+    z and variance are (B, R, m) and (B, R, 1), one per row. grad and weight have y's shape, and ``affine_shape`` is
+    that of the affine parameters, broadcast to y. Not ``centred`` leaves the mean of g in. Ba et al. 2016 (rows of
+    tokens), Wu and He 2018 (rows of groups), Zhang and Sennrich 2019 (not centred).
     """
     grad = grad.double()
     g = (grad if weight is None else grad * weight).reshape(z.shape)
-    centred = g - g.mean(2, keepdim=True) - z * (g * z).mean(2, keepdim=True)
+    rest = g - (g.mean(2, keepdim=True) if centred else 0) - z * (g * z).mean(2, keepdim=True)
     return {
-        "input": (centred * (variance + eps).rsqrt()).reshape(grad.shape),
+        "input": (rest * (variance + eps).rsqrt()).reshape(grad.shape),
         "weight": (grad * z.reshape(grad.shape)).sum_to_size(affine_shape),
         "bias": grad.sum_to_size(affine_shape),
     }

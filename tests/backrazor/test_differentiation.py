@@ -50,6 +50,7 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "frozen batch norm": (lambda: freeze_norms(nn.Sequential(nn.BatchNorm2d(3))), (2, 3, 4, 4)),
     "batch norm": (lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), (2, 3, 4, 4)),
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm(6)), (4, 6)),
+    "rms norm": (lambda: nn.Sequential(nn.RMSNorm(6)), (4, 6)),
     "group norm": (lambda: nn.Sequential(nn.GroupNorm(2, 6)), (4, 6, 5)),
     "relu": (lambda: nn.Sequential(nn.ReLU()), (4, 6)),
     "relu in place": (lambda: nn.Sequential(nn.LayerNorm(6), nn.ReLU(inplace=True)), (4, 6)),

@@ -102,6 +102,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch norm": (lambda: nn.Sequential(nn.BatchNorm2d(3)), (2, 3, 6, 6)),
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm(6)), (4, 5, 6)),
     "layer norm and linear": (lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8)), (4, 5, 6)),
+    "rms norm": (lambda: nn.Sequential(nn.RMSNorm(6)), (4, 5, 6)),
     "group norm": (lambda: nn.Sequential(nn.GroupNorm(2, 6)), (4, 6, 6)),
     "ReLU": (lambda: nn.Sequential(nn.ReLU()), (4, 6)),
     "Hardtanh in place": (lambda: nn.Sequential(nn.Hardtanh(inplace=True)), (4, 6)),

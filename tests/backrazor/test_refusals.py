@@ -38,6 +38,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "BatchNorm2d evaluated": (lambda: nn.BatchNorm2d(3).eval(), (4, 3, 5, 5)),
     "BatchNorm2d without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 5, 5)),
     "LayerNorm": (lambda: nn.LayerNorm(6), (3, 5, 6)),
+    "RMSNorm": (lambda: nn.RMSNorm(6), (3, 5, 6)),
     "GroupNorm": (lambda: nn.GroupNorm(2, 6), (3, 6, 5)),
     "ReLU": (nn.ReLU, (3, 6)),
     "ReLU6": (nn.ReLU6, (3, 6)),

@@ -15,6 +15,7 @@ from .layer_norm import group_norm, layer_norm
 from .linear import linear
 from .linear_act import linear_act
 from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from .rms_norm import rms_norm
 from .scale import channel_scale
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "linear_act",
     "max_pool2d",
     "piecewise_linear",
+    "rms_norm",
     "smooth",
 ]

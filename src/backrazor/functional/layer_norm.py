@@ -32,7 +32,7 @@ def layer_norm(
     (Ba et al., https://arxiv.org/abs/1607.06450). Under int8 and int4 the output carries a note that layers reading
     it directly may use h * weight + bias instead of packing it again.
     """
-    if not needs_grad(x, weight, bias) or codec.kind == "dense" or not _has_rows(x, shape):
+    if not needs_grad(x, weight, bias) or codec.kind == "dense" or not has_rows(x, shape):
         return F.layer_norm(x, shape, weight, bias, eps)
     x = _autocast(x)
     out, rstd, *stored = _LayerNorm.apply(x, weight, bias, tuple(shape), eps, codec, flag)
@@ -48,7 +48,7 @@ def _autocast(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x
 
 
-def _has_rows(x: Tensor, shape: tuple[int, ...]) -> bool:
+def has_rows(x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether x is a batch of rows of this shape."""
     return x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == tuple(shape)
 

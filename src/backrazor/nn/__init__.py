@@ -32,6 +32,7 @@ DROP_INS: dict[str, str] = {
     f"{_TORCH}.linear.NonDynamicallyQuantizableLinear": "linear.RazorOutProjection",
     f"{_TORCH}.normalization.LayerNorm": "norm.RazorLayerNorm",
     f"{_TORCH}.normalization.GroupNorm": "norm.RazorGroupNorm",
+    f"{_TORCH}.normalization.RMSNorm": "norm.RazorRMSNorm",
     f"{_TORCH}.dropout.Dropout": "dropout.RazorDropout",
     f"{_TORCH}.pooling.MaxPool2d": "pooling.RazorMaxPool2d",
     f"{_TORCH}.pooling.AdaptiveAvgPool2d": "pooling.RazorAdaptiveAvgPool2d",

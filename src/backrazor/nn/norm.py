@@ -89,6 +89,16 @@ class RazorLayerNorm(DropIn, nn.LayerNorm):
         )
 
 
+class RazorRMSNorm(DropIn, nn.RMSNorm):
+    """RMSNorm that keeps its input by the norm rule."""
+
+    refusal = RazorLayerNorm.refusal
+    keeps = RazorLayerNorm.keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, self.razor.norm, self.flag_for(x))
+
+
 class RazorGroupNorm(DropIn, nn.GroupNorm):
     """GroupNorm that keeps its input by the norm rule."""
 

@@ -1,0 +1,71 @@
+"""RMSNorm that keeps its input by the norm rule. Shape legend: B samples, * any inner shape, D normalised elements."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..codecs import AffineForm, NormCodec, Packed, load, mark, packed_of, remember_source, save_outputs
+from ..codecs.roles import DENSE
+from .common import accumulator, needs_grad, sample_chunks, write
+from .layer_norm import has_rows
+from .transforms import differentiable_once
+
+
+def rms_norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, codec: NormCodec, flag: Tensor
+) -> Tensor:
+    """``F.rms_norm`` of x (B, *, D...) over its last dimensions ``shape``; an ``eps`` of None is that of x's type.
+
+    Keeps h = x * rstd by ``codec`` and rstd, a reciprocal root mean square per row. With g the gradient times
+    ``weight``, the gradient of x is rstd * (g - h * mean(g * h)), means over D (Zhang and Sennrich,
+    https://arxiv.org/abs/1910.07467). Under int8 and int4 the output carries a note that layers reading it directly may
+    use h * weight instead of packing it again.
+    """
+    if not needs_grad(x, weight) or codec.kind == "dense" or not has_rows(x, shape):
+        return F.rms_norm(x, shape, weight, eps)
+    out, rstd, *stored = _RMSNorm.apply(x, weight, tuple(shape), eps, codec, flag)
+    if codec.bits is not None:
+        affine = () if weight is None else (weight,)
+        form = AffineForm(codec.form(x, rstd.numel()), out.dtype, weight is not None, False)
+        remember_source(out, Packed((*stored, *affine), form))
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, shape: tuple[int, ...], eps: float | None, codec: NormCodec, flag: Tensor
+    ) -> tuple[Tensor, ...]:
+        dims = tuple(range(-len(shape), 0))
+        square = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        count = x.numel() // max(square.numel(), 1)
+        rstd = torch.rsqrt(square.square() / max(count, 1) + (torch.finfo(x.dtype).eps if eps is None else eps)).float()
+        stored = codec.pack(x, torch.zeros_like(rstd).flatten(1), rstd.flatten(1), flag).tensors
+        return F.rms_norm(x, shape, weight, eps), mark(rstd, DENSE, "reciprocal root mean square"), *stored
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, ctx.normalised_shape, _, codec, _ = inputs
+        _, rstd, *stored = output
+        save_outputs(ctx, output[1:], weight, rstd, packed_of(codec.form(x, rstd.numel()), stored))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rstd, packed = load(ctx)
+        need_x, need_weight, *rest = ctx.needs_input_grad
+        dims = tuple(range(-len(ctx.normalised_shape), 0))
+        total = accumulator(ctx.normalised_shape, grad) if need_weight else None
+        grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_x else None
+        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
+            part, h = grad[start:stop], packed.unpack(start, stop, grad.dtype)
+            if total is not None:
+                total.add_((part * h).sum_to_size(total.shape).to(total.dtype))
+            if grad_x is not None:
+                g = part if weight is None else part * weight
+                slope = (g * h).mean(dims, keepdim=True)
+                write(grad_x[start:stop], torch.mul, g - h.mul_(slope), rstd[start:stop].to(grad.dtype))
+        grad_weight = None if total is None else total.to(grad.dtype if weight is None else weight.dtype)
+        return grad_x, grad_weight, *(None for _ in rest)
