@@ -27,6 +27,7 @@ WORDS = {
     "src/transfer/data/published/__init__.py": "PETS",
     "tests/backrazor/cases.py": "nn.Linear",
     "tests/backrazor/test_rowquant.py": "reference",
+    "tests/backrazor/test_refusals.py": '"Linear"',
 }
 
 
