@@ -19,4 +19,4 @@ def passive(hook: Callable) -> Callable:
 
 def is_passive(hook: Callable) -> bool:
     """Whether the hook is marked."""
-    return hasattr(hook, _PASSIVE)
+    return getattr(hook, _PASSIVE, None) is True

@@ -194,3 +194,45 @@ def test_one_image_with_maps_of_one_position(name: str) -> None:
         with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
             model(x)
     assert all(bool(b.isfinite().all()) for b in razored.buffers())
+
+
+def _chain(channels: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), norm(channels), nn.ReLU())
+    chain[1].eval().requires_grad_(False)
+    return chain
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("chain", "x"),
+    [
+        (lambda: _chain(2), lambda: torch.randn(2, 3, 8, 8)),  # statistics of another number of channels
+        (lambda: _chain(8, nn.BatchNorm1d), lambda: torch.randn(2, 3, 8, 8)),
+        (lambda: _chain(8), lambda: torch.randn(2, 4, 8, 8)),
+        (lambda: _chain(8), lambda: torch.randn(2, 3, 8)),
+        (lambda: _chain(8), lambda: torch.ones(2, 3, 8, 8, dtype=torch.long)),
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU()), lambda: torch.randn(3, 5)),
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU()), lambda: torch.ones(3, 6, dtype=torch.long)),
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.GELU()), lambda: torch.randn(3, 6, dtype=torch.float64)),
+    ],
+)
+def test_bad_calls_of_a_chain(chain: Callable[[], nn.Module], x: Callable[[], Tensor], grad: bool) -> None:
+    plain = chain()
+    razored = copy.deepcopy(plain)
+    br.razor_(razored)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(Exception) as wanted:
+            plain(x())
+        with pytest.raises(wanted.type):
+            razored(x())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_go_dense(layout: torch.layout) -> None:
+    plain = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    razored = copy.deepcopy(plain)
+    br.razor_(razored)
+    x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=layout)
+    for ours, theirs in zip(razored(x).unbind(), plain(x).unbind(), strict=True):
+        assert_same_bits("part", ours, theirs)

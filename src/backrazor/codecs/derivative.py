@@ -61,13 +61,13 @@ class Half:
     name: str
     role = QUANTISED
 
-    def encode(self, rows: Tensor) -> Tensor:
-        """(B, n) -> (B, n): the same tensor where it has 16 bits."""
-        return rows.to(torch.float16) if rows.element_size() > 2 else rows
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, ...) as it lies: the same tensor where it has 16 bits."""
+        return x.to(torch.float16) if x.element_size() > 2 else x
 
-    def times(self, grad: Tensor, codes: Tensor) -> Tensor:
+    def times(self, grad: Tensor, half: Tensor) -> Tensor:
         """A new tensor: PyTorch's gradient at the rounded input."""
-        return ACTIVATIONS[self.name].backward(grad, codes.to(grad.dtype))
+        return ACTIVATIONS[self.name].backward(grad, half.to(grad.dtype))
 
 
 Derivative = Bits | Levels | Half
@@ -82,7 +82,7 @@ def smooth_codec(name: str, word: str) -> Levels | Half | None:
 
 @dataclass(frozen=True, slots=True)
 class DerivativeForm(Form):
-    """One tensor of codes, (B, bytes)."""
+    """One tensor of codes, (B, bytes); of ``Half``, the input itself."""
 
     shape: tuple[int, ...]
     codec: Derivative
@@ -98,6 +98,8 @@ class DerivativeForm(Form):
 
     def times(self, tensors: tuple[Tensor, ...], grad: Tensor, start: int, stop: int) -> Tensor:
         """A new tensor: ``grad`` (stop - start, ...) times the derivative of these samples."""
+        if isinstance(self.codec, Half):
+            return self.codec.times(grad, tensors[0][start:stop] if self.shape else tensors[0])
         rows = self.codec.times(as_rows(grad, self.format), tensors[0][start:stop])
         return from_rows(rows, grad.shape, self.format)
 
@@ -105,7 +107,8 @@ class DerivativeForm(Form):
 def pack_derivative(x: Tensor, codec: Derivative) -> Packed:
     """What the backward of an activation of x (B, ...) reads."""
     form = DerivativeForm(tuple(x.shape), codec, memory_format(x))
-    return Packed((mark(codec.encode(as_rows(x, form.format)), codec.role),), form)
+    stored = codec.encode(x if isinstance(codec, Half) else as_rows(x, form.format))
+    return Packed((mark(stored, codec.role),), form)
 
 
 def times(grad: Tensor, packed: Packed, start: int = 0, stop: int | None = None) -> Tensor:

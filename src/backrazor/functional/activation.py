@@ -11,7 +11,7 @@ from ..codecs import Bits, Form, Half, Packed, load, pack_derivative, packed_of,
 from ..codecs.smooth import ACTIVATIONS
 from ..kernels.topk.layout import OVERFLOW
 from .common import needs_grad, raise_flag
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def piecewise_linear(
@@ -54,10 +54,10 @@ def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False)
 
 
 def _apply(x: Tensor, forward: Callable[[Tensor], Tensor], packed: Packed, inplace: bool) -> Tensor:
-    return _Activation.apply(x, forward, inplace, *packed.arguments)
+    return _Activation.run(x, forward, inplace, *packed.arguments)
 
 
-class _Activation(torch.autograd.Function):
+class _Activation(RazorFunction):
     @staticmethod
     def forward(x: Tensor, forward: Callable[[Tensor], Tensor], inplace: bool, form: Form, *stored: Tensor) -> Tensor:
         return forward(x)

@@ -36,7 +36,7 @@ from ..codecs.derivative import DerivativeForm
 from ..codecs.roles import DENSE, bits_of
 from ..kernels import fused_softmax, softmax_backward
 from .common import autocast_dtype, needs_grad, sample_chunks, write
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 class AttentionCodec(NamedTuple):
@@ -84,7 +84,7 @@ def attention(
         mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
     keeps = needs_grad(q, k, v, mask)
     scaled = _Scale(scale, scales_scores)
-    out, *_ = _Attention.apply(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
+    out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
     return out
 
 
@@ -113,7 +113,7 @@ def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_
     return (scores if addend is None else scores + addend).softmax(dim=-1)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(RazorFunction):
     @staticmethod
     def forward(
         q: Tensor,

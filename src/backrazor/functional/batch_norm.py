@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..codecs import NOTHING, Form, NormCodec, Packed, load, mark, packed_of, save, save_outputs
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks, write
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def batch_norm(
@@ -42,8 +42,8 @@ def batch_norm(
         if keep_input:
             mean, rstd = running_mean.float(), torch.rsqrt(running_var.float() + eps)
             packed = codec.pack(x.detach(), mean, rstd, flag).arguments
-        return _Frozen.apply(x, weight, bias, running_mean, running_var, eps, *packed)
-    out, *_ = _Batch.apply(x, weight, bias, running_mean, running_var, momentum, eps, codec, flag)
+        return _Frozen.run(x, weight, bias, running_mean, running_var, eps, *packed)
+    out, *_ = _Batch.run(x, weight, bias, running_mean, running_var, momentum, eps, codec, flag)
     return out
 
 
@@ -64,7 +64,7 @@ def _sums(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     return plain, weighted
 
 
-class _Frozen(torch.autograd.Function):
+class _Frozen(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,
@@ -100,7 +100,7 @@ class _Frozen(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias if need_bias else None, *(None for _ in rest)
 
 
-class _Batch(torch.autograd.Function):
+class _Batch(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,

@@ -83,7 +83,7 @@ def cast_to(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor 
 
 def needs_grad(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether a backward is to come for x or any of ``tensors``. Not for what the dense operator may refuse: an x that
-    is no floating-point tensor or lies on another device than ``tensors``.
+    is no floating-point tensor, is a nested one, or lies on another device than ``tensors``.
 
     Raises:
         RuntimeError: there is, and it is of a kind that pruned activations have no answer to (see ``transforms``).
@@ -91,7 +91,7 @@ def needs_grad(x: Tensor, *tensors: Tensor | None) -> bool:
     tracing = torch.compiler.is_compiling()
     if not tracing:
         refuse_tracing(x)
-    if not torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.is_floating_point():
+    if not torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested:
         return False
     others = [t for t in tensors if t is not None]
     if not (x.requires_grad or any(t.requires_grad for t in others)) or any(t.device != x.device for t in others):

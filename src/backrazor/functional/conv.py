@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..codecs import NOTHING, ConvProduct, Form, Packed, Pruned, Window, load, pack_shared, packed_of, save
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks, write
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 class ConvSpec(NamedTuple):
@@ -39,7 +39,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     packed = pack_shared(batched, codec, flag).arguments if weight.requires_grad else NOTHING
     (batched,) = cast_to(cast, batched)
-    out = _Conv2d.apply(batched, weight, bias, spec, cast, *packed)
+    out = _Conv2d.run(batched, weight, bias, spec, cast, *packed)
     return out if x.dim() == 4 else out.squeeze(0)
 
 
@@ -235,7 +235,7 @@ def backward_sample_bytes(shape: tuple[int, ...], grad: Tensor, spec: ConvSpec) 
     return 2 * larger if spec.groups > 1 else larger
 
 
-class _Conv2d(torch.autograd.Function):
+class _Conv2d(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,

@@ -20,7 +20,7 @@ from ..codecs import NOTHING, Form, Pruned, load, pack_shared, packed_of, save_o
 from .common import added, autocast_dtype, cast_to, needs_grad
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
 from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 class Norm(NamedTuple):
@@ -51,7 +51,7 @@ def conv_norm_act(
     cast = autocast_dtype(x)
     packed = pack_shared(x, codec, flag).arguments if keeps and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
-    out, *_ = _ConvNormAct.apply(x, weight, bias, spec, *norm, act, keeps, cast, *packed)
+    out, *_ = _ConvNormAct.run(x, weight, bias, spec, *norm, act, keeps, cast, *packed)
     return out
 
 
@@ -72,7 +72,7 @@ def _normalise_into(y: Tensor, norm: Norm, out: Tensor) -> None:
     )
 
 
-class _ConvNormAct(torch.autograd.Function):
+class _ConvNormAct(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..codecs import Bits, Form, load, pack_derivative, packed_of, save, times
 from .common import needs_grad, reshaped
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
@@ -17,10 +17,10 @@ def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tenso
     if not needs_grad(x) or not training or p == 0 or x.numel() == 0:
         return F.dropout(x, p, training, inplace)
     noise = F.dropout(torch.ones_like(x), p, True)  # 0 or 1 / (1 - p): the factors PyTorch multiplies by
-    return _Dropout.apply(x, noise, p, inplace, *pack_derivative(noise, Bits()).arguments)
+    return _Dropout.run(x, noise, p, inplace, *pack_derivative(noise, Bits()).arguments)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(RazorFunction):
     @staticmethod
     def forward(x: Tensor, noise: Tensor, p: float, inplace: bool, form: Form, *stored: Tensor) -> Tensor:
         # the output takes the place of the factors, which nobody reads again

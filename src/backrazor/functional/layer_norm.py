@@ -13,7 +13,7 @@ from ..codecs import AffineForm, NormCodec, Packed, load, mark, packed_of, remem
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
 from .common import accumulator, needs_grad, reshaped, sample_chunks, write
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def layer_norm(
@@ -35,7 +35,7 @@ def layer_norm(
     if not needs_grad(x, weight, bias) or codec.kind == "dense" or not has_rows(x, shape):
         return F.layer_norm(x, shape, weight, bias, eps)
     x = _autocast(x)
-    out, rstd, *stored = _LayerNorm.apply(x, weight, bias, tuple(shape), eps, codec, flag)
+    out, rstd, *stored = _LayerNorm.run(x, weight, bias, tuple(shape), eps, codec, flag)
     if codec.bits is not None:
         affine = tuple(p for p in (weight, bias) if p is not None)
         form = AffineForm(codec.form(x, rstd.numel()), out.dtype, weight is not None, bias is not None)
@@ -85,7 +85,7 @@ def _fused_backward(
     return tuple(part if need else None for part, need in zip((reshaped(grad_x, grad.shape), *sums), mask, strict=True))
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,
@@ -145,11 +145,11 @@ def group_norm(
     if not usual or codec.kind == "dense" or x.shape[1] % groups or math.prod(x.shape[1:]) <= groups:
         return F.group_norm(x, groups, weight, bias, eps)
     x = _autocast(x)
-    out, *_ = _GroupNorm.apply(x, weight, bias, groups, eps, codec, flag)
+    out, *_ = _GroupNorm.run(x, weight, bias, groups, eps, codec, flag)
     return out
 
 
-class _GroupNorm(torch.autograd.Function):
+class _GroupNorm(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,

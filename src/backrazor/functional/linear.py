@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..codecs import NOTHING, Form, LinearProduct, Packed, Pruned, load, pack_shared, packed_of, save
 from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: Tensor) -> Tensor:
@@ -25,10 +25,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: 
     if weight.requires_grad:
         packed = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, flag).arguments
     (x,) = cast_to(cast, x)
-    return _Linear.apply(x, weight, bias, cast, *packed)
+    return _Linear.run(x, weight, bias, cast, *packed)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..codecs import NOTHING, Form, LinearProduct, Pruned, load, pack_shared, packed_of, save_outputs, times
 from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, write
 from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Epilogue, codec: Pruned, flag: Tensor) -> Tensor:
@@ -26,11 +26,11 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Epilogue, co
     cast = autocast_dtype(x)
     packed = pack_shared(x, codec, flag).arguments if needed and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
-    out, *_ = _LinearAct.apply(x, weight, bias, act, needed, cast, *packed)
+    out, *_ = _LinearAct.run(x, weight, bias, act, needed, cast, *packed)
     return out
 
 
-class _LinearAct(torch.autograd.Function):
+class _LinearAct(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,

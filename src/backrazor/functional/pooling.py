@@ -10,7 +10,7 @@ from ..codecs import mark, save_outputs
 from ..codecs.layouts import memory_format
 from ..codecs.roles import INDEX
 from .common import needs_grad, not_a_view, sample_chunks
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 Pair = tuple[int, int]
 
@@ -20,7 +20,7 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     most 256 elements)."""
     if not needs_grad(x) or x.dim() not in (3, 4) or kernel[0] * kernel[1] > 256:
         return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-    out, _ = _MaxPool2d.apply(x, kernel, stride, padding, dilation, ceil_mode)
+    out, _ = _MaxPool2d.run(x, kernel, stride, padding, dilation, ceil_mode)
     return out
 
 
@@ -39,7 +39,7 @@ def _places(index: Tensor, width: int, kernel: Pair, stride: Pair, padding: Pair
     return row.sub_(top).div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(column)
 
 
-class _MaxPool2d(torch.autograd.Function):
+class _MaxPool2d(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
@@ -90,10 +90,10 @@ def adaptive_avg_pool2d(x: Tensor, output_size: int | tuple[int | None, int | No
     """``F.adaptive_avg_pool2d``: linear, so backward needs the shape of x alone."""
     if not needs_grad(x):
         return F.adaptive_avg_pool2d(x, output_size)
-    return _AdaptiveAvgPool2d.apply(x, output_size)
+    return _AdaptiveAvgPool2d.run(x, output_size)
 
 
-class _AdaptiveAvgPool2d(torch.autograd.Function):
+class _AdaptiveAvgPool2d(RazorFunction):
     @staticmethod
     def forward(x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
         return not_a_view(F.adaptive_avg_pool2d(x, output_size))
@@ -117,10 +117,10 @@ def avg_pool2d(
 ) -> Tensor:
     """``F.avg_pool2d``: linear, so backward needs the shape of x alone."""
     settings = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)
-    return _AvgPool2d.apply(x, settings) if needs_grad(x) else F.avg_pool2d(x, *settings)
+    return _AvgPool2d.run(x, settings) if needs_grad(x) else F.avg_pool2d(x, *settings)
 
 
-class _AvgPool2d(torch.autograd.Function):
+class _AvgPool2d(RazorFunction):
     @staticmethod
     def forward(x: Tensor, settings: tuple) -> Tensor:
         return F.avg_pool2d(x, *settings)

@@ -10,7 +10,7 @@ from ..codecs import AffineForm, NormCodec, Packed, load, mark, packed_of, remem
 from ..codecs.roles import DENSE
 from .common import accumulator, needs_grad, sample_chunks, write
 from .layer_norm import has_rows
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def rms_norm(
@@ -25,7 +25,7 @@ def rms_norm(
     """
     if not needs_grad(x, weight) or codec.kind == "dense" or not has_rows(x, shape):
         return F.rms_norm(x, shape, weight, eps)
-    out, rstd, *stored = _RMSNorm.apply(x, weight, tuple(shape), eps, codec, flag)
+    out, rstd, *stored = _RMSNorm.run(x, weight, tuple(shape), eps, codec, flag)
     if codec.bits is not None:
         affine = () if weight is None else (weight,)
         form = AffineForm(codec.form(x, rstd.numel()), out.dtype, weight is not None, False)
@@ -33,7 +33,7 @@ def rms_norm(
     return out
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, shape: tuple[int, ...], eps: float | None, codec: NormCodec, flag: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..codecs import NOTHING, Form, Packed, Pruned, load, mark, pack_shared, packed_of, save
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks
-from .transforms import differentiable_once
+from .transforms import RazorFunction, differentiable_once
 
 
 def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tenso
     if not needs_grad(x, gate) or not _broadcasts_to(gate.shape, x.shape):
         return x * gate
     packed = pack_shared(x, codec, flag).arguments if gate.requires_grad else NOTHING
-    return _ChannelScale.apply(x, gate, *packed)
+    return _ChannelScale.run(x, gate, *packed)
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
@@ -26,7 +26,7 @@ def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
     return 0 < len(target) >= len(shape) and all(size in (1, wanted) for size, wanted in aligned)
 
 
-class _ChannelScale(torch.autograd.Function):
+class _ChannelScale(RazorFunction):
     @staticmethod
     def forward(x: Tensor, gate: Tensor, form: Form | None, *stored: Tensor) -> Tensor:
         return x * gate

@@ -45,6 +45,34 @@ class _Refused(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
+class RazorFunction(torch.autograd.Function):
+    """An autograd Function with ``setup_context``, as ``torch.func`` asks for. Called by ``run``.
+
+    PyTorch binds the arguments of such a Function to its signature at every call, which takes longer than a small
+    operator. Outside of ``torch.func`` the same two functions run as one ``forward(ctx, ...)``.
+    """
+
+    _direct: type[torch.autograd.Function]
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = cls.forward(*arguments)
+            cls.setup_context(ctx, arguments, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward), "__module__": __name__}
+        cls._direct = type(cls.__name__, (torch.autograd.Function,), members)
+
+    @classmethod
+    def run(cls, *arguments: Any) -> Any:
+        """``apply``."""
+        if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
+            return cls.apply(*arguments)
+        return cls._direct.apply(*arguments)
+
+
 def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorator of the ``backward`` of an autograd Function whose first output alone is differentiable.
 

@@ -157,7 +157,7 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         scale = 1 / math.sqrt(self.head_dim)
         out = functional.attention(*heads, mask, dropout_p, False, scale, self.razor.attention, self.flag_for(query))
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = self._projected(out.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
     def _fits(
@@ -191,6 +191,13 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         inputs = zip((query, key, value), weights, biases, strict=True)
         return tuple(functional.linear(x, weight, bias, codec, flag) for x, weight, bias in inputs)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """By the weights of ``out_proj``, as PyTorch does it: the module itself is not called."""
+        out = self.out_proj
+        if not isinstance(out, RazorLinear):
+            return F.linear(x, out.weight, out.bias)
+        return functional.linear(x, out.weight, out.bias, out.razor.pruned, out.flag_for(x))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

@@ -47,7 +47,8 @@ class Status:
         """The flag, int32 (1,), for work on ``device``."""
         flag = self._flags.get(device)
         if flag is None:
-            flag = torch.zeros(1, dtype=torch.int32, device=device)
+            with torch.inference_mode(False):  # it is written to in training, too
+                flag = torch.zeros(1, dtype=torch.int32, device=device)
             # shapes without data, and tensors of a transform, do not outlive the call
             lasting = type(flag) is Tensor and device.type != "meta"
             if lasting and not is_wrapped(flag):
@@ -75,14 +76,24 @@ class DropIn(nn.Module):
     razor: LayerRules
     packs: ClassVar[bool] = True  # whether it has a flag for non-finite values and overflow
     prunes: ClassVar[bool] = False  # whether it prunes its input per sample
-    link: ClassVar[str | None] = (
-        None  # its part in a chain that runs as one operator: "conv", "norm" or "activation" (see fusion.py)
-    )
+    link: ClassVar[str | None] = None  # its part in a chain: "linear", "conv", "norm" or "activation" (see fusion.py)
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        """A layer made by the class of another one, ``type(layer)(...)``, is a plain one: it has no rules."""
+        """A layer made by the class of another one, ``type(layer)(...)``, is a plain one: it has no rules.
+
+        Raises:
+            TypeError: the class is derived from a drop-in's.
+        """
+        from . import drop_in_of  # the table of drop-ins stands above this module
+
         super().__init__(*args, **kwargs)
-        self.__class__ = next(cls for cls in type(self).__mro__ if not issubclass(cls, DropIn))
+        original = next(cls for cls in type(self).__mro__ if not issubclass(cls, DropIn))
+        if drop_in_of(original) is not type(self):
+            raise TypeError(
+                f"{type(self).__name__} is derived from a drop-in of backrazor, which has no rules until razor_ gives "
+                f"it some: derive it from {original.__name__}"
+            )
+        self.__class__ = original
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
@@ -101,10 +112,12 @@ class DropIn(nn.Module):
         """The layer's status bits, int32 (1,), on the device of ``x``.
 
         Raises:
+            RuntimeError: ``torch.jit.trace`` records.
             TypeError: ``x`` stands for a tensor that ``torch.fx`` traces.
         """
-        if not isinstance(x, Tensor):
+        if not torch.compiler.is_compiling():
             refuse_tracing(x)
+        if not isinstance(x, Tensor):
             return torch.zeros(1, dtype=torch.int32)  # for the dense operator's refusal
         return self.__dict__[_STATUS].on(x.device)
 
@@ -148,8 +161,16 @@ def is_frozen(norm: nn.Module) -> bool:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a function on the instance runs instead of the ``forward`` of its class."""
-    return "forward" in module.__dict__
+    """Whether a function on the instance runs instead of the ``forward`` of its class, or of a part of it."""
+    return "forward" in module.__dict__ or "_conv_forward" in module.__dict__
+
+
+def has_its_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether the ``forward`` of a class is the one that it was defined with, and no function put there since."""
+    owner = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
+    forward = vars(owner)["forward"]
+    names = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
+    return names == (owner.__module__, f"{owner.__qualname__}.forward")
 
 
 def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules) -> None:
@@ -187,10 +208,21 @@ def _can_be_rebased(cls: type, base: type) -> bool:
     that calls ``super()`` does)."""
     if cls is base:
         return True
-    functions = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+    functions = [function for value in vars(cls).values() for function in _functions(value)]
     knows_itself = any("__class__" in function.__code__.co_freevars for function in functions)
     derived = [parent for parent in cls.__bases__ if issubclass(parent, base)]
     return not knows_itself and bool(derived) and all(_can_be_rebased(parent, base) for parent in derived)
+
+
+def _functions(value: object) -> list[FunctionType]:
+    """The functions behind a member of a class."""
+    if isinstance(value, property):
+        found = (value.fget, value.fset, value.fdel)
+    elif isinstance(value, (staticmethod, classmethod)):
+        found = (value.__func__,)
+    else:
+        found = (value,)
+    return [function for function in found if isinstance(function, FunctionType)]
 
 
 def rebased(cls: type, base: type, onto: type) -> type:

@@ -35,12 +35,19 @@ class RazorConvolution(DropIn):
         spec = self._spec(input)
         chain = chain_of(self, input)
         act = None if chain is None or chain.activation is None else chain.activation.epilogue()
-        fits = chain is not None and input.dim() == 4 and input.is_contiguous() and is_frozen(chain.norm)
+        fits = chain is not None and input.dim() == 4 and input.is_contiguous() and self._fits(chain.norm)
         if not fits or (chain.activation is not None and act is None):
             return functional.conv2d(input, self.weight, self.bias, spec, *arguments)
         norm = chain.norm
         frozen = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         return chain.done(functional.conv_norm_act(input, self.weight, self.bias, spec, frozen, act, *arguments))
+
+    def _fits(self, norm: nn.Module) -> bool:
+        """Whether the norm is frozen and made for what this convolution gives: what it refuses is its own to say."""
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return is_frozen(norm) and all(
+            t is None or (t.numel() == self.weight.shape[0] and t.device == self.weight.device) for t in statistics
+        )
 
 
 class RazorConv2d(RazorConvolution, nn.Conv2d):

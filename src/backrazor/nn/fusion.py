@@ -7,20 +7,24 @@ them, the container, can. ``CHAINS`` names the containers whose forward is known
 construction. A container with chains becomes a ``Linked`` one, which notes for the time of its forward that it is the
 one that calls. Every call decides anew:
 
-- a leader fuses only while its container is the innermost one that runs, and only with the modules that stand there
-  now, each of them a drop-in without hooks and with the forward of its class;
+- a leader fuses only while its container is the innermost one that runs and, in a Sequential, it is the child whose
+  turn it is, and only with the modules that stand there now, each of them a drop-in without hooks and with the forward
+  of its class;
 - a follower hands through only the very tensor that its leader made in this call, and computes otherwise;
+- a container whose forward is another than the known one has no chains;
 - a container that ends with something fused and not handed through raises.
 
 So whatever is done to the modules after ``razor_`` (replaced, hooked, patched, sliced, shared, called alone), the
-output is the dense one.
+output is the dense one, or an error.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +34,7 @@ from torch.nn.modules import module as torch_module
 from ..functional.transforms import is_transformed, refuse_script
 from ..hooks import is_passive
 from . import qualified_name
-from .base import UNKNOWN, DropIn, class_given_to, is_patched, rebased
+from .base import UNKNOWN, DropIn, class_given_to, has_its_own_forward, is_patched, rebased
 
 _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _TIMM_RESNET = "timm.models.resnet"
@@ -90,14 +94,17 @@ _running = _Running()
 class _Call:
     """One call of a container. ``made``: what its followers are to hand through, by their id."""
 
-    __slots__ = ("container", "made")
+    __slots__ = ("_chains", "child", "container", "made")
 
     def __init__(self, container: nn.Module) -> None:
         self.container = container
         self.made: dict[int, Tensor] = {}
+        self.child: nn.Module | None = None  # the one that a Sequential calls now
+        self._chains: dict[int, Chain] | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Call:
         _running.stack.append(self)
+        return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         _running.stack.pop()
@@ -106,8 +113,20 @@ class _Call:
             raise RuntimeError(
                 f"backrazor: {name} did not hand the output of a convolution or Linear to the layer that follows it in "
                 f"the {name} that this library knows, so its result would be wrong: leave the children of {name} dense "
-                "with razor_(..., filter_fn=...), and report the version of the library that it comes from"
+                "with razor_(..., filter_fn=...). Either something else called that layer while "
+                f"{name} ran, or its forward is of a version that this library does not know"
             )
+
+    def chain_of(self, leader: nn.Module) -> Chain | None:
+        """What the leader may run beside its own work, or None."""
+        if self.child is not None and self.child is not leader:  # somebody inside that child calls
+            return None
+        if self._chains is None:
+            self._chains = dict(_chains(self.container))
+        chain = self._chains.get(id(leader))
+        # nothing may wait that an earlier call of the same leader made
+        waits = chain is not None and any(id(follower) in self.made for follower in chain.followers)
+        return None if waits else chain
 
 
 class Linked(nn.Module):
@@ -115,10 +134,12 @@ class Linked(nn.Module):
 
     __prepare_scriptable__ = refuse_script
 
-    def __reduce__(self):
-        if type(self) is not linked(self._backrazor_linked):  # derived from it since: that class's own affair
-            return object.__reduce_ex__(self, 4)
-        return _restore, (self._backrazor_linked,), self.__dict__
+    def __reduce_ex__(self, protocol: int):
+        original = self._backrazor_linked
+        own = original.__reduce__ is not object.__reduce__ or original.__reduce_ex__ is not object.__reduce_ex__
+        if own or type(self) is not linked(original):  # or derived from it since: that class's own affair
+            return super().__reduce_ex__(protocol)
+        return _restore, (original,), self.__getstate__()
 
 
 def _restore(original: type[nn.Module]) -> nn.Module:
@@ -132,33 +153,40 @@ def unlink(module: Linked) -> None:
     module.__class__ = rebased(type(module), linked(original), original)
 
 
-@cache
 def linked(original: type[nn.Module]) -> type[Linked]:
-    """The class of a container whose class was ``original``."""
+    """The class of a container whose class was ``original``: one for each, which lives as long as it is used."""
+    for cls in original.__subclasses__():
+        if vars(cls).get("_backrazor_linked") is original:
+            return cls
 
     @wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original.forward(self, *args, **kwargs)
-        with _Call(self):
+        with _Call(self) as call:
+            if _is_sequential(original):
+                return _in_turn(call, *args, **kwargs)
             return original.forward(self, *args, **kwargs)
 
     members = {"__module__": __name__, "__doc__": original.__doc__, "forward": forward, "_backrazor_linked": original}
     return type(f"Razor{original.__name__}", (Linked, original), members)
 
 
+def _in_turn(call: _Call, input: Any) -> Any:
+    """The forward of a Sequential."""
+    for module in call.container:
+        call.child = module
+        input = module(input)
+    return input
+
+
 def chain_of(leader: nn.Module, x: object) -> Chain | None:
     """What ``leader`` may run beside its own work on x in this call, or None."""
-    if not isinstance(x, Tensor):
-        return None
     if torch.compiler.is_compiling() or not _running.stack or is_transformed():
         return None
-    call = _running.stack[-1]
-    for members in _sequences(call.container):
-        if members[0] is leader:
-            waiting = any(id(member) in call.made for member in members)  # for what an earlier call of it made
-            return None if waiting else _chain(members)
-    return None
+    if not isinstance(x, Tensor) or x.is_nested:
+        return None
+    return _running.stack[-1].chain_of(leader)
 
 
 def hands_through(follower: nn.Module, x: Tensor) -> bool:
@@ -166,7 +194,7 @@ def hands_through(follower: nn.Module, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not _running.stack:
         return False
     made = _running.stack[-1].made
-    if made.get(id(follower)) is not x:
+    if not made or made.get(id(follower)) is not x:
         return False
     del made[id(follower)]
     return True
@@ -174,57 +202,93 @@ def hands_through(follower: nn.Module, x: Tensor) -> bool:
 
 def link_chains(model: nn.Module) -> int:
     """Make containers of ``model`` that hold chains ``Linked`` ones; returns how many chains run as one operator as
-    the modules stand now."""
+    the modules stand now. A class that cannot be derived from is left as it is."""
     count = 0
     for module in list(model.modules()):
-        if isinstance(module, (DropIn, Linked)) or is_patched(module):
+        if isinstance(module, (DropIn, Linked)):
             continue
-        found = sum(_chain(members) is not None for members in _sequences(module))
-        if found:
-            module.__class__ = linked(type(module))
-            count += found
+        found = sum(1 for _ in _chains(module))
+        if not found:
+            continue
+        try:
+            cls = linked(type(module))
+        except TypeError:  # its __init_subclass__ asks for more
+            continue
+        module.__class__ = cls
+        count += found
     return count
 
 
-def _sequences(container: nn.Module) -> Iterator[list[nn.Module]]:
-    """The members of each chain that the class of ``container`` promises, as its children stand now. None where the
-    class or the forward is not the known one."""
-    if is_patched(container):
+def _is_sequential(cls: type[nn.Module]) -> bool:
+    """Whether a class calls its children one after the other."""
+    return cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__
+
+
+def _is_known(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class in ``CHAINS`` is the one in its library's file."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return has_its_own_forward(cls) and cls.forward.__code__.co_filename == file
+
+
+def _chains(container: nn.Module) -> Iterator[tuple[int, Chain]]:
+    """(id of the leader, chain) of every chain of ``container`` as its children stand now."""
+    if is_patched(container) or _globally_hooked():
         return
+    for members in _sequences(container):
+        chain = _chain(members)
+        if chain is not None:
+            yield id(members[0]), chain
+
+
+def _sequences(container: nn.Module) -> Iterator[list[nn.Module]]:
+    """The members of each chain that the class of ``container`` promises, as its children stand now."""
     cls = getattr(container, "_backrazor_linked", type(container))
     children = container._modules
-    leaders: set[int] = set()
-    for names in CHAINS.get(qualified_name(cls), ()):
-        members = [children.get(name) for name in names]
-        if any(member is None for member in members) or id(members[0]) in leaders:
-            continue  # one module in two places: it cannot tell which of them calls
-        leaders.add(id(members[0]))
-        yield [member for member in members if type(member) is not nn.Identity or not _is_own(member)]
-    if cls.forward is nn.Sequential.forward:
+    known = CHAINS.get(qualified_name(cls))
+    if known is not None and _is_known(cls):
+        places = _places(container)
+        for names in known:
+            members = [children.get(name) for name in names]
+            if any(member is None for member in members) or places[id(members[0])] > 1:
+                continue  # one module in two places: it cannot tell which of them calls
+            yield [member for member in members if type(member) is not nn.Identity or not _is_own(member)]
+    if _is_sequential(cls):
         members = list(children.values())
         links = [link_of(member) for member in members]
+        times = Counter(map(id, members))
         for i, link in enumerate(links):
-            if link in ("linear", "conv") and sum(member is members[i] for member in members) == 1:
+            if link in ("linear", "conv") and times[id(members[i])] == 1:
                 length = 3 if link == "conv" and links[i + 2 : i + 3] == ["activation"] else 2
                 yield members[i : i + length]
 
 
+def _places(container: nn.Module) -> Counter[int]:
+    """How many places below ``container`` each module has, by id."""
+    places: Counter[int] = Counter()
+    seen: set[int] = set()
+    waiting = [container]
+    while waiting:
+        children = [child for child in waiting.pop()._modules.values() if child is not None]
+        places.update(map(id, children))
+        waiting += [child for child in children if id(child) not in seen and child._modules]
+        seen.update(map(id, children))
+    return places
+
+
 def _chain(members: list[nn.Module]) -> Chain | None:
     """The chain that these modules are, or None where one of them has to run by itself."""
-    if tuple(link_of(member) for member in members) not in _FITTING:
-        return None
-    if not all(map(_is_own, members)) or _globally_hooked():
+    if tuple(map(link_of, members)) not in _FITTING or not all(map(_is_own, members)):
         return None
     _, *followers = members
-    if link_of(members[0]) == "linear":
+    if members[0].link == "linear":
         return Chain(None, followers[0], tuple(followers))
     norm, *activation = followers
     inner = norm.inner_activation()
+    if not all(map(_is_own, norm.children())):
+        return None
     if inner is None:
         return Chain(norm, activation[0] if activation else None, tuple(followers))
-    if inner is UNKNOWN or activation or not _is_own(inner):
-        return None
-    return Chain(norm, inner, (norm,))
+    return None if inner is UNKNOWN or activation else Chain(norm, inner, (norm,))
 
 
 def link_of(module: nn.Module) -> str | None:
@@ -233,12 +297,15 @@ def link_of(module: nn.Module) -> str | None:
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Whether calling the module runs the forward of the class that ``razor_`` gave it and nobody else's hook."""
-    given = class_given_to(module) if isinstance(module, DropIn) else type(module)
-    if is_patched(module) or type(module).forward is not given.forward:
+    """Whether calling the module runs the forward of the class that ``razor_`` gave it and nothing of anybody else."""
+    cls = type(module)
+    given = class_given_to(module) if isinstance(module, DropIn) else cls
+    if is_patched(module) or cls.forward is not given.forward or cls.__call__ is not nn.Module.__call__:
         return False
-    if module._backward_hooks or module._backward_pre_hooks:
+    if module._backward_hooks or module._backward_pre_hooks or module._compiled_call_impl is not None:
         return False
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return all(map(is_passive, hooks))
 

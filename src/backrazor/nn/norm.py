@@ -67,6 +67,8 @@ class _RazorBatchNorm(DropIn):
 class RazorBatchNorm1d(_RazorBatchNorm, nn.BatchNorm1d):
     """BatchNorm1d: nothing kept on running statistics, the input by the norm rule otherwise."""
 
+    link = None  # what a Conv2d gives it, it refuses
+
 
 class RazorBatchNorm2d(_RazorBatchNorm, nn.BatchNorm2d):
     """BatchNorm2d: nothing kept on running statistics, the input by the norm rule otherwise."""
