@@ -37,7 +37,7 @@ HASHED_UNLESS = {"trainer.nonfinite": "stop"}
 # What two equal runs differ in: dates, machines and clocks.
 MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")
 MEASURED_MEMORY = (
-    *("peak_bytes", "process_peak_bytes", "peak_samples", "time_samples", "circumstances"),
+    *("peak_bytes", "process_peak_bytes", "peak_samples", "time_samples", "circumstances", "not_measured"),
     *("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"),
 )
 
