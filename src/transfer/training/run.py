@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -86,7 +87,9 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
         with Monitor(folder, trainer.step, trainer.epoch) if world.main else SilentMonitor() as monitor:
             if world.main:
                 _log_beginning(network, data, config, folder, trainer)
-            with watched_layers(network.model, trainer, monitor):
+            # Looking into a step's layers would have a compiled network compiled again at every step.
+            compiled = config["trainer"]["compile"]
+            with contextlib.nullcontext() if compiled else watched_layers(network.model, trainer, monitor):
                 fitted = trainer.fit(monitor)
             if not world.main:
                 return {}
