@@ -31,6 +31,7 @@ def test_trying_changes_neither_the_network_nor_the_random_state() -> None:
         (AssertionError(), ["(AssertionError)", "HYDRA_FULL_ERROR=1"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried " + "x" * 999), ["trainer.micro_batch", "razor.sparsity"]),
         (NotImplementedError("no"), ["(NotImplementedError: no)"]),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), ["install one, such as g++"]),
     ],
 )
 def test_any_error_is_one_line_that_names_network_size_and_way_out(error: Exception, words: list[str]) -> None:

@@ -6,6 +6,7 @@ a step above what is resident, in a fresh process. Bytes; seconds.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,28 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def gpu_circumstances(device: str) -> dict[str, Any]:
+    """Return what a figure taken on a CUDA device depends on: GPU, driver, CUDA, cuDNN; empty for the CPU."""
+    if not device.startswith("cuda"):
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver, as its own tool says; None without that tool."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.split("\n")[0].strip() or None
 
 
 def weight_bytes(network: Network) -> int:
@@ -154,7 +177,8 @@ def measured_columns(result: Any, rows: int) -> dict[str, Any]:
     """
     columns: dict[str, Any] = {}
     if result.peak_samples:
-        names = ("peak_bytes", "process_peak_bytes", "peak_samples")
+        names: tuple[str, ...] = ("peak_bytes", "process_peak_bytes", "peak_samples")
+        names += ("reserved_bytes",) if result.reserved_samples else ()
         columns |= {name: getattr(result, name) for name in names}
     if result.time_samples:
         names = ("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "time_samples")

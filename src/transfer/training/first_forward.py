@@ -15,6 +15,7 @@ from transfer.training.network import Network
 from transfer.training.sampling import worker_death
 
 LONGEST = 200  # characters of the network's own words
+NO_COMPILER = re.compile("no working c\\+\\+ compiler|InvalidCxxCompiler", re.IGNORECASE)
 FULL = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 
 
@@ -48,6 +49,8 @@ def explained(backbone: Backbone, name: str, size: int) -> Iterator[None]:
 def _advice(backbone: Backbone, size: int, words: str) -> str:
     if FULL.search(words):
         return "lower trainer.batch_size or set trainer.micro_batch, raise razor.sparsity, or choose a smaller network"
+    if NO_COMPILER.search(words):
+        return "trainer.compile=true needs a C++ compiler: install one, such as g++, or leave trainer.compile out"
     own = backbone.own_size
     if own not in (None, size):
         return f"it is made for {own} px, set data.image_size={own}; HYDRA_FULL_ERROR=1 shows where it fails"

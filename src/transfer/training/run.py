@@ -21,7 +21,7 @@ from transfer.errors import UserError
 from transfer.files import atomic_write_text
 from transfer.records import circumstances, config_hash, read_record, run_directory, write_record
 from transfer.settings import validate
-from transfer.training.costs import pick_device
+from transfer.training.costs import gpu_circumstances, pick_device
 from transfer.training.distributed import World, joined_world, own_gpu
 from transfer.training.first_forward import try_forward
 from transfer.training.loop import Fitted, Trainer
@@ -94,7 +94,9 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
             if not world.main:
                 return {}
             record = _record(config, experiment, digest, fitted, len(data.class_names))
-            record["circumstances"] = circumstances(str(device), torch.get_num_threads(), world.size)
+            record["circumstances"] = circumstances(
+                str(device), torch.get_num_threads(), world.size, gpu_circumstances(str(device))
+            )
             record["memory"] = columns_here(network, trainer, config)
             record["wall_seconds"] = time.perf_counter() - start
             monitor.figure("memory_by_layer", layer_figure(record["memory"]), trainer.step)
