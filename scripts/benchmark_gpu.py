@@ -4,8 +4,9 @@
     python scripts/benchmark_gpu.py --quick  # the main rows, one process a figure
 
 The columns are those of scripts/benchmark.py. The peak is torch.cuda.max_memory_allocated less what is resident; the
-process column is that maximum itself. Every figure comes from a fresh process, after warm-up steps in which kernels are
-compiled. The kernels' own tests on the device run first.
+process column is that maximum itself; reserved_MB is torch.cuda.max_memory_reserved, which is what has to fit a card.
+Results are kept by device, batch and commit. Every figure comes from a fresh process, after warm-up steps in which
+kernels are compiled. The kernels' own tests on the device run first.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import backrazor as br
 from transfer.errors import UserError
 from transfer.records import circumstances, find_records, read_record, write_record
 from transfer.tables.collect import row_label
-from transfer.training.costs import StepFactory, measured_columns, step_shape
+from transfer.training.costs import StepFactory, gpu_circumstances, measured_columns, step_shape
+from transfer.training.measuring import NOT_MEASURED
 
 COLUMN = {"peak": "peak_bytes", "time": "step_seconds"}
 
@@ -46,8 +47,11 @@ def measure(paths: list[Path], repeats: int | None, steps: int | None, what: tup
     )
     for path, record in records.items():
         record["memory"] |= measured_columns(results[str(path)], rows=len(paths))
+        record["memory"].pop(NOT_MEASURED, None)
         before = record["circumstances"]
-        record["memory"]["circumstances"] = circumstances(before["device"], before["threads"])
+        record["memory"]["circumstances"] = circumstances(
+            before["device"], before["threads"], gpu=gpu_circumstances(before["device"])
+        )
         write_record(path, record)
 
 

@@ -23,7 +23,7 @@ import backrazor as br
 from transfer.errors import UserError
 from transfer.training.costs import weight_bytes
 from transfer.training.first_forward import explained
-from transfer.training.network import Network, assemble, razor_config
+from transfer.training.network import AUTOCAST, Network, assemble, razor_config
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 EXACT_BATCH = 32  # images; a razored step's prediction visits every chunk of samples, so larger ones are extrapolated
@@ -90,7 +90,7 @@ class StepProfile:
                         (3, self.image_size, self.image_size),
                         batch,
                         loss_fn=self._loss,
-                        autocast=torch.bfloat16 if self.config["trainer"]["precision"] == "bfloat16" else None,
+                        autocast=AUTOCAST[self.config["trainer"]["precision"]],
                     )
             finally:
                 br.unrazor_(model)

@@ -20,7 +20,7 @@ from transfer.errors import UserError
 from transfer.files import atomic_write_text
 
 SCHEMA = 1
-PACKAGES = ("torch", "torchvision", "timm", "numba", "numpy", "hydra-core", "backrazor")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numba", "numpy", "hydra-core", "backrazor")
 # What a run's result does not depend on: the seed has a folder of its own.
 NOT_HASHED = (
     "seed",
@@ -33,12 +33,12 @@ NOT_HASHED = (
     "trainer.measure",
 )
 # Keys that came after the first runs: left out where they change nothing, so that those runs keep their folders.
-HASHED_UNLESS = {"trainer.nonfinite": "stop"}
+HASHED_UNLESS = {"trainer.nonfinite": "stop", "trainer.channels_last": False, "trainer.compile": False}
 # What two equal runs differ in: dates, machines and clocks.
 MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")
 MEASURED_MEMORY = (
-    *("peak_bytes", "process_peak_bytes", "peak_samples", "time_samples", "circumstances"),
-    *("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"),
+    *("peak_bytes", "process_peak_bytes", "reserved_bytes", "peak_samples", "time_samples", "circumstances"),
+    *("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "not_measured"),
 )
 
 
@@ -72,8 +72,14 @@ def outcome(record: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def circumstances(device: str, threads: int, processes: int = 1) -> dict[str, Any]:
-    """Return what a figure of this run depends on besides its configuration."""
+def circumstances(
+    device: str, threads: int, processes: int = 1, gpu: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what a figure of this run depends on besides its configuration.
+
+    Args:
+        gpu: what ``transfer.training.costs.gpu_circumstances`` says of the device; None or empty on the CPU.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": _git_commit(),
@@ -84,6 +90,7 @@ def circumstances(device: str, threads: int, processes: int = 1) -> dict[str, An
         "cores": os.cpu_count(),
         "threads": threads,
         "processes": processes,
+        **(gpu or {}),
     }
 
 

@@ -21,6 +21,7 @@ from transfer.files import atomic_write_text
 from transfer.models import build_backbone
 from transfer.official import official_memory
 from transfer.records import circumstances, read_record, write_record
+from transfer.training.costs import gpu_circumstances
 from transfer.training.methods import apply_method, set_train_mode
 
 CLASSES = 100
@@ -155,12 +156,13 @@ def without_peak(cell: Cell, folder: Path, keep: bool = True) -> dict[str, Any]:
 def add_peak(cell: Cell, folder: Path, repeats: int = 1) -> dict[str, Any]:
     """Fill every column; the peak is measured in a fresh process."""
     record = load(cell, folder) or without_peak(cell, folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     measured = br.memory.measure_step(cell, repeats=repeats, what=("peak",))
     record |= {
         "peak_bytes": measured.peak_bytes,
         "process_peak_bytes": measured.process_peak_bytes,
         "peak_samples": list(measured.peak_samples),
-        "circumstances": circumstances("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()),
+        "circumstances": circumstances(device, torch.get_num_threads(), gpu=gpu_circumstances(device)),
     }
     _write(cell, folder, record)
     return record

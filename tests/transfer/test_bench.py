@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
+import torch
 
 import backrazor as br
-from transfer.bench import measure
+from transfer.bench import measure, rows
 from transfer.bench.rows import MAIN, micro_batch, rows_of
 from transfer.tables.figures import fastest_front
 
@@ -87,6 +89,87 @@ def test_newer_lines_replace_older_ones(measured: tuple[list, Path], tmp_path: P
     assert "12345" in results.with_suffix(".md").read_text()
     assert (tmp_path / "steps-resnet18-float32.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(("column", "other"), [("device", "NVIDIA H100"), ("batch", 128), ("git_commit", "1e10")])
+def test_another_device_batch_or_commit_is_another_line(
+    measured: tuple[list, Path], tmp_path: Path, column: str, other: object
+) -> None:
+    table, results = measure.table_of(*measured), tmp_path / "steps.csv"
+    measure.write(table, results, "first")
+    measure.write([{**line, column: other, "peak_MB": 54321.0} for line in table], results, "second")
+    frame = pandas.read_csv(results, dtype={"git_commit": str})
+    assert list(frame["command"]) == ["first"] * 2 + ["second"] * 2
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert len(figures) == (1 if column == "git_commit" else 2), figures
+    sections = results.with_suffix(".md").read_text().count("## resnet18")
+    assert sections == len(figures), "of several commits the newest is shown"
+    measure.write([{**line, column: other} for line in table], results, "third")
+    assert list(pandas.read_csv(results)["command"]) == ["first"] * 2 + ["third"] * 2
+
+
+def test_files_of_other_batches_devices_and_commits_are_other_files(
+    measured: tuple[list, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (dense, _), folder = measured
+    file = measure._file(folder, dense, "peak", 0)
+    assert file.exists()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    found = {measure._file(folder, row, "peak", 0) for row in (replace(dense, batch=4), replace(dense, device="cuda"))}
+    monkeypatch.setattr(measure, "_commit", lambda: "abcdef")
+    found.add(measure._file(folder, dense, "peak", 0))
+    assert len(found) == 3 and file not in found
+
+
+def test_the_share_on_a_gpu_is_that_of_the_kernels_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched: operators of 30 and 20 microseconds on the device, a step of 0.2 ms between its events."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert calls[-1] == "synchronize", "an event is read when the device has reached it"
+            return 0.2
+
+    def event(name: str, microseconds: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_time_total=microseconds)
+
+    class Profile:
+        function_events = (event("backrazor::topk_pack", 30.0), event("aten::mm", 99.0), event("backrazor::mask", 20.0))
+
+        def __init__(self, use_device: str) -> None:
+            assert use_device == "cuda"
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    model = torch.nn.Linear(2, 1)
+    step = br.memory.Step(model, lambda: calls.append("forward") or model(torch.ones(1, 2)).sum())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(measure, "profile", Profile)
+    assert measure._share_on_the_device(step) == pytest.approx(50 / 200)
+    assert calls == ["record", "forward", "record", "synchronize"]
+
+
+def test_what_save_on_cpu_pins_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = rows.Row("resnet18", "save_on_cpu", offload=True, device="cuda")
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 10**7, "SC_PAGE_SIZE": 4096}[name])
+    for pinned, expected in (
+        (25_000_000_000, "warning: save_on_cpu pins about 25.0 GB of memory, of which 41.0 GB are free"),
+        (1_000_000_000, "save_on_cpu pins about 1.0 GB of memory, of which 41.0 GB are free"),
+    ):
+        dense = [SimpleNamespace(saved_bytes=pinned)]
+        monkeypatch.setattr(rows, "predictions", lambda row, batches, dense=dense: dense if not row.offload else None)
+        assert rows.pinning_notice(row) == expected
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

@@ -167,6 +167,9 @@ def test_damaged_small_and_missing_images_are_named(tmp_path: Path) -> None:
     for name in ("cut.png", "text.png", "absent.png"):
         with pytest.raises(UserError, match=name):
             read_image(tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        read_image(tmp_path / "cut.png")
+    assert str(type(caught.value)("a data worker's text")) == "a data worker's text", "torch makes it again so"
     with pytest.raises(UserError, match="4x4 pixels"):
         read_image(write_image(tmp_path / "tiny.png", side=4))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TINY, compose_plain
+from torch._dynamo.exc import Unsupported
 
 from transfer.errors import UserError
 from transfer.training.first_forward import LONGEST, explained, try_forward
@@ -30,7 +31,9 @@ def test_trying_changes_neither_the_network_nor_the_random_state() -> None:
         (RuntimeError("shapes\n\n  differ"), ["(RuntimeError: shapes differ)", "set data.image_size=160"]),
         (AssertionError(), ["(AssertionError)", "HYDRA_FULL_ERROR=1"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried " + "x" * 999), ["trainer.micro_batch", "razor.sparsity"]),
+        (Unsupported("a graph"), ["(Unsupported: a graph", "leave trainer.compile out"]),
         (NotImplementedError("no"), ["(NotImplementedError: no)"]),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), ["install one, such as g++"]),
     ],
 )
 def test_any_error_is_one_line_that_names_network_size_and_way_out(error: Exception, words: list[str]) -> None:

@@ -41,12 +41,14 @@ class Measurement:
     """Samples of one configuration; the properties are medians. Bytes and seconds.
 
     peak_samples: above what is resident. process_samples: the whole process (CPU) or device allocator (CUDA).
-        time_samples: (forward, backward, optimizer) seconds of each timed step.
+        time_samples: (forward, backward, optimizer) seconds of each timed step. reserved_samples: what the allocator
+        took from the device, which is what has to fit a card; empty on the CPU.
     """
 
     peak_samples: tuple[int, ...] = ()
     process_samples: tuple[int, ...] = ()
     time_samples: tuple[tuple[float, float, float], ...] = field(default=())
+    reserved_samples: tuple[int, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -55,6 +57,10 @@ class Measurement:
     @property
     def process_peak_bytes(self) -> int:
         return round(statistics.median(self.process_samples))
+
+    @property
+    def reserved_bytes(self) -> int:
+        return round(statistics.median(self.reserved_samples))
 
     @property
     def step_samples(self) -> tuple[float, ...]:
@@ -123,7 +129,7 @@ def measure_steps(
     for factory in factories.values():
         _check_picklable(factory)
     threads = torch.get_num_threads() if threads is None else threads
-    peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in factories}
+    peaks: dict[str, list[tuple[int, ...]]] = {name: [] for name in factories}
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in factories}
     for _ in range(repeats):
         for name, factory in factories.items():
@@ -135,7 +141,12 @@ def measure_steps(
                 for name, samples in _times_in_turns(group, threads, steps).items():
                     times[name].extend(samples)
     return {
-        name: Measurement(tuple(p for p, _ in peaks[name]), tuple(w for _, w in peaks[name]), tuple(times[name]))
+        name: Measurement(
+            tuple(sample[0] for sample in peaks[name]),
+            tuple(sample[1] for sample in peaks[name]),
+            tuple(times[name]),
+            tuple(sample[2] for sample in peaks[name] if len(sample) > 2),
+        )
         for name in factories
     }
 
@@ -212,15 +223,17 @@ def _step_on_demand(connection: Connection, factory: Callable[[], Step], threads
             connection.send((True, _run(step, device)))
 
 
-def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, int]:
+def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, ...]:
+    """Peak above what is resident, peak of the whole, and on CUDA what the allocator has reserved by then; bytes."""
     step, device = _warmed_up(factory, threads)
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks of the warm-up that the step does not use
         torch.cuda.reset_peak_memory_stats(device)
         resident = torch.cuda.memory_allocated(device)
         _run(step, device)
         whole = torch.cuda.max_memory_allocated(device)
-        return whole - resident, whole
+        return whole - resident, whole, torch.cuda.max_memory_reserved(device)
     resident = reset_high_water_mark()
     _run(step, device)
     whole = high_water_mark()

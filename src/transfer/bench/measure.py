@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +15,16 @@ from torch.autograd.profiler import profile
 
 import backrazor as br
 from backrazor.memory.processes import in_fresh_process
-from transfer.bench.rows import Row
+from transfer.bench.rows import Row, pinning_notice
 from transfer.files import atomic_write, atomic_write_text
 from transfer.records import circumstances
 from transfer.tables.figures import time_against_peak
+from transfer.training.costs import gpu_circumstances
 
 TOGETHER = 5  # rows, beside dense, whose processes stand ready at a time: memory must hold them all
 SHOWN = ["backbone", "row", "saved_MB", "saved_ratio", "peak_MB", "peak_ratio", "step_s", "time_ratio", "codec_share"]
-KEY = ["backbone", "precision", "row"]  # what makes two lines of the results the same measurement
+KEY = ["backbone", "precision", "row", "device", "batch", "git_commit"]  # of one measurement; the commit without its +
+SHARED = KEY[:-1]  # of lines whose newest alone is shown
 _PARTS = ("forward", "backward", "optimizer")
 
 
@@ -32,15 +36,29 @@ def saved_of(row: Row, threads: int) -> int:
 
 def codec_share_of(row: Row, threads: int) -> float:
     """The share of a step (forward and backward) spent in the library's own operators: selecting, packing, unpacking,
-    masks and codes. From PyTorch's profiler, one step after a warm-up step."""
+    masks and codes. From PyTorch's profiler, one step after a warm-up step; on CUDA the time of the operators' kernels
+    beside the step's time between two events of its own, since on the host an operator's time is that of enqueueing."""
     torch.set_num_threads(threads)
     step = row.build()
     step.forward().backward()
+    if row.device == "cuda":
+        return _share_on_the_device(step)
     with profile() as profiled:
         step.forward().backward()
     events = profiled.function_events
     whole = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
     return sum(event.time_range.elapsed_us() for event in events if event.name.startswith("backrazor::")) / whole
+
+
+def _share_on_the_device(step: br.memory.Step) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with profile(use_device="cuda") as profiled:
+        start.record()
+        step.forward().backward()
+        end.record()
+        torch.cuda.synchronize()
+    ours = [event for event in profiled.function_events if event.name.startswith("backrazor::")]
+    return sum(event.device_time_total for event in ours) / (1e3 * start.elapsed_time(end))  # microseconds, ms
 
 
 def measure_backbone(
@@ -55,17 +73,20 @@ def measure_backbone(
     does; times want it idle, and the two may be measured apart.
     """
     threads = torch.get_num_threads()
-    device = torch.cuda.get_device_name() if rows[0].device == "cuda" else rows[0].device
-    made = {"circumstances": circumstances(device, threads)}
-    folder.mkdir(parents=True, exist_ok=True)
+    made = {"circumstances": circumstances(_device_name(rows[0]), threads, gpu=gpu_circumstances(rows[0].device))}
+    _file(folder, rows[0], "peak", 0).parent.mkdir(parents=True, exist_ok=True)
     for round_ in range(repeats):
         missing = {
             quantity: [row for row in rows if not _file(folder, row, quantity, round_).exists()] for quantity in what
         }
         for row in missing.get("peak", ()):
             print(f"  round {round_ + 1}/{repeats}, peak: {_name(row)}", flush=True)
+            if row.offload:
+                print(f"  {pinning_notice(row)}", flush=True)
             peak = br.memory.measure_step(row.build, repeats=1, what=("peak",))
             answer: dict = {"peak_bytes": peak.peak_bytes, "process_bytes": peak.process_peak_bytes}
+            if peak.reserved_samples:
+                answer["reserved_bytes"] = peak.reserved_bytes
             if round_ == 0:
                 answer["saved_bytes"] = in_fresh_process(saved_of, row, threads)
             atomic_write_text(_file(folder, row, "peak", round_), json.dumps(made | answer))
@@ -91,8 +112,20 @@ def _name(row: Row) -> str:
 
 
 def _file(folder: Path, row: Row, quantity: str, round_: int) -> Path:
+    place = re.sub(r"[^\w.]+", "_", f"{_device_name(row)}-{_commit()}")
     label = row.label.replace(" ", "_").replace(",", "")
-    return folder / f"{row.backbone}-{row.precision}-{label}-{quantity}-{round_}.json"
+    name = f"{row.backbone}-{row.precision}-batch{row.images}-{label}-{quantity}-{round_}"
+    return folder / place / f"{name}.json"
+
+
+def _device_name(row: Row) -> str:
+    return torch.cuda.get_device_name() if row.device == "cuda" else row.device
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of this code; what a benchmark writes itself changes files, so that its + is left out."""
+    return str(circumstances("cpu", 1)["git_commit"]).rstrip("+")
 
 
 def _read(folder: Path, row: Row, quantity: str) -> dict[int, dict]:
@@ -127,6 +160,7 @@ def summary(folder: Path, row: Row, dense: Row) -> dict | None:
     peak, dense_peak = (statistics.median(r["peak_bytes"] for r in p.values()) for p in (peaks, dense_peaks))
     saved, dense_saved = peaks[0]["saved_bytes"], dense_peaks[0]["saved_bytes"]
     share = times[0].get("codec_share")
+    reserved = peaks[0].get("reserved_bytes")
     made = times[0]["circumstances"]
     return {
         "backbone": row.backbone,
@@ -139,6 +173,7 @@ def summary(folder: Path, row: Row, dense: Row) -> dict | None:
         "peak_MB_min": round(min(samples) / 1e6, 1),
         "peak_MB_max": round(max(samples) / 1e6, 1),
         "peak_ratio": round(dense_peak / peak, 2),
+        "reserved_MB": None if reserved is None else round(reserved / 1e6, 1),
         "process_MB": round(statistics.median(r["process_bytes"] for r in peaks.values()) / 1e6, 1),
         "step_s": round(statistics.median(step), 4),
         "time_ratio": round(statistics.median(ratios), 3),
@@ -154,20 +189,31 @@ def summary(folder: Path, row: Row, dense: Row) -> dict | None:
 
 
 def write(table: list[dict], results: Path, command: str) -> pandas.DataFrame:
-    """Put the lines into a CSV file, where they replace older ones of the same backbone, precision and row; the same as
-    Markdown beside it, and one Pareto figure a backbone. Returns the whole table."""
+    """Put the lines into a CSV file, where they replace older ones of the same ``KEY``; the newest of each device and
+    batch as Markdown beside it, and as one Pareto figure per backbone. Returns the whole table."""
     frame = pandas.DataFrame(table).assign(command=command)
     if results.exists():
-        known = pandas.read_csv(results)
-        old = known.set_index(KEY).index.isin(frame.set_index(KEY).index)
+        known = pandas.read_csv(results, dtype={"git_commit": str})
+        old = _keys(known).isin(_keys(frame))
         frame = pandas.concat([known[~old], frame], ignore_index=True)
     results.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(results) as file:
         frame.to_csv(file, index=False)
-    parts = []
-    for (backbone, precision), part in frame.groupby(["backbone", "precision"], sort=False):
+    parts, figures = [], set()
+    newest = frame.drop_duplicates(SHARED, keep="last")
+    for (backbone, precision, device, batch), part in newest.groupby([c for c in SHARED if c != "row"], sort=False):
         shown = part[[*SHOWN[1:], "time_ratio_min", "time_ratio_max", "processes_time"]].to_markdown(index=False)
-        parts.append(f"## {backbone}, {precision}, batch {part['batch'].iloc[0]}\n\n{shown}")
-        time_against_peak(part, results.with_name(f"{results.stem}-{backbone}-{precision}.png"))
+        parts.append(f"## {backbone}, {precision}, batch {batch}, {device}\n\n{shown}")
+        figure = f"{results.stem}-{backbone}-{precision}"
+        if figure in figures:  # another device or batch of the same
+            figure += "-" + re.sub(r"[^\w.]+", "_", f"batch{batch}-{device}")
+        figures.add(figure)
+        time_against_peak(part, results.with_name(f"{figure}.png"))
     atomic_write_text(results.with_suffix(".md"), f"`{command}`\n\n" + "\n\n".join(parts) + "\n")
     return frame
+
+
+def _keys(frame: pandas.DataFrame) -> pandas.MultiIndex:
+    """What tells the lines of the results apart."""
+    plain = frame[KEY].assign(git_commit=frame["git_commit"].astype(str).str.rstrip("+"))
+    return pandas.MultiIndex.from_frame(plain)

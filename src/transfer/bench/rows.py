@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -115,6 +116,14 @@ def predictions(row: Row, batches: Iterable[int]) -> list[br.memory.Prediction]:
     model = replace(row, batch=1).build().model
     autocast = torch.bfloat16 if row.precision == "bfloat16" else None
     return [br.memory.predict(model, (3, row.image, row.image), images, autocast=autocast) for images in batches]
+
+
+def pinning_notice(row: Row) -> str:
+    """Say what ``save_on_cpu`` is going to pin: memory that this machine cannot swap or give to anybody else."""
+    (dense,) = predictions(replace(row, offload=False), [row.images])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = f"{row.label} pins about {dense.saved_bytes / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free"
+    return f"warning: {text}" if dense.saved_bytes > free / 2 else text
 
 
 def rows_of(backbone: str, precision: str = "float32", device: str = "cpu", batch: int | None = None) -> list[Row]:

@@ -23,11 +23,19 @@ CHECKED: ContextVar[bool] = ContextVar("another process of the job has checked t
 
 
 class UnusableImage(UserError):
-    """One file cannot be used. ``path`` is the file, ``reason`` why."""
+    """One file cannot be used. Made from its text alone, as a data worker's exception is made again here.
 
-    def __init__(self, path: Path, reason: str, advice: str) -> None:
-        super().__init__(f"{path} {reason}{advice}")
-        self.path, self.reason = path, reason
+    ``fault`` is the text without the advice; empty in an exception that came from a data worker.
+    """
+
+    fault: str = ""
+
+    @classmethod
+    def because(cls, path: Path, reason: str, advice: str) -> UnusableImage:
+        """Build the line ``path reason`` and what to do."""
+        error = cls(f"{path} {reason}{advice}")
+        error.fault = f"{path} {reason}"
+        return error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -55,12 +63,12 @@ def read_image(path: Path) -> Image.Image:
             with Image.open(path, formats=FORMATS) as image:
                 if min(image.size) < MIN_SIDE:
                     size = f"{image.size[0]}x{image.size[1]} pixels, at least {MIN_SIDE}x{MIN_SIDE} is needed"
-                    raise UnusableImage(path, f"is too small: {size}", "; remove or replace it")
+                    raise UnusableImage.because(path, f"is too small: {size}", "; remove or replace it")
                 return to_rgb(image)
     except UserError:
         raise
     except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise UnusableImage(path, f"cannot be read as an image ({error})", ": remove or replace it") from error
+        raise UnusableImage.because(path, f"cannot be read as an image ({error})", ": remove or replace it") from error
 
 
 @dataclass(frozen=True)
@@ -101,5 +109,5 @@ def check_files(*groups: Sequence[Path]) -> None:
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        named = first_few([f"{error.path} {error.reason}" for error in faults])
+        named = first_few([error.fault for error in faults])
         raise UserError(f"{len(faults)} of {len(paths)} files cannot be used: {named}; remove or replace them")

@@ -6,18 +6,19 @@ a step above what is resident, in a fresh process. Bytes; seconds.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import backrazor as br
 from transfer.models.frozen_storage import coded_weights
 from transfer.official import official_memory
-from transfer.training.network import Network, assemble
+from transfer.training.network import AUTOCAST, Network, assemble, autocast
 from transfer.training.optimisation import make_optimizer
 
 
@@ -47,13 +48,16 @@ class StepFactory:
         network = assemble({**self.config, "data": data}, self.num_classes)
         network.model.to(device)
         images = torch.randn(self.batch_size, 3, self.image_size, self.image_size).to(device)
+        if network.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        model = torch.compile(network.model) if settings.get("compile", False) else network.model
         labels = torch.randint(self.num_classes, (self.batch_size,)).to(device)
 
         micro = settings["micro_batch"] or self.batch_size
         *first, last = zip(images.split(micro), labels.split(micro), strict=True)
 
         def part(x: Tensor, y: Tensor) -> Tensor:
-            return step_loss(network, self.config, x, y) * (len(y) / self.batch_size)
+            return step_loss(model, self.config, x, y) * (len(y) / self.batch_size)
 
         def forward() -> Tensor:
             for x, y in first:  # all micro-batches but the last have their backward here
@@ -72,16 +76,38 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def gpu_circumstances(device: str) -> dict[str, Any]:
+    """Return what a figure taken on a CUDA device depends on: GPU, driver, CUDA, cuDNN; empty for the CPU."""
+    if not device.startswith("cuda"):
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver, as its own tool says; None without that tool."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.split("\n")[0].strip() or None
+
+
 def weight_bytes(network: Network) -> int:
     """Bytes that parameters and buffers of the network take, frozen ones as they are stored."""
     tensors = (*network.model.parameters(), *network.model.buffers())
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def step_loss(network: Network, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> Tensor:
+def step_loss(model: nn.Module, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> Tensor:
     """The training loss of normalised ``images``, as the loop computes it."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config["trainer"]["precision"] == "bfloat16"):
-        logits = network.model(images)
+    with autocast(images.device, config["trainer"]["precision"]):
+        logits = model(images)
     return _criterion(logits, labels, config)
 
 
@@ -107,7 +133,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
     network.train()
     with br.memory.ledger(network.model) as ledger:
-        loss = step_loss(network, config, x, labels)
+        loss = step_loss(network.model, config, x, labels)
     del loss
     columns = {
         "batch_size": batch,
@@ -123,9 +149,9 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     if config["trainer"]["checkpointing"] == "none":
         shape = {"input_size": (3, size, size), "batch_size": forward}
         labels = torch.zeros(forward, dtype=torch.long, device=images.device)
-        autocast = torch.bfloat16 if config["trainer"]["precision"] == "bfloat16" else None
+        kind = AUTOCAST[config["trainer"]["precision"]]
         predicted = br.memory.predict(
-            network.model, loss_fn=lambda logits: _criterion(logits, labels, config), autocast=autocast, **shape
+            network.model, loss_fn=lambda logits: _criterion(logits, labels, config), autocast=kind, **shape
         )
         columns |= {"predicted_bytes": predicted.saved_bytes, "predicted_peak_bytes": predicted.peak_bytes}
         columns["official_bytes"] = _official(network, shape)
@@ -151,7 +177,8 @@ def measured_columns(result: Any, rows: int) -> dict[str, Any]:
     """
     columns: dict[str, Any] = {}
     if result.peak_samples:
-        names = ("peak_bytes", "process_peak_bytes", "peak_samples")
+        names: tuple[str, ...] = ("peak_bytes", "process_peak_bytes", "peak_samples")
+        names += ("reserved_bytes",) if result.reserved_samples else ()
         columns |= {name: getattr(result, name) for name in names}
     if result.time_samples:
         names = ("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "time_samples")

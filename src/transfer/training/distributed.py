@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from transfer.errors import Interrupted, RankLost, UserError, one_line
 
@@ -35,24 +35,25 @@ class World:
         rank: number of the process, from 0.
         local_rank: number on its machine, which is its GPU's.
         size: processes in the job.
+        local_size: of them, those on this machine.
     """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    local_size: int = 1
 
     @property
     def main(self) -> bool:
         """Whether this process writes files, log and progress."""
         return self.rank == 0
 
-    def sum(self, values: list[float], device: torch.device) -> list[float]:
-        """Return the sums of ``values`` over the processes."""
-        if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-        return total.tolist()
+    def sum(self, values: Tensor) -> list[float]:
+        """Return the sums of ``values`` (n,) over the processes: one read of the device."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's ``value``, in order of rank."""
@@ -113,7 +114,8 @@ def planned_world() -> World:
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE={size} is set but {missing[0]} is not: start the job with torchrun")
-    return World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), size)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), size, local_size)
 
 
 @contextlib.contextmanager

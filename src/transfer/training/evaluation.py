@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from transfer.training.distributed import World
-from transfer.training.network import Network
+from transfer.training.network import Network, autocast
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,13 @@ class Scores:
     images: int
 
 
-def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> int:
-    """Count the rows of ``logits`` (N, C) whose label (N,) is among the k largest; all of them where C <= k."""
+def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Count the rows of ``logits`` (N, C) whose label (N,) is among the k largest, all of them where C <= k: () int64.
+
+    The count stays on the device: reading it would wait for all that is queued there.
+    """
     k = min(k, logits.shape[1])
-    return int((logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1).sum())
+    return (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1).sum()
 
 
 @torch.no_grad()
@@ -47,19 +50,17 @@ def evaluate(
         check: called before each batch; may raise.
     """
     network.model.eval()
-    top1 = top5 = count = 0
-    loss = 0.0
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, images
     for images, labels in loader:
         if check is not None:
             check()
-        images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device, precision):
             logits = network.model(network.normalise(images))
         logits = logits.float()
-        top1 += correct_in_top(logits, labels, 1)
-        top5 += correct_in_top(logits, labels, 5)
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        count += len(labels)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums[:3] += torch.stack([correct_in_top(logits, labels, 1), correct_in_top(logits, labels, 5), loss]).double()
+        sums[3] += len(labels)
     network.train()
-    top1, top5, loss, count = (world or World()).sum([top1, top5, loss, count], device)
+    top1, top5, loss, count = (world or World()).sum(sums)
     return Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

@@ -15,6 +15,8 @@ from transfer.training.network import Network
 from transfer.training.sampling import worker_death
 
 LONGEST = 200  # characters of the network's own words
+NO_COMPILER = re.compile("no working c\\+\\+ compiler|InvalidCxxCompiler", re.IGNORECASE)
+COMPILERS = "torch._dynamo", "torch._inductor"  # whose errors are none of the network's
 FULL = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 
 
@@ -41,13 +43,17 @@ def explained(backbone: Backbone, name: str, size: int) -> Iterator[None]:
         words = words if len(words) <= LONGEST else words[: LONGEST - 3] + "..."
         reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
         raise UserError(
-            f"model.name={name} fails on images of {size} px ({reason}): {_advice(backbone, size, words)}"
+            f"model.name={name} fails on images of {size} px ({reason}): {_advice(backbone, size, error, words)}"
         ) from error
 
 
-def _advice(backbone: Backbone, size: int, words: str) -> str:
+def _advice(backbone: Backbone, size: int, error: Exception, words: str) -> str:
     if FULL.search(words):
         return "lower trainer.batch_size or set trainer.micro_batch, raise razor.sparsity, or choose a smaller network"
+    if NO_COMPILER.search(words):
+        return "trainer.compile=true needs a C++ compiler: install one, such as g++, or leave trainer.compile out"
+    if type(error).__module__.startswith(COMPILERS):
+        return "leave trainer.compile out; HYDRA_FULL_ERROR=1 shows where it fails"
     own = backbone.own_size
     if own not in (None, size):
         return f"it is made for {own} px, set data.image_size={own}; HYDRA_FULL_ERROR=1 shows where it fails"

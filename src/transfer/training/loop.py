@@ -24,7 +24,7 @@ from transfer.training.monitor import LOGGER, Monitor
 from transfer.training.network import Network
 from transfer.training.numerics import bad_tensors
 from transfer.training.optimisation import Schedule, make_optimizer
-from transfer.training.sampling import BatchOrder, eval_loader, fetched, train_loader, worker_death
+from transfer.training.sampling import BatchOrder, eval_loader, fetched, train_loader, worker_count, worker_death
 from transfer.training.state import (
     CannotWrite,
     Checkpoints,
@@ -104,7 +104,8 @@ class Trainer:
         if self.batch < size:
             raise UserError.value("trainer.batch_size", self.batch, f"at least one image for each of {size} processes")
         self.order = BatchOrder(len(data.train), self.batch, config["seed"], rank, size)
-        options = {"num_workers": settings["workers"], "pin_memory": self.device.type == "cuda"}
+        workers = worker_count(settings["workers"], self.device, self.world.local_size)
+        options = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
         self.train_loader = train_loader(data.train, self.order, config["seed"], **options)
         self.val_loader, self.test_loader = (
             eval_loader(split, settings["eval_batch_size"], rank, size, **options) for split in (data.val, data.test)
@@ -131,6 +132,8 @@ class Trainer:
             return
         self.network.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if scaler := state.get("scaler"):
+            self.stepper.scaler.load_state_dict(scaler)
         self.epoch, self.step, self.skipped = state["epoch"], state["step"], state["skipped"]
         self.best, self.tally = state["best"], Tally(**state["tally"])
         self.step_seconds = state["step_seconds"].tolist()
@@ -180,7 +183,8 @@ class Trainer:
         start = time.perf_counter()
         rate = self.schedule.set(self.step)
         stop = self.stop.received or 0
-        outcome = self.stepper.take(images.to(self.device), labels.to(self.device), stop)
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+        outcome = self.stepper.take(images, labels, stop)
         self._judge(outcome)
         self.step += 1
         seconds = time.perf_counter() - start
@@ -285,6 +289,7 @@ class Trainer:
             {
                 "model": self.network.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "scaler": self.stepper.scaler.state_dict(),
                 "epoch": self.epoch,
                 "step": self.step,
                 "skipped": self.skipped,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from transfer.models.tinytl import insert_lite_residuals
 from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by trainer.precision
 RAZOR_OVERRIDES = ("head_sparsity", "values", "index", "norm", "activation", "attention")
 
 
@@ -33,12 +35,14 @@ class Network:
         frozen_batch_norms: names of batch norms that stay in evaluation mode.
         razored: whether ``razor_`` was applied.
         report: what ``razor_`` replaced and left, as text; empty for the plain network.
+        channels_last: whether images are handed to it in that memory format.
     """
 
     backbone: Backbone
     frozen_batch_norms: tuple[str, ...]
     razored: bool
     report: str
+    channels_last: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -50,9 +54,22 @@ class Network:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Bring uint8 images (N, 3, S, S) to the float32 input that the backbone expects."""
-        mean = torch.tensor(self.backbone.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.backbone.std, device=images.device).view(1, 3, 1, 1)
-        return (images.float() / 255).sub_(mean).div_(std)
+        mean, std = _constants(self.backbone.mean, self.backbone.std, images.device)
+        x = (images.float() / 255).sub_(mean).div_(std)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation as (1, 3, 1, 1) on ``device``, made once: each making is a copy that waits for the device."""
+    shape = 1, 3, 1, 1
+    return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward in ``trainer.precision``."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
@@ -103,6 +120,9 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
         except ValueError as error:
             raise UserError(f"razor={config['razor']['name']} model={config['model']['name']}: {error}") from error
     apply_checkpointing(backbone.model, backbone.stages, config["trainer"]["checkpointing"])
-    network = Network(backbone, frozen, razor is not None, report)
+    channels_last = config["trainer"].get("channels_last", False)  # a record may be older than the key
+    if channels_last:
+        backbone.model.to(memory_format=torch.channels_last)
+    network = Network(backbone, frozen, razor is not None, report, channels_last)
     network.train()
     return network

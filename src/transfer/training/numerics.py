@@ -12,19 +12,31 @@ import backrazor as br
 from transfer.training.network import Network
 
 
-def bad_step(network: Network, loss: float, forwards: Callable[[], Iterable[object]]) -> str | None:
-    """Say what is not finite after a backward, None where all is.
+def bad_activation(network: Network) -> str | None:
+    """Say what the razored layers saw that is not finite, None for nothing; clears their flags. One device read."""
+    if not network.razored:
+        return None
+    try:
+        br.check_finite(network.model)
+    except FloatingPointError as error:
+        return str(error)
+    return None
+
+
+def gradient_is_bad(model: nn.Module) -> Tensor:
+    """Whether a gradient holds NaN or Inf: () bool, on the device, without a read."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return ~torch.nn.utils.get_total_norm(gradients).isfinite()
+
+
+def bad_step(network: Network, loss: float, found: str | None, forwards: Callable[[], Iterable[object]]) -> str | None:
+    """Say what is not finite after a backward, None where all is. Reads the device many times.
 
     Args:
         loss: of this process's share of the batch.
+        found: as ``bad_activation`` says.
         forwards: runs the step's forwards once more, one an item, to look for the layer.
     """
-    found = None
-    if network.razored:
-        try:
-            br.check_finite(network.model)  # asked in any case: it clears the flags
-        except FloatingPointError as error:
-            found = str(error)
     if not math.isfinite(loss):
         return f"the loss is {loss}, {first_bad_layer(network.model, forwards) or found or 'though no layer is bad'}"
     if found:

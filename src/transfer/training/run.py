@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -15,16 +16,16 @@ import numpy as np
 import torch
 import yaml
 
-import backrazor as br
 from transfer.data import DataBundle, build_data
 from transfer.errors import UserError
 from transfer.files import atomic_write_text
 from transfer.records import circumstances, config_hash, read_record, run_directory, write_record
 from transfer.settings import validate
-from transfer.training.costs import StepFactory, measured_columns, pick_device, saved_columns, step_shape
+from transfer.training.costs import gpu_circumstances, pick_device
 from transfer.training.distributed import World, joined_world, own_gpu
 from transfer.training.first_forward import try_forward
 from transfer.training.loop import Fitted, Trainer
+from transfer.training.measuring import columns_here, is_pending, measure_apart
 from transfer.training.monitor import LOGGER, Monitor, SilentMonitor
 from transfer.training.network import Network, assemble
 from transfer.training.pictures import layer_figure, sample_figure
@@ -63,6 +64,9 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
         if world.main:
             date = record["circumstances"]["date"]
             LOGGER.info("%s is finished (%s); trainer.resume=never runs it again", folder, date)
+            if is_pending(record):
+                measure_apart(config, record, record["circumstances"]["processes"])
+                write_record(folder / "record.json", {key: value for key, value in record.items() if key != "schema"})
         return record
     device = _prepare(config, world)
     with world.one_at_first() as first:
@@ -83,18 +87,27 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
         with Monitor(folder, trainer.step, trainer.epoch) if world.main else SilentMonitor() as monitor:
             if world.main:
                 _log_beginning(network, data, config, folder, trainer)
-            with watched_layers(network.model, trainer, monitor):
+            # Looking into a step's layers would have a compiled network compiled again at every step.
+            compiled = config["trainer"]["compile"]
+            with contextlib.nullcontext() if compiled else watched_layers(network.model, trainer, monitor):
                 fitted = trainer.fit(monitor)
             if not world.main:
                 return {}
             record = _record(config, experiment, digest, fitted, len(data.class_names))
-            record["circumstances"] = circumstances(str(device), torch.get_num_threads(), world.size)
-            record["memory"] = _memory(network, trainer, config, len(data.class_names))
+            record["circumstances"] = circumstances(
+                str(device), torch.get_num_threads(), world.size, gpu_circumstances(str(device))
+            )
+            record["memory"] = columns_here(network, trainer, config)
             record["wall_seconds"] = time.perf_counter() - start
             monitor.figure("memory_by_layer", layer_figure(record["memory"]), trainer.step)
             monitor.figure("test_images", sample_figure(network, data), trainer.step)
+            write_record(folder / "record.json", record)  # before the measurement, which may fail or be cut off
+            del network, trainer  # and their memory on the device, which the measuring process needs
+            if is_pending(record):
+                measure_apart(config, record, world.size)
+                record["wall_seconds"] = time.perf_counter() - start
+                write_record(folder / "record.json", record)
             monitor.finish(config, _final_metrics(record))
-            write_record(folder / "record.json", record)
             LOGGER.info(
                 "test accuracy %.2f%% (top-5 %.2f%%), epoch %d selected on validation; record in %s",
                 fitted.test.top1,
@@ -194,32 +207,6 @@ def _record(
         "skipped_steps": fitted.skipped_steps,
         "train_step_seconds": dict(zip(names, np.quantile(times, (0.1, 0.5, 0.9)).tolist(), strict=True)),
     }
-
-
-def _memory(network: Network, trainer: Trainer, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    mode = config["trainer"]["measure"]["mode"]
-    if mode == "none":
-        return {}
-    config = _a_process_share(config, trainer.world.size)
-    images, labels = next(iter(trainer.train_loader))
-    columns = saved_columns(network, config, images.to(trainer.device), labels.to(trainer.device))
-    if mode == "all":
-        batch, size = step_shape(config)
-        measure = config["trainer"]["measure"]
-        LOGGER.info("measuring peak and time of a step (batch %d, %d px) in fresh processes", batch, size)
-        factory = StepFactory(config, classes, batch, size)
-        result = br.memory.measure_step(factory, repeats=measure["repeats"], steps=measure["steps"])
-        columns |= measured_columns(result, rows=1)
-    return columns
-
-
-def _a_process_share(config: Mapping[str, Any], processes: int) -> Mapping[str, Any]:
-    """Return ``config`` with the measured step that of one process, where several share a batch."""
-    settings = config["trainer"]
-    if processes == 1 or settings["micro_batch"] or settings["measure"]["batch_size"]:
-        return config
-    measure = {**settings["measure"], "batch_size": -(-settings["batch_size"] // processes)}
-    return {**config, "trainer": {**settings, "measure": measure}}
 
 
 def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:

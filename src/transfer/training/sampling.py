@@ -6,6 +6,7 @@ Neither the number of data workers, nor the number of processes, nor where a run
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from transfer.data.build import TensorImages
 from transfer.errors import UserError, one_line
 
 STOPPING_SECONDS = 20  # that a data worker outlives a signal to stop, so that the step it serves can end
+MOST_WORKERS = 8
 DEAD_WORKER = "DataLoader worker"  # how torch's message about one begins
 Key = tuple[int, int]  # epoch, index
 
@@ -84,6 +86,20 @@ def train_loader(images: TensorImages, order: BatchOrder, seed: int, **options: 
 def eval_loader(images: TensorImages, batch: int, rank: int, size: int, **options: Any) -> DataLoader:
     """Return the loader of this process's share of a split: every image is in exactly one share."""
     return DataLoader(images, batch, sampler=range(rank, len(images), size), **_common(), **options)
+
+
+def worker_count(asked: int | None, device: torch.device, processes_here: int) -> int:
+    """Return the data workers of this process.
+
+    Args:
+        asked: ``trainer.workers``; None is 0 on the CPU, whose cores compute, and on CUDA a share of the cores.
+        processes_here: of the job on this machine.
+    """
+    if asked is not None:
+        return asked
+    if device.type != "cuda":
+        return 0
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // processes_here - 1))  # one core drives the device
 
 
 def _common() -> dict[str, Any]:

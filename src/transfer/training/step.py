@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transfer.training.distributed import World
 from transfer.training.evaluation import correct_in_top
 from transfer.training.first_forward import explained
-from transfer.training.network import Network
-from transfer.training.numerics import HeldStatistics, bad_step
+from transfer.training.network import Network, autocast
+from transfer.training.numerics import HeldStatistics, bad_activation, bad_step, gradient_is_bad
 
+MOST_OVERFLOWS = 20  # in a row: the scale has gone from 65,536 below one by then
 STOPS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
@@ -61,6 +62,9 @@ class Stepper:
         self.settings, self.optim = config["trainer"], config["optim"]
         self.device = next(network.model.parameters()).device
         self.shared = world.share(network.model, self.device)
+        self.forward = torch.compile(self.shared) if self.settings["compile"] else self.shared
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings["precision"] == "float16")
+        self.overflows = 0  # steps in a row that the scaler left out
         self.first = True
         self.name, self.size = config["model"]["name"], config["data"]["image_size"]
 
@@ -75,35 +79,51 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         parts = images.split(self.settings["micro_batch"] or len(labels))
         loss, correct = self._accumulate(parts, labels)
-        problem = bad_step(self.network, loss, lambda: (self._logits(self.network.model, x) for x in parts))
-        loss, correct, bad, *stopped = self.world.sum(
-            [loss, correct, float(problem is not None), *(float(stop == number) for number in STOPS)], self.device
-        )
-        if bad:
-            problem = next(text for text in self.world.gather(problem) if text)
-            if held is not None:
-                held.restore()
-        else:
-            self._update()
-        asked = [number for number, votes in zip(STOPS, stopped, strict=True) if votes]
-        return Outcome(loss, int(correct), problem, max(asked, default=0))
+        self.scaler.unscale_(self.optimizer)
+        fault = bad_activation(self.network)
+        overflow = gradient_is_bad(self.network.model)
+        bad = ~loss.isfinite() | (fault is not None)
+        if not self.scaler.is_enabled():  # a scaled gradient may overflow: the scaler leaves that step out
+            bad = bad | overflow
+        votes = torch.zeros(len(STOPS), dtype=torch.float64, device=self.device)
+        if stop:
+            votes[STOPS.index(stop)] = 1
+        mine = torch.stack([loss, correct, bad.double(), overflow.double(), *votes])
+        mean, right, problems, overflows, *stopped = self.world.sum(mine)  # the step's one wait for what is logged
+        self.overflows = self.overflows + 1 if overflows and self.scaler.is_enabled() else 0
+        problem = None
+        if problems or self.overflows > MOST_OVERFLOWS:
+            problem = self._explain(float(loss), fault, parts)
+        if problem is not None and held is not None:
+            held.restore()
+        self._update(problem is None)
+        voted = [number for number, votes in zip(STOPS, stopped, strict=True) if votes]
+        return Outcome(mean, int(right), problem, max(voted, default=0))
 
-    def _accumulate(self, parts: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int]:
-        """Add up the gradients of the share; returns its part of the batch's mean loss, and its right answers."""
-        total, correct = 0.0, 0
+    def _explain(self, loss: float, fault: str | None, parts: tuple[Tensor, ...]) -> str | None:
+        """Say what is bad, in this process or in another; None where a gradient's norm alone is beyond float32."""
+        if self.overflows > MOST_OVERFLOWS:
+            return f"gradients overflowed float16 in {self.overflows} steps in a row; try trainer.precision=bfloat16"
+        problem = bad_step(self.network, loss, fault, lambda: (self._logits(self.network.model, x) for x in parts))
+        return next((text for text in self.world.gather(problem) if text), None)
+
+    def _accumulate(self, parts: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of the share; returns its part of the batch's mean loss, and its right answers, both ()
+        float64 on the device."""
+        total, correct = torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, (x, y) in enumerate(zip(parts, labels.split(len(parts[0])), strict=True)):
             with self._gradients_stay_here(number < len(parts) - 1):
                 with self._first_explained():
-                    logits = self._logits(self.shared, x)
+                    logits = self._logits(self.forward, x)
                 loss = F.cross_entropy(logits, y, label_smoothing=self.optim["label_smoothing"])
                 loss = loss * (len(y) / self.batch)
-                (loss * self.world.size).backward()  # the processes' gradients are averaged
-            total += float(loss.detach())
-            correct += correct_in_top(logits.detach(), y, 1)
+                self.scaler.scale(loss * self.world.size).backward()  # the processes' gradients are averaged
+            total = total + loss.detach()
+            correct = correct + correct_in_top(logits.detach(), y, 1)
         return total, correct
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
+        with autocast(self.device, self.settings["precision"]):
             return model(self.network.normalise(images)).float()
 
     def _first_explained(self) -> contextlib.AbstractContextManager[None]:
@@ -114,8 +134,11 @@ class Stepper:
     def _gradients_stay_here(self, more: bool) -> contextlib.AbstractContextManager[None]:
         return self.shared.no_sync() if more and self.world.size > 1 else contextlib.nullcontext()
 
-    def _update(self) -> None:
-        if self.optim["grad_clip"] is not None:
-            trained = [p for p in self.network.model.parameters() if p.requires_grad]
-            torch.nn.utils.clip_grad_norm_(trained, self.optim["grad_clip"])
-        self.optimizer.step()
+    def _update(self, good: bool) -> None:
+        """Take the optimizer's step where all is good, and let the scaler see it."""
+        if good:
+            if self.optim["grad_clip"] is not None:
+                trained = [p for p in self.network.model.parameters() if p.requires_grad]
+                torch.nn.utils.clip_grad_norm_(trained, self.optim["grad_clip"])
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
