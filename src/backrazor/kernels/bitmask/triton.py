@@ -1,8 +1,8 @@
 """One-bit masks on CUDA. Each program turns ``BYTES`` bytes of bits into eight times as many elements, or back; every
 output is written by one program.
 
-Shape legend: B samples, n elements per sample. Where n is a multiple of 8 the batch is one long row, so tiny samples cost
-no idle lanes.
+Shape legend: B samples, n elements per sample. Where n is a multiple of 8 the batch is one long row, so tiny
+samples cost no idle lanes.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Quantised derivatives on CUDA. An element's interval is found by bisection: ``bits`` comparisons against thresholds
 that stay in the first-level cache.
 
-Shape legend: B samples, n elements per sample, 8 / bits elements per byte. Where rows end on whole bytes the batch is one
-long row.
+Shape legend: B samples, n elements per sample, 8 / bits elements per byte. Where rows end on whole bytes the batch
+is one long row.
 """
 
 import torch
