@@ -64,7 +64,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Binary:
-    """What a configuration became: registers a thread, bytes of local memory a thread (spills and stack), bytes of
+    """What a configuration became: registers per thread, bytes of local memory per thread (spills and stack), bytes of
     shared memory a block."""
 
     configuration: Configuration

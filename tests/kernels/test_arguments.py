@@ -29,14 +29,13 @@ from tests.backrazor.compare import assert_close, assert_same_bits
 X = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
 
 
-def permuted(block: type[Arguments], order: str) -> type[Arguments]:
+def permuted(block: type[Arguments]) -> type[Arguments]:
     """The same fields in another order."""
     kinds = {name: {ctypes.c_int64: int, ctypes.c_float: float}[kind] for name, kind in block._fields_}
-    names = list(reversed(kinds))
-    if order == "shuffled":
-        random.Random(0).shuffle(names)
+    names = list(kinds)
+    random.Random(0).shuffle(names)
     made = struct(block.__name__, {name: kinds[name] for name in names}, block.names)
-    assert made.record.offset("next_task") != block.record.offset("next_task")
+    assert [name for name, _ in made._fields_] != [name for name, _ in block._fields_]
     return made
 
 
@@ -97,15 +96,14 @@ FAMILIES = {topk: _topk, bitmask: _bitmask, derivative: _derivative, rowquant: _
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["reversed", "shuffled"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda module: module.__name__.split(".")[-2])
-def test_fields_in_another_order_change_nothing(family, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fields_in_another_order_change_nothing(family, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "is_writable", lambda folder: False)
     blocks = {name: thing for name, thing in vars(family).items() if isinstance(thing, type(Arguments))}
     blocks = {name: block for name, block in blocks.items() if issubclass(block, Arguments)}
     assert len(blocks) >= 2
     for name, block in blocks.items():
-        monkeypatch.setattr(family, name, permuted(block, order))
+        monkeypatch.setattr(family, name, permuted(block))
     for name, got, wanted in FAMILIES[family]():
         if family is product:
             assert_close(name, got, wanted, 1e-5)

@@ -162,8 +162,7 @@ def test_every_kernel_compiles_for_other_processors(monkeypatch: pytest.MonkeyPa
             module = binding.parse_assembly(code)
             module.triple, module.data_layout = machine.triple, str(machine.target_data)
             made = machine.emit_assembly(module)
-            assert not re.search(r"__(?:extend|trunc)\w*hf", made), f"{worker.__name__}{settings} on {name}"
-            assert len(machine.emit_object(module)) > 1000
+            assert "ret" in made and not re.search(r"__(?:extend|trunc)\w*hf", made), f"{worker.__name__} on {name}"
 
 
 def test_the_list_for_warming_up_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

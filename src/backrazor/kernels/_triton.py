@@ -30,7 +30,8 @@ def launch(kernel, programs: int, *arguments, warps: int, registers: int | None 
 
 
 def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:
-    """(elements a chunk, chunks a sample): enough programs to fill the device, and no more; a chunk is whole blocks.
+    """(elements per chunk, chunks per sample): enough programs to fill the device and no more; a chunk is whole
+    blocks.
 
     Raises:
         ValueError: a sample has 2^31 elements or nearly so: positions inside a sample are 32-bit.

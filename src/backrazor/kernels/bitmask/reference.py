@@ -1,4 +1,4 @@
-"""One bit an element for piecewise-linear functions, in plain PyTorch."""
+"""One bit per element for piecewise-linear functions, in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """One-bit masks on CUDA. Each program turns ``BYTES`` bytes of bits into eight times as many elements, or back; every
 output is written by one program.
 
-Shape legend: B samples, n elements a sample. Where n is a multiple of 8 the batch is one long row, so tiny samples cost
-no idle lanes.
+Shape legend: B samples, n elements per sample. Where n is a multiple of 8 the batch is one long row, so tiny
+samples cost no idle lanes.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from .._triton import launch, to_float32
 from .layout import mask_bytes
 
-BYTES = 256  # 2,048 elements a program: 16 a thread with four warps
+BYTES = 256  # 2,048 elements per program: 16 per thread with four warps
 WARPS = 4
 
 
@@ -51,7 +51,7 @@ def _apply(grad, bits, out, n, blocks, BYTES: tl.constexpr):
 
 
 def _rows(batch: int, n: int) -> tuple[int, int, int]:
-    """(rows, elements a row, programs a row)."""
+    """(rows, elements per row, programs per row)."""
     rows, length = (1, batch * n) if n % 8 == 0 else (batch, n)
     return rows, length, -(-length // (8 * BYTES))
 

@@ -1,8 +1,8 @@
 """Quantised derivatives on CUDA. An element's interval is found by bisection: ``bits`` comparisons against thresholds
 that stay in the first-level cache.
 
-Shape legend: B samples, n elements a sample, 8 / bits elements a byte. Where rows end on whole bytes the batch is one
-long row.
+Shape legend: B samples, n elements per sample, 8 / bits elements per byte. Where rows end on whole bytes the batch
+is one long row.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from .._triton import from_float32, launch, to_float32
 from .layout import code_bytes
 
-ELEMENTS = 2048  # a program: 16 elements a thread with four warps
+ELEMENTS = 2048  # a program: 16 elements per thread with four warps
 WARPS = 4
 
 
@@ -57,7 +57,7 @@ def _apply(grad, codes, levels, out, n, blocks, BITS: tl.constexpr, ELEMENTS: tl
 
 
 def _rows(batch: int, n: int, bits: int) -> tuple[int, int, int]:
-    """(rows, elements a row, programs a row)."""
+    """(rows, elements per row, programs per row)."""
     rows, length = (1, batch * n) if n % (8 // bits) == 0 else (batch, n)
     return rows, length, -(-length // ELEMENTS)
 

@@ -4,7 +4,7 @@ Forward: out = z * weight + bias with z = (x - mean) * rstd, and z stored as ``r
 stored z and g the gradient times ``weight``: rstd * (g - mean(g) - h * mean(g * h)) (Ba et al.,
 https://arxiv.org/abs/1607.06450).
 
-Shape legend: R rows, m elements a row.
+Shape legend: R rows, m elements per row.
 """
 
 from __future__ import annotations

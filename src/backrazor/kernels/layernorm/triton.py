@@ -6,7 +6,7 @@ ever exists. The sums for weight and bias run over rows that different programs 
 registers and writes one partial row, and PyTorch adds the partial rows. The number of programs follows from the shape
 alone, so the sums come out the same in every run, and nothing races.
 
-Shape legend: R rows, m elements a row, P programs.
+Shape legend: R rows, m elements per row, P programs.
 """
 
 import torch
@@ -19,8 +19,8 @@ from ..derivative.layout import code_bytes
 from ..rowquant.triton import store_codes
 from .layout import LONGEST_ROW
 
-# (rows a program holds, elements of a row, warps): the first whose elements hold the row. Eight elements a thread: the
-# two sums of backward stay in registers without spills.
+# (rows a program holds, elements of a row, warps): the first whose elements hold the row. Eight elements per thread:
+# the two sums of backward stay in registers without spills.
 CONFIGS = ((4, 256, 4), (1, 1024, 4), (1, 2048, 8), (1, LONGEST_ROW, 16))
 SUMMING_PROGRAMS = 512  # of backward: each leaves a row of partial sums
 

@@ -1,6 +1,6 @@
 """The packed elements of a sample as entries, (offset of a vector, value), in the order of the weight they belong to.
 
-Shape legend: n elements a sample, K kept, C channels, H/W height/width, T tokens, I inputs.
+Shape legend: n elements per sample, K kept, C channels, H/W height/width, T tokens, I inputs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Rows of up to 4,096 elements stay in registers between the search for the largest and the quantisation: one read. Longer
 ones are read twice, the second time from the cache.
 
-Shape legend: R rows, m elements a row.
+Shape legend: R rows, m elements per row.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .._triton import from_float32, launch, magnitude, quantise, scale_of, to_float32
 from ..derivative.layout import code_bytes
 
-# (rows a program, elements of a row held at once, warps): the first whose elements hold the row, else the last
+# (rows per program, elements of a row held at once, warps): the first whose elements hold the row, else the last
 CONFIGS = ((32, 64, 4), (8, 256, 4), (2, 1024, 4), (1, 4096, 8))
 
 

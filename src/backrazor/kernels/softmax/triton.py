@@ -4,7 +4,7 @@ where the unfused operators read or write eight.
 A program owns whole rows; a row of up to 4,096 elements stays in registers, a longer one is read twice, the second time
 from the cache. A row of a sample need not begin on a whole byte of the mask, so each element looks up its own.
 
-Shape legend: B samples, R rows a sample, m elements a row.
+Shape legend: B samples, R rows per sample, m elements per row.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._triton import from_float32, launch, to_float32
 
-# (rows a program, elements of a row held at once, warps): the first whose elements hold the row, else the last
+# (rows per program, elements of a row held at once, warps): the first whose elements hold the row, else the last
 CONFIGS = ((32, 64, 4), (8, 256, 4), (2, 1024, 4), (1, 4096, 8))
 
 

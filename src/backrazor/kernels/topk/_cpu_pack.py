@@ -1,6 +1,6 @@
 """The second pass of packing: values, cast or quantised, and the index, written in order.
 
-Shape legend: n elements a sample, K kept, T = ceil(n / 256) tiles.
+Shape legend: n elements per sample, K kept, T = ceil(n / 256) tiles.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the K-th largest magnitude of a sample is found: two passes, or an exact radix selection.
 
-Shape legend: n elements a sample, K kept.
+Shape legend: n elements per sample, K kept.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Unpacking: stored values back to their places, zeros elsewhere.
 
-Shape legend: n elements a sample, K kept, T = ceil(n / 256) tiles.
+Shape legend: n elements per sample, K kept, T = ceil(n / 256) tiles.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ else. Both are atomic, integer, and commutative (a sum, an or), so the order of 
 pass from launch to launch in a slot of their own, written by the sample's first chunk alone and read only by later
 launches. A value's place is counted, not drawn from an atomic counter, so it is the same in every run.
 
-Shape legend: B samples, n elements a sample, K kept, C chunks a sample, S = 3 slots of state.
+Shape legend: B samples, n elements per sample, K kept, C chunks per sample, S = 3 slots of state.
 """
 
 import triton

@@ -6,11 +6,11 @@ and nothing is cleared beforehand.
              the block
     decode   no index: values back to their type
 
-Both of the latter may end in an epilogue: (x_hat - mean) * rstd with a mean and a reciprocal deviation a row, so that a
-norm's pruned input is normalised on its way out.
+Both of the latter may end in an epilogue: (x_hat - mean) * rstd with a mean and a reciprocal deviation per row, so that
+a norm's pruned input is normalised on its way out.
 
-Shape legend: B samples, n elements a sample, K kept, C chunks a sample, T = ceil(n / 256) tiles, r = row elements a
-row of the epilogue.
+Shape legend: B samples, n elements per sample, K kept, C chunks per sample, T = ceil(n / 256) tiles, r = row elements
+per row of the epilogue.
 """
 
 import triton

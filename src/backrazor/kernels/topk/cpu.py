@@ -1,4 +1,4 @@
-"""Top-K selection, packing and unpacking on the CPU: one thread a sample, vector blocks of 16 elements.
+"""Top-K selection, packing and unpacking on the CPU: one thread per sample, vector blocks of 16 elements.
 
 Selecting costs two passes over the sample. A small deterministic sample of magnitudes gives an interval [low, high]
 that holds the K-th largest with near certainty; the first pass counts what lies above and collects what lies strictly
@@ -6,7 +6,7 @@ inside (a few per cent); the K-th largest follows exactly from those. The second
 (or ties flood it), an exact radix selection over the whole sample takes its place: the result never depends on the
 guess.
 
-Shape legend: n elements a sample, K kept, T = ceil(n / 256) tiles.
+Shape legend: n elements per sample, K kept, T = ceil(n / 256) tiles.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Of a sample's n elements the K of the largest magnitude are kept, ties by the lo
 that of the bits without the sign, so infinity and NaN come first and are never hidden. Values are stored in the order
 of their index.
 
-Shape legend: B samples, n elements a sample, K kept, T = ceil(n / 256) tiles, V = ceil(K / 256) value tiles.
+Shape legend: B samples, n elements per sample, K kept, T = ceil(n / 256) tiles, V = ceil(K / 256) value tiles.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def pack(x: Tensor, keep: int, values: str, index: str) -> tuple[Tensor, Tensor,
     """(B, n) -> stored values (B, K), scales, index, counts, full, status bits.
 
     index "none": nothing (K = n); "bitmap": (B, ceil(n / 8)) uint8; "tile": offsets in their 256-element tile (B, K)
-    uint8, counts (B, T) uint8 and, since a count of 256 does not fit, one bit a tile that says "full" (B, ceil(T / 8))
-    uint8.
+    uint8, counts (B, T) uint8 and, since a count of 256 does not fit, one bit per tile that says "full" (B, ceil(T /
+    8)) uint8.
     """
     batch, n = x.shape
     empty = x.new_empty(0, dtype=torch.uint8)

@@ -15,7 +15,7 @@ from .layout import INDEX, TILE, Stored
 
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
-SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers a thread
+SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers per thread
 EMIT_REGISTERS = 128  # left to itself the assembler makes do with 80 and spills
 RUNS = 8  # runs of 256 that a program quantises
 STAGED_BYTES = 32 << 20  # kept values on their way to int8 never take more than this, or one sample's worth
