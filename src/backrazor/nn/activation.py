@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
+from ..config import bits_of
 from ..functional.epilogue import Act
 from .base import DropIn, LayerRules
 from .fusion import hands_through
@@ -36,11 +37,11 @@ class _PiecewiseLinear(_RazorActivation):
 
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
-        return "one bit an element"
+        return "one bit per element"
 
 
 class RazorReLU(_PiecewiseLinear, nn.ReLU):
-    """ReLU that keeps one bit an element."""
+    """ReLU that keeps one bit per element."""
 
     def activate(self, x: Tensor) -> Tensor:
         return functional.piecewise_linear(x, lambda x: F.relu(x, self.inplace), 0.0, math.nan, self.inplace)
@@ -50,7 +51,7 @@ class RazorReLU(_PiecewiseLinear, nn.ReLU):
 
 
 class RazorHardtanh(_PiecewiseLinear, nn.Hardtanh):
-    """Hardtanh that keeps one bit an element."""
+    """Hardtanh that keeps one bit per element."""
 
     def activate(self, x: Tensor) -> Tensor:
         low, high = self.min_val, self.max_val
@@ -61,7 +62,7 @@ class RazorHardtanh(_PiecewiseLinear, nn.Hardtanh):
 
 
 class RazorReLU6(_PiecewiseLinear, nn.ReLU6):
-    """ReLU6 that keeps one bit an element."""
+    """ReLU6 that keeps one bit per element."""
 
     def activate(self, x: Tensor) -> Tensor:
         return functional.piecewise_linear(x, lambda x: F.relu6(x, self.inplace), 0.0, 6.0, self.inplace)
@@ -81,6 +82,10 @@ class RazorSmooth(_RazorActivation):
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return "input in float16" if rules.activation == "float16" else f"derivative in {rules.activation}"
 
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        return ("activation",)
+
     @property
     @abstractmethod
     def _function(self) -> str:
@@ -93,7 +98,7 @@ class RazorSmooth(_RazorActivation):
 
     def epilogue(self) -> Act | None:
         kept = self.razor.activation
-        return None if kept == "float16" else Act(self._function, bits=int(kept.removeprefix("int")))
+        return None if kept == "float16" else Act(self._function, bits=bits_of(kept))
 
 
 class RazorGELU(RazorSmooth, nn.GELU):
