@@ -144,10 +144,10 @@ class DropIn(nn.Module):
 class MadeDropIn(DropIn):
     """A drop-in that fits many classes: ``made`` derives one from it and from the class it replaces."""
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         cls = type(self)
         if "_made_for" not in vars(cls):  # pickle finds it by its name, or not at all
-            return object.__reduce_ex__(self, 4)
+            return super().__reduce_ex__(protocol)
         state = {key: value for key, value in self.__dict__.items() if key != _GIVEN}
         return _restore, (cls.__bases__[0], vars(cls)["_made_for"]), state
 

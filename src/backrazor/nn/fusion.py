@@ -114,9 +114,9 @@ class Linked(nn.Module):
 
     __prepare_scriptable__ = refuse_script
 
-    def __reduce__(self):
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         if type(self) is not linked(self._backrazor_linked):  # derived from it since: that class's own affair
-            return object.__reduce_ex__(self, 4)
+            return super().__reduce_ex__(protocol)
         return _restore, (self._backrazor_linked,), self.__dict__
 
 
