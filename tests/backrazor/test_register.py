@@ -187,6 +187,26 @@ def test_a_model_of_another_process_needs_no_registration(tmp_path: Path) -> Non
     assert done.stdout.split() == ["RazorGatedUnit", "4", "GatedUnit"], done.stderr
 
 
+def test_kept_energy_passes_over_a_layer_without_a_weight() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.sigmoid()
+
+    class RazorGate(DropIn, Gate):
+        prunes = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.channel_scale(x, x.sigmoid(), self.razor.pruned, self.flag_for(x))
+
+    model = nn.Sequential(nn.Linear(16, 16), Gate())
+    with br.register(Gate, RazorGate):
+        assert len(br.razor_(model).replaced) == 2
+    with br.kept_energy(model) as energy:
+        loss = model(torch.randn(3, 16)).sum()
+    loss.backward()
+    assert [row.module for row in energy.rows] == ["0"]
+
+
 def test_attention_of_ones_own() -> None:
     plain, x = nn.Sequential(Heads(16), nn.Linear(16, 4)), torch.randn(3, 5, 16)
     ours = copy.deepcopy(plain)
