@@ -1,4 +1,4 @@
-"""The whole configuration of the library: one frozen dataclass and its presets."""
+"""The whole configuration of the library: one frozen dataclass, its presets, and what its words mean in bits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ _CHOICES = {
     "activation": ("dense", "float16", "int8", "int4", "int2"),
     "attention": ("dense", "pruned", "int8", "int4"),
 }
+_BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+def bits_of(word: str) -> int | None:
+    """Bits per element of an integer form: 8, 4 or 2 for "int8", "int4" or "int2". None for every other word."""
+    return _BITS.get(word)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +28,19 @@ class RazorConfig:
     Attributes:
         sparsity: share of each sample's activation that is dropped, in [0, 1); 0 keeps all of it and stores no index.
         head_sparsity: the same for the classifier's input; None means ``sparsity``.
-        values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" (a
-            bfloat16 scale for each 256 values), or "paper" (convolutions float32, Linear and attention float16, the
+        values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" (with
+            one bfloat16 scale per 256 values), or "paper" (convolutions float32, Linear and attention float16, the
             Linear head of a network with convolutions int8). A 16-bit input keeps its own type under every 16- or
             32-bit choice.
-        index: how positions are stored: "bitmap" (1 bit an element), "tile" (8-bit offsets in tiles of 256 elements and
-            a count a tile) or "auto", the smaller of the two for each layer.
+        index: how positions are stored: "bitmap" (one bit per element), "tile" (8-bit offsets in tiles of 256 elements
+            and one count per tile) or "auto", the smaller of the two for each layer.
         norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned",
-            "bfloat16", or the normalised
-            input in "int8" or "int4" with a float16 scale a row.
+            "bfloat16", or the normalised input in "int8" or "int4" with one float16 scale per row.
         activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the
-            derivative quantised to
-            256, 16 or 4 levels ("int8", "int4", "int2"). ReLU, ReLU6 and Hardtanh always keep one bit an element.
-        attention: "pruned" prunes q, k, the softmax output and v, as the paper does; "int8" and "int4" quantise q, k
-            and v a row and recompute the
-            softmax in backward; "dense" leaves attention alone.
+            derivative quantised to 256, 16 or 4 levels ("int8", "int4", "int2"). ReLU, ReLU6 and Hardtanh always keep
+            one bit per element.
+        attention: "pruned" prunes q, k, the softmax output and v, as the paper does. "int8" and "int4" quantise q, k
+            and v row by row and recompute the softmax in backward. "dense" leaves attention alone.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the value and what is allowed.

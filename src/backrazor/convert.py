@@ -1,138 +1,95 @@
-"""Converting a model in place, and back."""
+"""The verbs: converting a model in place, the way back, and the check for bad numbers.
+
+``rules.py`` decides what each layer gets, ``report.py`` says what was done.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from .codecs import Pruned
-from .codecs.normalised import NormCodec
-from .config import RazorConfig
-from .functional import AttentionCodec
-from .kernels.topk.reference import NON_FINITE, OVERFLOW
-from .nn import DROP_INS, STAYS, WINDOWED, drop_in_for, qualified_name
-from .nn.attention import RazorMultiheadAttention, SdpaDropIn
-from .nn.base import (
-    DropIn,
-    LayerRules,
-    attach,
-    class_given_to,
-    detach,
-    is_patched,
-    status_flags,
-    why_not_detached,
-)
+from .kernels.topk.layout import NON_FINITE, OVERFLOW
+from .nn import known_layers
+from .nn.base import DropIn, Earlier, attach, class_given_to, detach, status_flags, why_not_detached
 from .nn.fusion import Linked, link_chains, linked, unlink
-
-_ATTENTION = (SdpaDropIn, RazorMultiheadAttention)
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A module that became a drop-in: its name, both classes, and what it keeps for backward."""
-
-    name: str
-    original: str
-    replacement: str
-    keeps: str
-
-
-@dataclass(frozen=True)
-class Left:
-    """A module that stayed as it was, and why."""
-
-    name: str
-    type: str
-    reason: str
-
-
-@dataclass
-class Report:
-    """What ``razor_`` did."""
-
-    config: RazorConfig
-    replaced: list[Replaced] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
-    lowered: list[str] = field(default_factory=list)
-    fused: int = 0
-
-    def table(self) -> str:
-        """Lines for a person: what was replaced (by class), what was left and why, which precisions were lowered."""
-        groups: dict[tuple[str, str], int] = {}
-        for row in self.replaced:
-            key = row.original, row.keeps
-            groups[key] = groups.get(key, 0) + 1
-        lines = [f"razored with {self.config.describe()}"]
-        lines += [f"  {count:4d} x {original}: keeps {keeps}" for (original, keeps), count in groups.items()]
-        if self.fused:
-            chains = "convolution, frozen norm and activation, or Linear and activation"
-            lines.append(f"  {self.fused:4d} x a chain as one operator: {chains}")
-        lines += [f"  left {row.name} ({row.type}): {row.reason}" for row in self.left]
-        lines += [f"  precision: {line}" for line in self.lowered]
-        return "\n".join(lines)
-
-    __str__ = table
+from .report import Left, Replaced, Report, lowered
+from .rules import Configs, Gets, Stays, checked, decide
 
 
 def razor_(
-    model: nn.Module, config: RazorConfig | None = None, filter_fn: Callable[[str, nn.Module], bool] | None = None
+    model: nn.Module, config: Configs | None = None, filter_fn: Callable[[str, nn.Module], bool] | None = None
 ) -> Report:
     """Convert ``model`` in place so that backward works from pruned activations; returns a report.
 
     Parameters, buffers, state_dict keys, hooks and modes are untouched; the forward pass computes what it computed
     before, bit for bit.
 
+    On a model that is razored already, what this call chooses is converted anew. A drop-in that ``filter_fn`` leaves
+    out, or that no pattern matches, stays as the earlier call left it. What this call makes dense, by None or because
+    the new configuration refuses it, is turned back. The report counts all three.
+
     Args:
-        model: any module; a model that is razored already is converted anew.
-        config: defaults to ``RazorConfig()``, the compact preset at sparsity 0.9.
-        filter_fn: called with (qualified name, module); only modules for which it returns True are converted.
+        model: any module.
+        config: one RazorConfig for all layers (default: ``RazorConfig()``, the compact preset at sparsity 0.9), or a
+            dict from patterns to RazorConfig, or to None for layers that are to be dense. Patterns are those of
+            ``fnmatch.fnmatchcase`` and meet the qualified names of ``model.named_modules()``; ``*`` also matches dots.
+            The first pattern that matches a layer decides, in the order of the dict, so put ``"*"`` last. A layer that
+            no pattern matches is left as it is, and the report says so.
+        filter_fn: called with (qualified name, module); only modules for which it returns True are converted. With
+            patterns, it is asked about the layers that these give a RazorConfig.
 
     Raises:
-        TypeError: ``model`` or ``config`` is of another type.
-        ValueError: nothing in the model could be converted.
+        TypeError: ``model``, ``config``, or a key or value of a dict is of another type.
+        ValueError: nothing in the model could be converted, or a pattern decides for no layer; the message names it.
+            The model is as it was.
+        RuntimeError: the model is razored already and cannot be turned back; see ``unrazor_``.
     """
-    config = RazorConfig() if config is None else config
     if not isinstance(model, nn.Module):
         raise TypeError(f"razor_ takes a torch.nn.Module, not {type(model).__name__}")
-    if not isinstance(config, RazorConfig):
-        raise TypeError(f"config takes a RazorConfig, not {type(config).__name__}: use RazorConfig(sparsity=...)")
-    unrazor_(model)
-    report = Report(config)
-    head = _head_name(model)
-    has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    ends = transformer_ends(model)
-    windowed = _windowed(model)
-    for name, module in list(model.named_modules()):
-        cls = drop_in_for(module)
-        reason = None
-        if cls is None:
-            reason = _why_it_stays(module, is_root=module is model)
-        elif is_patched(module):
-            reason = "its forward is replaced on the instance, so that of the drop-in would not run"
-        elif filter_fn is not None and not filter_fn(name, module):
-            reason = "left out by filter_fn"
-        else:
-            rules = _rules(config, module, is_head=name == head, is_end=name in ends, cnn=has_convolution and not ends)
-            reason = cls.refusal(module, rules)
-            if name in ends and config.values == "paper":
-                reason = "the paper leaves both ends of a transformer dense"
-            if id(module) in windowed and config.sparsity > 0 and (cls.prunes or rules.attention.rule == "pruned"):
-                reason = reason or "inside window attention: index 0 counts windows, not images"
-            if reason is None:
-                report.replaced.append(Replaced(name, type(module).__name__, cls.__name__, cls.keeps(module, rules)))
-                attach(module, cls, rules)
-        if reason is not None:
-            report.left.append(Left(name, type(module).__name__, reason))
-    if not report.replaced:
-        known = ", ".join(sorted(key.rsplit(".", 1)[1] for key in DROP_INS))
-        raise ValueError(
-            f"nothing in {type(model).__name__} was converted: no module is one of {known} and passes filter_fn"
-        )
+    config = checked(config)
+    earlier = {name: Earlier.of(m) for name, m in model.named_modules() if isinstance(m, (DropIn, Linked))}
+    unrazor_(model)  # the rules look at a plain model
+    try:
+        decisions = list(decide(model, config, filter_fn))
+        report = _reported(config, decisions, {name: e for name, e in earlier.items() if issubclass(e.cls, DropIn)})
+        if not report.replaced and not report.earlier_turned_back:
+            raise ValueError(
+                f"nothing in {type(model).__name__} was converted: no module is one of {', '.join(known_layers())} and "
+                "is chosen by config and filter_fn"
+            )
+    except BaseException:
+        for state in earlier.values():
+            state.restore()
+        raise
+    for name in report.earlier_kept:
+        earlier[name].restore()
+    for gets in decisions:
+        if isinstance(gets, Gets):
+            attach(gets.module, gets.drop_in, gets.rules)
     report.fused = link_chains(model)
-    report.lowered = _lowered(config)
+    report.lowered = lowered(model)
+    return report
+
+
+def _reported(config: Configs, decisions: list[Gets | Stays], earlier: dict[str, Earlier]) -> Report:
+    """The report of what is going to be done; ``earlier``: the drop-ins that were there, by name."""
+    report, fates = Report(config), dict.fromkeys(earlier, "turned back")
+    for it in decisions:
+        kind = type(it.module).__name__
+        if isinstance(it, Gets):
+            fates[it.name] = "converted anew"
+            report.replaced.append(Replaced(it.name, kind, it.drop_in.__name__, it.keeps, it.config, it.pattern))
+            continue
+        reason = it.reason
+        if it.passed_over and it.name in earlier:
+            fates[it.name] = "kept"
+            reason += ", so what an earlier razor_ made of it stays"
+        report.left.append(Left(it.name, kind, reason))
+    report.earlier_kept = [name for name in earlier if fates[name] == "kept"]
+    report.earlier_renewed = [name for name in earlier if fates[name] == "converted anew"]
+    report.earlier_turned_back = [name for name in earlier if fates[name] == "turned back"]
     return report
 
 
@@ -164,13 +121,13 @@ def unrazor_(model: nn.Module) -> int:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Stop on bad numbers: call it after ``backward`` and before the optimizer steps. One device read for the whole
-    model.
+    """Stop on bad numbers: call it after ``backward`` and before the optimizer steps.
+
+    Reads the device once for the whole model.
 
     Raises:
         FloatingPointError: a packed activation held NaN or Inf, or a value too large for its stored type. Names the
-            layers; the flags are
-            cleared, so that the caller may skip the step and go on.
+            layers; the flags are cleared, so that the caller may skip the step and go on.
     """
     flags = [(name, flag) for name, module in model.named_modules() for flag in status_flags(module)]
     if not flags:
@@ -190,99 +147,6 @@ def check_finite(model: nn.Module) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{words} {', '.join(names[:3])}{more}")
-    hint = (
-        "" if not any(bits & OVERFLOW for bits in status) else "; use values='bfloat16' or 'float32' for a wider range"
-    )
+    overflowed = any(bits & OVERFLOW for bits in status)
+    hint = "; use values='bfloat16' or 'float32' for a wider range" if overflowed else ""
     raise FloatingPointError("; ".join(problems) + hint)
-
-
-def _head_name(model: nn.Module) -> str | None:
-    """Name of the classifier: the last Linear in module order."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
-
-
-def transformer_ends(model: nn.Module) -> set[str]:
-    """Names of the patch convolution, the final norm and the classifier of a network with attention; else empty.
-
-    The first sees images, the last one token or their mean: together below 2% of the bytes, and most of the gradient,
-    so neither is pruned (docs/gradients.md).
-    """
-    names, modules = zip(*model.named_modules(), strict=True)
-    drop_ins = dict(zip(names, map(drop_in_for, modules), strict=True))
-    attention = [i for i, cls in enumerate(drop_ins.values()) if cls and issubclass(cls, _ATTENTION)]
-    if not attention:
-        return set()
-    ends = [
-        name for name, module in zip(names, modules[: attention[0]], strict=False) if isinstance(module, nn.Conv2d)
-    ][:1]
-    # behind the last attention: a part of the model, or of a part of it that is no layer with a drop-in of its own
-    behind = [
-        (name, module)
-        for name, module in zip(names[attention[-1] :], modules[attention[-1] :], strict=True)
-        if name.count(".") <= 1 and name and drop_ins[name.rpartition(".")[0]] is None
-    ]
-    for kind in (nn.LayerNorm, nn.Linear):
-        ends += [name for name, module in behind if isinstance(module, kind)][-1:]
-    return set(ends)
-
-
-def _windowed(model: nn.Module) -> set[int]:
-    """Ids of the modules whose inputs are windows, not images."""
-    found = ((module, WINDOWED.get(qualified_name(type(module)))) for module in model.modules())
-    return {id(part) for module, name in found if name is not None for part in module.get_submodule(name).modules()}
-
-
-def _why_it_stays(module: nn.Module, is_root: bool) -> str | None:
-    """What to say of a module without a drop-in; None where it keeps nothing, or its parts say it all."""
-    cls = type(module)
-    if qualified_name(cls) in STAYS:
-        return STAYS[qualified_name(cls)]
-    if not any(True for _ in module.children()):
-        return "no drop-in for this class"
-    if _is_attention(cls) and not any(_is_attention(type(part)) for part in module.modules() if part is not module):
-        return "attention of a class without a drop-in: its product stays dense"
-    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
-    if own and not is_root:
-        return f"uses its own {', '.join(own)} itself: what that keeps stays dense"
-    return None
-
-
-def _is_attention(cls: type[nn.Module]) -> bool:
-    """By name: libraries have dozens of attention classes."""
-    return "Attention" in cls.__name__ or "Attn" in cls.__name__
-
-
-def _rules(config: RazorConfig, module: nn.Module, is_head: bool, is_end: bool, cnn: bool) -> LayerRules:
-    """The configuration resolved for one layer; ``is_end``: one of ``transformer_ends``."""
-    sparsity = 0.0 if is_end else config.sparsity
-    if is_head and config.head_sparsity is not None:
-        sparsity = config.head_sparsity
-    values = config.values
-    if values == "paper":
-        values = "float16"
-        if isinstance(module, nn.Conv2d):
-            values = "float32"
-        elif is_head and cnn:
-            values = "int8"
-    pruned = Pruned(sparsity, values, config.index)
-    norm_values = "float32" if config.values == "paper" else values
-    norm = NormCodec(config.norm, replace(pruned, values=norm_values))
-    return LayerRules(pruned, norm, config.activation, AttentionCodec(config.attention, pruned))
-
-
-def _lowered(config: RazorConfig) -> list[str]:
-    """Every precision that the configuration lowers, in words."""
-    lines = []
-    if config.values == "paper":
-        lines.append("kept values: float32 in convolutions, float16 in Linear and attention, int8 in the head of a CNN")
-    elif config.values != "float32":
-        lines.append(f"kept values are stored in {config.values}")
-    if config.attention in ("int8", "int4"):
-        lines.append(f"q, k and v of attention are stored in {config.attention}")
-    if config.norm in ("bfloat16", "int8", "int4"):
-        lines.append(f"the input of normalisation is stored in {config.norm}")
-    if config.activation != "dense":
-        what = "input" if config.activation == "float16" else "derivative"
-        lines.append(f"the {what} of smooth activations is stored in {config.activation}")
-    return lines

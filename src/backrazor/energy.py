@@ -47,7 +47,8 @@ class Energy:
     @torch.no_grad()
     def _see(self, name: str, module: DropIn, arguments: tuple[Tensor, ...]) -> None:
         (x, *_) = arguments
-        if not (module.weight.requires_grad and x.numel()):
+        weight = getattr(module, "weight", None)  # a drop-in that packs something else may have none
+        if weight is None or not weight.requires_grad or not x.numel():
             return
         if x.dim() < (4 if isinstance(module, nn.Conv2d) else 2):
             x = x.unsqueeze(0)

@@ -14,7 +14,7 @@ import backrazor as br
 from backrazor.nn import drop_in_of
 from backrazor.nn.base import DropIn
 from tests.backrazor.compare import assert_same_bits
-from tests.backrazor.networks import convnet, mlp
+from tests.backrazor.networks import convnet, freeze_norms, mlp
 
 
 @pytest.mark.parametrize("key", br.DROP_INS)
@@ -49,8 +49,7 @@ def test_the_report() -> None:
     assert "0.5" in rows["4"].keeps
     assert "one bit" in rows["1"].keeps
     assert [(row.name, row.type) for row in report.left] == [("2", "Sigmoid")]
-    lowered = " ".join(report.lowered)
-    assert all(word in lowered for word in ("int8", "int4", "normalisation", "activations"))
+    assert report.lowered == ["kept values are stored in int8"]
     for word in ("Conv2d", "left 2 (Sigmoid)", "precision:", "sparsity=0.9"):
         assert word in report.table()
     assert str(report) == report.table()
@@ -65,6 +64,45 @@ def test_nothing_is_lowered_in_silence() -> None:
         .lowered[0]
         .endswith("bfloat16")
     )
+
+
+KEPT = "kept values are stored in int8"
+NORM = "the input of normalisation is stored in int4"
+SMOOTH = "the derivative of smooth activations is stored in int2"
+ATTENTION = "q, k and v of attention are stored in int4"
+
+
+@pytest.mark.parametrize(
+    ("model", "lines"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout()), [KEPT]),
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU()), [KEPT, SMOOTH]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), [KEPT, NORM]),
+        (freeze_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())), [KEPT]),
+        (nn.Sequential(nn.LayerNorm(4)), [NORM]),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()), []),
+        (nn.MultiheadAttention(8, 2), [KEPT, ATTENTION]),
+        (nn.TransformerEncoderLayer(8, 2, 16, activation="relu"), [KEPT, ATTENTION, NORM]),
+        (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"), [SMOOTH, KEPT, ATTENTION, NORM]),
+    ],
+    ids=["ReLU", "GELU", "norm", "frozen norm", "norm alone", "bits", "attention", "encoder", "encoder with GELU"],
+)
+def test_the_report_speaks_only_of_what_the_model_has(model: nn.Module, lines: list[str]) -> None:
+    assert br.razor_(model).lowered == lines
+
+
+def test_the_report_of_a_frozen_norm_with_its_activation_inside() -> None:
+    norm = pytest.importorskip("timm.layers").BatchNormAct2d(4)
+    assert br.razor_(nn.Sequential(norm)).lowered == [NORM]
+    assert br.razor_(freeze_norms(nn.Sequential(norm))).lowered == []
+
+
+def test_the_report_counts_where_precisions_differ() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    assert br.razor_(model, br.RazorConfig.paper(0.9)).lowered == [
+        "kept values are stored in float16 in 2 of 4 layers",
+        "kept values are stored in int8 in 1 of 4 layers",
+    ]
 
 
 def test_filter_fn_selects() -> None:
@@ -233,13 +271,25 @@ def test_copies_work_alone(copied: type, frozen: bool) -> None:
 
 def test_razoring_twice_takes_the_new_configuration() -> None:
     model = mlp()
-    br.razor_(model, br.RazorConfig(0.9))
-    again = br.razor_(model, br.RazorConfig(0.5), filter_fn=lambda name, module: name == "0")
-    assert [row.name for row in again.replaced] == ["0"]
-    assert model[0].razor.pruned.sparsity == 0.5
-    assert type(model[3]) is nn.Linear
-    br.unrazor_(model)
+    count = len(br.razor_(model, br.RazorConfig(0.9)).replaced)
+    again = br.razor_(model, br.RazorConfig(0.5))
+    assert len(again.replaced) == len(again.earlier_renewed) == count
+    assert f"{count} converted anew (0, 1, 2 and {count - 3} more)" in again.table()
+    assert [model[i].razor.pruned.sparsity for i in (0, 3, 5)] == [0.5] * 3
+    assert br.unrazor_(model) == count
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_copies_of_classes_that_were_derived_since(copied: type) -> None:
+    """Sharding and parametrizing derive a class at run time, of layers and of containers with chains."""
+    model = mlp()
+    br.razor_(model)
+    for module in (model, model[0]):
+        module.__class__ = type(f"Derived{type(module).__name__}", (type(module),), {})
+    other, x = copied(model), torch.randn(3, 20)
+    assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+    assert_same_bits("forward", other(x), model(x))
 
 
 def test_a_module_used_twice_is_converted_once() -> None:

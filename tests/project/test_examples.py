@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from examples import plain_loop, transformers_trainer
+from examples import own_layer, plain_loop, transformers_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,14 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert plain_loop.main(["--epochs", "1"]) > 40
     out = capsys.readouterr().out
     assert "overall" in out and "3 x Conv2d" in out and "MB razored" in out
+
+
+def test_own_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    own_layer.main()
+    out = capsys.readouterr().out
+    assert "1 x GatedUnit: keeps the values at sparsity 0.9, the gate dense" in out and "3 x Linear" in out
+    assert int(out.split("saved for backward: ")[1].split()[0]) < 250_000  # 461,828 dense, 276,036 without the drop-in
+    assert len(Path(own_layer.__file__).read_text(encoding="utf-8").splitlines()) < 40
 
 
 def test_transformers_trainer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import bits_of
 from ..kernels import level_apply, level_encode, mask_apply, mask_encode
 from .layouts import as_rows, from_rows, memory_format
 from .packed import Form, Packed
-from .roles import MASK, QUANTISED, bits_of, mark
+from .roles import MASK, QUANTISED, mark
 from .smooth import ACTIVATIONS, quantiser_on
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import bits_of
 from ..kernels import row_decode, row_encode
 from .packed import Form, Packed
 from .pruned import Pruned, PrunedForm
-from .roles import DENSE, QUANTISED, bits_of, label_codes, mark
+from .roles import DENSE, QUANTISED, label_codes, mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class NormCodec:
     @property
     def bits(self) -> int | None:
         """The width of the normalised input's codes; None where the input itself is kept."""
-        return bits_of(self.kind) if self.kind in ("int8", "int4") else None
+        return bits_of(self.kind)
 
     def form(self, x: Tensor, rows: int) -> NormForm:
         """How x (B, ...) with ``rows`` rows in all is going to be stored."""

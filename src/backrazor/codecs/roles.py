@@ -32,8 +32,3 @@ def label_codes(codes: Tensor, scales: Tensor, batch: int) -> tuple[Tensor, ...]
     """Codes and scales of all rows as what is stored of a batch: (B, bytes) and (B, rows)."""
     parts = (part.view(batch, part.numel() // max(batch, 1)) for part in (codes, scales))
     return tuple(mark(part, role) for part, role in zip(parts, (QUANTISED, SCALES), strict=True))
-
-
-def bits_of(word: str) -> int:
-    """The width that a word of the configuration such as "int4" names."""
-    return int(word.removeprefix("int"))

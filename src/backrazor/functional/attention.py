@@ -33,7 +33,8 @@ from ..codecs import (
     times,
 )
 from ..codecs.derivative import DerivativeForm
-from ..codecs.roles import DENSE, bits_of
+from ..codecs.roles import DENSE
+from ..config import bits_of
 from ..kernels import fused_softmax, softmax_backward
 from .common import autocast_dtype, needs_grad, sample_chunks, write
 from .transforms import RazorFunction, differentiable_once

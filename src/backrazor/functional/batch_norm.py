@@ -1,5 +1,7 @@
-"""BatchNorm: frozen statistics keep nothing, batch statistics keep the input by the norm rule. Shape legend: B samples,
-C channels, * positions."""
+"""BatchNorm: frozen statistics keep nothing, batch statistics keep the input by the norm rule.
+
+Shape legend: B samples, C channels, * positions.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,10 @@ def batch_norm(
 ) -> Tensor:
     """``F.batch_norm`` of x (B, C, *).
 
-    On running statistics it is a scale and a shift a channel: backward multiplies, and nothing of x is kept unless
-        ``weight`` is trained. On batch statistics, or for a trained weight, the normalised input is kept by ``codec``
-        and stands in for x in the gradient's formula (Ioffe and Szegedy, https://arxiv.org/abs/1502.03167, section 3).
+    On running statistics it is one scale and one shift per channel: backward multiplies, and nothing of x is kept
+    unless ``weight`` is trained. On batch statistics, or for a trained weight, the normalised input is kept by
+    ``codec`` and stands for x in the gradient's formula (Ioffe and Szegedy, https://arxiv.org/abs/1502.03167,
+    section 3).
     """
     arguments = (running_mean, running_var, weight, bias, use_batch_statistics, momentum, eps)
     if not needs_grad(x, weight, bias) or x.dim() < 2 or x.shape[1] in (0, x.numel()):  # one value per channel

@@ -1,18 +1,30 @@
-"""Drop-in modules, and the one table that says which class each of them replaces.
+"""Drop-in modules, the one table that says which class each of them replaces, and ``register`` for other classes.
 
-The key is the qualified name of the exact class (a subclass may compute something else, so it needs a line of its own);
-the value names the drop-in, or, with parentheses, the function that makes one of the class. Names keep libraries
+The key is the qualified name of the exact class (a subclass may compute something else, so it needs a line of its own).
+The value names the drop-in, or, with parentheses, the function that makes one of the class. Names keep libraries
 unimported until a model brings one of their classes.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import MutableMapping
 from importlib import import_module
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .base import DropIn
+from .base import DropIn, LayerRules
+
+__all__ = [
+    "DROP_INS",
+    "DropIn",
+    "LayerRules",
+    "Registration",
+    "drop_in_for",
+    "drop_in_of",
+    "qualified_name",
+    "register",
+]
 
 _TORCH = "torch.nn.modules"
 
@@ -102,6 +114,9 @@ STAYS: dict[str, str | None] = {
     "transformers.models.vit.modeling_vit.ViTEmbeddings": None,
 }
 
+# What ``register`` was told, by the class itself: in a notebook two classes may have one name.
+_REGISTERED: dict[type[nn.Module], type[DropIn]] = {}
+
 
 def qualified_name(cls: type) -> str:
     """module.Class, the form of the keys of ``DROP_INS``."""
@@ -113,12 +128,91 @@ def drop_in_for(module: nn.Module) -> type[DropIn] | None:
     return drop_in_of(type(module))
 
 
-@cache
 def drop_in_of(cls: type[nn.Module]) -> type[DropIn] | None:
     """The drop-in of exactly this class, or None."""
+    return _REGISTERED.get(cls) or _shipped(cls)
+
+
+# What has been looked up; a user's own classes live no longer for it.
+_LOOKED_UP: MutableMapping[type[nn.Module], type[DropIn] | None] = WeakKeyDictionary()
+
+
+def _shipped(cls: type[nn.Module]) -> type[DropIn] | None:
+    """The drop-in that ``DROP_INS`` names for this class."""
+    if cls not in _LOOKED_UP:
+        _LOOKED_UP[cls] = _resolve(cls)
+    return _LOOKED_UP[cls]
+
+
+def _resolve(cls: type[nn.Module]) -> type[DropIn] | None:
     path = DROP_INS.get(qualified_name(cls))
     if path is None:
         return None
     file, name = path.split(".")
     found = getattr(import_module(f"{__name__}.{file}"), name.removesuffix("()"))
     return found(cls) if name.endswith("()") else found
+
+
+class Registration:
+    """What ``register`` returns. ``remove()`` undoes it, and so does the end of a ``with`` block."""
+
+    def __init__(self, layer: type[nn.Module], drop_in: type[DropIn]) -> None:
+        self.layer, self.drop_in = layer, drop_in
+
+    def remove(self) -> None:
+        """Forget the drop-in. Layers that ``razor_`` has converted stay drop-ins until ``unrazor_``. Safe to repeat."""
+        if _REGISTERED.get(self.layer) is self.drop_in:
+            del _REGISTERED[self.layer]
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def register(layer: type[nn.Module], drop_in: type[DropIn]) -> Registration:
+    """From now on ``razor_`` puts ``drop_in`` in the place of every module whose class is exactly ``layer``.
+
+    What a drop-in has to be is said at ``backrazor.nn.DropIn``. The registration holds for this process.
+
+    Args:
+        layer: a module class of your own.
+        drop_in: a subclass of both ``backrazor.nn.DropIn`` (named first) and ``layer``, such as
+            ``class RazorMyLayer(DropIn, MyLayer)``.
+
+    Returns:
+        A handle with ``remove()``, which is also a context manager.
+
+    Raises:
+        TypeError: one of the two is no class, ``layer`` is no plain module class, or ``drop_in`` is not a subclass of
+            both, has an ``__init__``, or names ``DropIn`` after ``layer``.
+        ValueError: ``layer`` has a drop-in already, or ``drop_in`` takes part in chains.
+    """
+    for cls in (layer, drop_in):
+        if not isinstance(cls, type):
+            raise TypeError(f"register takes two classes, not {cls!r:.100}: use register(MyLayer, RazorMyLayer)")
+    if not issubclass(layer, nn.Module) or issubclass(layer, DropIn):
+        raise TypeError(f"register takes the class of a plain layer first, a torch.nn.Module, not {layer.__name__}")
+    ours, theirs = drop_in.__name__, layer.__name__
+    if not issubclass(drop_in, DropIn) or not issubclass(drop_in, layer):
+        raise TypeError(f"{ours} is no subclass of both DropIn and {theirs}: use class {ours}(DropIn, {theirs})")
+    if drop_in.__mro__.index(DropIn) > drop_in.__mro__.index(layer):
+        raise TypeError(f"{ours} names DropIn after {theirs}: use class {ours}(DropIn, {theirs})")
+    if drop_in.__init__ is not DropIn.__init__:
+        raise TypeError(f"{ours} has an __init__, which razor_ never runs: it changes the class of a layer that exists")
+    if drop_in.link is not None:
+        raise ValueError(
+            f"{ours} takes part in chains of layers, which know this library's own classes only: set link = None in it"
+        )
+    known = drop_in_of(layer)
+    if known is not None:
+        out = "remove() that registration first" if layer in _REGISTERED else "derive a class of your own"
+        raise ValueError(f"{theirs} has a drop-in already, {known.__name__}: {out}")
+    _REGISTERED[layer] = drop_in
+    return Registration(layer, drop_in)
+
+
+def known_layers() -> list[str]:
+    """Names of all classes that have a drop-in, sorted."""
+    return sorted({*(key.rpartition(".")[2] for key in DROP_INS), *(cls.__name__ for cls in _REGISTERED)})

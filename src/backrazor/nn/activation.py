@@ -82,6 +82,10 @@ class RazorSmooth(_RazorActivation):
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return "input in float16" if rules.activation == "float16" else f"derivative in {rules.activation}"
 
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        return ("activation",)
+
     @property
     @abstractmethod
     def _function(self) -> str:

@@ -8,7 +8,6 @@ stays dense for that call.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional
 from ..functional.transforms import refuse_tracing
-from .base import DropIn, LayerRules, MadeDropIn
+from .base import DropIn, LayerRules, MadeDropIn, made
 from .linear import RazorLinear
 
 _WORDS = {
@@ -91,6 +90,10 @@ class SdpaDropIn(MadeDropIn):
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return _WORDS[rules.attention.rule]
 
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        return ("attention",)
+
     @property
     def fused_attn(self) -> bool:
         """timm's switch between ``F.scaled_dot_product_attention`` and the formula: on, whatever the layer was set to,
@@ -106,10 +109,9 @@ class SdpaDropIn(MadeDropIn):
             return super().forward(*args, **kwargs)
 
 
-@cache
-def sdpa_drop_in(original: type[nn.Module], base: type[SdpaDropIn] = SdpaDropIn) -> type[SdpaDropIn]:
+def sdpa_drop_in(original: type[nn.Module], base: type[SdpaDropIn] = SdpaDropIn) -> type[MadeDropIn]:
     """The drop-in of an attention class that calls ``F.scaled_dot_product_attention``."""
-    return type(f"Razor{original.__name__}", (base, original), {"__module__": __name__})
+    return made(base, original)
 
 
 class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
@@ -129,6 +131,10 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return f"{_WORDS[rules.attention.rule]}; inputs of the projections pruned; dense where need_weights=True"
+
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        return "pruned", "attention"
 
     def forward(
         self,
@@ -226,6 +232,10 @@ class RazorTransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return "its activation as one bit or by the activation rule; its parts as listed"
+
+    @classmethod
+    def rules_used(cls, module: nn.TransformerEncoderLayer) -> tuple[str, ...]:
+        return ("activation",) if module.activation is F.gelu else ()
 
     def _ff_block(self, x: Tensor) -> Tensor:
         x = self.linear1(x)

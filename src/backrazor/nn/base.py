@@ -1,14 +1,15 @@
 """What every drop-in has: the resolved rules of its layer, a flag for bad numbers, and the class it came from.
 
 A drop-in is a subclass of the layer it replaces, put in place by changing the object's class. Parameters, buffers,
-hooks, mode, names and every reference to the module stay as they are; the way back is the same assignment.
+hooks, mode, names and every reference to the module stay as they are. The way back is the same assignment.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,20 @@ from ..functional.transforms import is_wrapped, refuse_script, refuse_tracing
 
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
-ORIGINAL, _STATUS = "_backrazor_original", "_backrazor_status"
+ORIGINAL, _GIVEN, _STATUS = "_backrazor_original", "_backrazor_given", "_backrazor_status"
+_OWN = (ORIGINAL, _GIVEN, _STATUS, "razor")  # what razor_ puts into the __dict__ of a module
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRules:
-    """The configuration as one layer sees it."""
+    """The configuration as one layer sees it.
+
+    Attributes:
+        pruned: what the operators of ``backrazor.functional`` take to pack an input: sparsity, values and index.
+        norm: the same for the input of a normalisation.
+        activation: what a smooth activation keeps: "dense", "float16", "int8", "int4" or "int2".
+        attention: what attention keeps of q, k, its softmax and v.
+    """
 
     pruned: Pruned
     norm: NormCodec
@@ -71,12 +80,31 @@ class Status:
 
 
 class DropIn(nn.Module):
-    """Mixin of the drop-ins. ``razor`` holds the layer's rules."""
+    """Base of the drop-ins: ``class RazorMyLayer(DropIn, MyLayer)``, with ``DropIn`` first.
+
+    A drop-in overrides ``forward``, or a method that the layer's forward calls. The new one computes what the layer
+    computes, to the bit, through the operators of ``backrazor.functional``, which pack what backward needs. They take
+    the layer's rules, ``self.razor``, and its flag, ``self.flag_for(x)``::
+
+        def forward(self, x):
+            return functional.linear(x, self.weight, self.bias, self.razor.pruned, self.flag_for(x))
+
+    It may also override ``refusal``, ``keeps`` and ``rules_used``, and the class attributes below. It has no
+    ``__init__`` and no parameters or buffers of its own, since ``razor_`` only changes the class of a module that
+    exists. ``backrazor.register`` makes a drop-in known.
+
+    Attributes:
+        razor: the layer's rules.
+        packs: whether an operator in it takes a flag. False for a layer that keeps bits or a shape only.
+        prunes: whether it packs its first argument, sample by sample. Such a layer stays dense inside window
+            attention, where index 0 counts windows.
+        link: its part in a chain that runs as one operator (see fusion.py). None for every class outside this library.
+    """
 
     razor: LayerRules
-    packs: ClassVar[bool] = True  # whether it has a flag for non-finite values and overflow
-    prunes: ClassVar[bool] = False  # whether it prunes its input per sample
-    link: ClassVar[str | None] = None  # its part in a chain: "linear", "conv", "norm" or "activation" (see fusion.py)
+    packs: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
+    link: ClassVar[str | None] = None
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         """A layer made by the class of another one, ``type(layer)(...)``, is a plain one: it has no rules.
@@ -108,6 +136,12 @@ class DropIn(nn.Module):
             return f"input, all of it, {pruned.values}"
         return f"input at sparsity {pruned.sparsity:g}, {pruned.values}, index {pruned.index}"
 
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        """Which fields of ``LayerRules`` decide what the layer keeps, as it stands now. The report names their
+        precision."""
+        return ("pruned",) if cls.packs else ()
+
     def flag_for(self, x: Tensor) -> Tensor:
         """The layer's status bits, int32 (1,), on the device of ``x``.
 
@@ -125,26 +159,33 @@ class DropIn(nn.Module):
 
 
 class MadeDropIn(DropIn):
-    """A drop-in whose class is made for the class it replaces, so that pickle cannot find it by name."""
+    """A drop-in that fits many classes: ``made`` derives one from it and from the class it replaces."""
 
-    def __reduce__(self):
-        if type(self) is not class_given_to(self):  # derived from it since: that class's own affair
-            return object.__reduce_ex__(self, 4)
-        return _restore, (self.__dict__[ORIGINAL],), self.__dict__
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        cls = type(self)
+        if "_made_for" not in vars(cls):  # pickle finds it by its name, or not at all
+            return super().__reduce_ex__(protocol)
+        state = {key: value for key, value in self.__dict__.items() if key != _GIVEN}
+        return _restore, (cls.__bases__[0], vars(cls)["_made_for"]), state
 
 
-def _restore(original: type[nn.Module]) -> nn.Module:
-    from . import drop_in_of  # the table of drop-ins stands above this module
+@cache
+def made(base: type[MadeDropIn], original: type[nn.Module]) -> type[MadeDropIn]:
+    """The drop-in of ``original`` that ``base`` is for it."""
+    members = {"__module__": base.__module__, "_made_for": original}
+    return type(f"Razor{original.__name__}", (base, original), members)
 
-    cls = drop_in_of(original)
-    return cls.__new__(cls)
+
+def _restore(base: type[MadeDropIn], original: type[nn.Module]) -> nn.Module:
+    cls = made(base, original)
+    module = cls.__new__(cls)
+    module.__dict__[_GIVEN] = cls
+    return module
 
 
 def class_given_to(module: DropIn) -> type[DropIn]:
     """The drop-in class that ``razor_`` gave a module; its class now may be one that was derived from it since."""
-    from . import drop_in_of
-
-    return drop_in_of(module.__dict__[ORIGINAL])
+    return module.__dict__[_GIVEN]
 
 
 def status_flags(module: nn.Module) -> list[Tensor]:
@@ -179,8 +220,26 @@ def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules) -> None:
     if cls.packs:  # made now for where it is going to be needed, so that tracing finds it
         for device in {t.device for t in (*module.parameters(), *module.buffers())}:
             status.on(device)
-    module.__dict__.update({ORIGINAL: type(module), _STATUS: status, "razor": rules})
+    module.__dict__.update({ORIGINAL: type(module), _GIVEN: cls, _STATUS: status, "razor": rules})
     module.__class__ = cls
+
+
+class Earlier(NamedTuple):
+    """A module as an earlier ``razor_`` left it: its class and what was put into its ``__dict__``."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    own: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Earlier:
+        """The module as it stands now."""
+        return cls(module, type(module), {key: module.__dict__[key] for key in _OWN if key in module.__dict__})
+
+    def restore(self) -> None:
+        """Make the module again what it was."""
+        self.module.__dict__.update(self.own)
+        self.module.__class__ = self.cls
 
 
 def why_not_detached(module: nn.Module, base: type[nn.Module]) -> str | None:
@@ -199,7 +258,7 @@ def why_not_detached(module: nn.Module, base: type[nn.Module]) -> str | None:
 def detach(module: nn.Module) -> None:
     """Turn a drop-in back into what it was."""
     module.__class__ = rebased(type(module), class_given_to(module), module.__dict__[ORIGINAL])
-    for name in (ORIGINAL, _STATUS, "razor"):
+    for name in _OWN:
         module.__dict__.pop(name, None)
 
 

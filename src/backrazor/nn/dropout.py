@@ -9,13 +9,13 @@ from .base import DropIn, LayerRules
 
 
 class RazorDropout(DropIn, nn.Dropout):
-    """Dropout that keeps one bit an element."""
+    """Dropout that keeps one bit per element."""
 
     packs = False
 
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
-        return "one bit an element"
+        return "one bit per element"
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.dropout(input, self.p, self.training, self.inplace)

@@ -40,8 +40,7 @@ _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _TIMM_RESNET = "timm.models.resnet"
 _VISION_RESNET = "torchvision.models.resnet"
 
-# (convolution, norm[, activation]) or (linear, activation) attributes. timm's norm layers carry their activation
-# inside.
+# Attribute names: (convolution, norm[, activation]) or (linear, activation). timm's norm layers hold their activation.
 CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_TIMM_BLOCKS}.ConvBnAct": (("conv", "bn1"),),
     f"{_TIMM_BLOCKS}.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional
-from .base import DropIn, LayerRules
+from .base import DropIn, LayerRules, is_frozen
 from .fusion import hands_through
 
 _WORDS = {
@@ -57,6 +57,10 @@ class _RazorBatchNorm(DropIn):
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return f"on running statistics nothing, else {norm_words(rules)}"
 
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        return () if is_frozen(module) else ("norm",)
+
     def forward(self, input: Tensor) -> Tensor:
         if hands_through(self, input):
             return input
@@ -85,6 +89,10 @@ class RazorLayerNorm(DropIn, nn.LayerNorm):
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
         return norm_words(rules)
 
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        return ("norm",)
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps, self.razor.norm, self.flag_for(input)
@@ -96,6 +104,7 @@ class RazorRMSNorm(DropIn, nn.RMSNorm):
 
     refusal = RazorLayerNorm.refusal
     keeps = RazorLayerNorm.keeps
+    rules_used = RazorLayerNorm.rules_used
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, self.razor.norm, self.flag_for(x))
@@ -106,6 +115,7 @@ class RazorGroupNorm(DropIn, nn.GroupNorm):
 
     refusal = RazorLayerNorm.refusal
     keeps = RazorLayerNorm.keeps
+    rules_used = RazorLayerNorm.rules_used
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.group_norm(

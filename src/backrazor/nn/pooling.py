@@ -10,7 +10,7 @@ from .base import DropIn, LayerRules
 
 
 class RazorMaxPool2d(DropIn, nn.MaxPool2d):
-    """MaxPool2d that keeps the place in the window, 8 bits an output element."""
+    """MaxPool2d that keeps the place in the window, 8 bits per output element."""
 
     packs = False
 

@@ -5,14 +5,12 @@ The original forward runs with that one product replaced: it keeps the branch pr
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
-from .base import DropIn, LayerRules, MadeDropIn
+from .base import DropIn, LayerRules, MadeDropIn, made
 
 _PRODUCTS = (torch.mul, Tensor.mul)  # the operator * is the second
 
@@ -46,12 +44,15 @@ class ScaledBlock(MadeDropIn):
         own = [name for name, parameter in module._parameters.items() if parameter is not None]
         return f"what {', '.join(own)} scales: {super().keeps(module, rules)}" if own else "nothing of its own"
 
+    @classmethod
+    def rules_used(cls, module: nn.Module) -> tuple[str, ...]:
+        return ("pruned",) if any(parameter is not None for parameter in module._parameters.values()) else ()
+
     def forward(self, *args: object, **kwargs: object) -> object:
         with _Replaced(self):
             return super().forward(*args, **kwargs)
 
 
-@cache
-def scaled_block(original: type[nn.Module]) -> type[ScaledBlock]:
+def scaled_block(original: type[nn.Module]) -> type[MadeDropIn]:
     """The drop-in of a block class."""
-    return type(f"Razor{original.__name__}", (ScaledBlock, original), {"__module__": __name__})
+    return made(ScaledBlock, original)

@@ -25,7 +25,7 @@ from .base import UNKNOWN, DropIn, LayerRules
 from .conv import RazorConvolution
 from .fusion import hands_through
 from .linear import RazorLinear
-from .norm import RazorGroupNorm, RazorLayerNorm, batch_norm, norm_words
+from .norm import RazorBatchNorm2d, RazorGroupNorm, RazorLayerNorm, batch_norm, norm_words
 
 
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
@@ -53,6 +53,7 @@ class RazorBatchNormAct2d(DropIn, BatchNormAct2d):
     """BatchNorm and activation: the norm by its rule, the activation by the drop-in of its own."""
 
     link = "norm"
+    rules_used = RazorBatchNorm2d.rules_used
 
     @classmethod
     def keeps(cls, module: BatchNormAct2d, rules: LayerRules) -> str:
@@ -72,7 +73,7 @@ class RazorBatchNormAct2d(DropIn, BatchNormAct2d):
 
 
 class _RazorGate(DropIn):
-    """x times a gate a channel: the product keeps the feature map pruned."""
+    """x times one gate per channel: the product keeps the feature map pruned."""
 
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:

@@ -7,7 +7,7 @@ from transformers.activations import GELUActivation, QuickGELUActivation, SiLUAc
 
 from .activation import RazorSmooth
 from .attention import SdpaDropIn, sdpa_drop_in
-from .base import LayerRules
+from .base import LayerRules, MadeDropIn
 
 
 class _AsksForSdpa:
@@ -63,7 +63,7 @@ class TransformersAttention(SdpaDropIn):
             del self._backrazor_weights
 
 
-def attention(original: type[nn.Module]) -> type[TransformersAttention]:
+def attention(original: type[nn.Module]) -> type[MadeDropIn]:
     """The drop-in of an attention class of transformers."""
     return sdpa_drop_in(original, TransformersAttention)
 
