@@ -9,10 +9,14 @@ No kernel is autotuned: timing candidates waits for the device, which would brea
 configurations (at most four) stand in its module and the host code picks by shape and type.
 """
 
+from subprocess import CalledProcessError
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .cuda_target import build_failure
 
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of the float32 infinity; magnitudes above are NaN
 _EVEN: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves a float32 no bits below the point
@@ -22,11 +26,21 @@ FILLING_PROGRAMS = 1024  # about what keeps 132 multiprocessors busy at 8 progra
 
 def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
     """Run ``programs`` instances of ``kernel`` on the device and current stream of its first tensor; never waits for
-    them. ``registers``: how many a thread may have, where the assembler would rather spill for occupancy's sake."""
+    them. ``registers``: how many a thread may have, where the assembler would rather spill for occupancy's sake.
+
+    Raises:
+        RuntimeError: Triton cannot build what launches its kernels, see ``cuda_target``.
+    """
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device_of(tensor):  # does nothing for the interpreter's CPU tensors
-        options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
-        kernel[(programs,)](*arguments, **constants, **options)
+    options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
+    try:
+        with torch.cuda.device_of(tensor):  # does nothing for the interpreter's CPU tensors
+            kernel[(programs,)](*arguments, **constants, **options)
+    except (OSError, RuntimeError, CalledProcessError) as error:
+        reason = build_failure(error)
+        if reason is None:
+            raise
+        raise RuntimeError(reason) from None
 
 
 def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:

@@ -20,8 +20,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     def register(function: Callable[..., Any]) -> Any:
         # after a graph break Dynamo would compile the body itself, and the kernels take addresses of its tensors
         opaque = _disable_dynamo(function)
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, opaque, key)
+        _library.impl(name, opaque, "CompositeExplicitAutograd")
         torch.library.register_fake(f"backrazor::{name}", fake, lib=_library)
         return getattr(torch.ops.backrazor, name).default
 
