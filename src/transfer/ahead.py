@@ -223,16 +223,44 @@ def compile_all(wanted: list[Configuration], capability: int, workers: int = 1) 
         return list(pool.map(compile_one, *zip(*tasks, strict=True), chunksize=4))
 
 
-def compile_one(configuration: Configuration, capability: int) -> Binary:
-    """Compile one configuration and read its binary with the toolchain that Triton brings."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _source(configuration: Configuration):
+    """(the kernel as it is launched, its options): what Triton compiles."""
     from triton.compiler import ASTSource
 
     kernel = getattr(import_module(configuration.module), configuration.kernel)
     attributes = {(number,): [["tt.divisibility", 16]] for number in configuration.divisible}
     source = ASTSource(kernel, dict(configuration.signature), dict(configuration.constants), attributes)
-    options = {"num_warps": configuration.warps, "maxnreg": configuration.registers, "enable_fp_fusion": False}
+    return source, {
+        "num_warps": configuration.warps,
+        "maxnreg": configuration.registers,
+        "enable_fp_fusion": False,
+    }
+
+
+def intermediate(configuration: Configuration, capability: int = 90) -> str:
+    """The kernel in Triton's own intermediate language (TTIR), functions inlined, before anything depends on the
+    device."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    source, given = _source(configuration)
+    target = GPUTarget("cuda", capability, 32)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options(given | source.parse_options())
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    helpers = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, *helpers, context)
+    return str(backend.make_ttir(module, {}, options, capability))
+
+
+def compile_one(configuration: Configuration, capability: int) -> Binary:
+    """Compile one configuration and read its binary with the toolchain that Triton brings."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = _source(configuration)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:

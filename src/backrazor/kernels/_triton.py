@@ -1,5 +1,8 @@
 """What the Triton kernels share: launching, cutting work into chunks, float bits, exact rounding.
 
+Offsets: where a program or a block begins is a 64-bit scalar, and what a lane adds to it fits 32 bits. So no tensor is
+too large, and no lane pays for 64-bit arithmetic. A test reads the code of every kernel for it.
+
 All arithmetic is chosen so that the GPU, Triton's interpreter and the PyTorch references agree to the bit: divisions
 are the IEEE ones, no product is contracted with a sum (``enable_fp_fusion=False``), magnitudes are compared as
 integers, so that NaN has a place in the order, and rounding to bfloat16 is integer arithmetic, since the interpreter
@@ -43,16 +46,25 @@ def launch(kernel, programs: int, *arguments, warps: int, registers: int | None 
         raise RuntimeError(reason) from None
 
 
+def check_positions(n: int, what: str) -> None:
+    """Refuse what 32-bit positions cannot number.
+
+    Raises:
+        ValueError: n is 2^31 or nearly so.
+    """
+    if n >= (1 << 31) - MAX_CHUNK:
+        raise ValueError(
+            f"{what} of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split it"
+        )
+
+
 def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:
     """(elements a chunk, chunks a sample): enough programs to fill the device, and no more; a chunk is whole blocks.
 
     Raises:
         ValueError: a sample has 2^31 elements or nearly so: positions inside a sample are 32-bit.
     """
-    if n >= (1 << 31) - MAX_CHUNK:
-        raise ValueError(
-            f"a sample of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split it"
-        )
+    check_positions(n, "a sample")
     wanted = -(-batch * n // FILLING_PROGRAMS)
     chunk = min(max(-(-wanted // block), 1) * block, MAX_CHUNK)
     return chunk, -(-n // chunk)
@@ -88,6 +100,12 @@ def from_float32(x, dtype: tl.constexpr):
         return tl.where(x != x, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def lanes_left(n, first, BLOCK: tl.constexpr):
+    """How many of the ``BLOCK`` elements from ``first`` (int64) on lie before n, int32."""
+    return tl.minimum(n - first, BLOCK).to(tl.int32)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ import triton.language as tl
 from .._triton import (
     INFINITY,
     from_float32,
+    lanes_left,
     magnitude,
     quantise,
     scale_of,
@@ -93,11 +94,11 @@ def count_digits(
             tl.store(slot + 1, rank)
     histogram = tl.zeros((BINS,), tl.int32)
     larger = tl.zeros((BLOCK,), tl.int32)
-    start = number * chunk
+    start = number.to(tl.int64) * chunk
     for first in range(start, tl.minimum(start + chunk, n), BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < n
-        key = magnitude(tl.load(x + sample * n + at, mask=inside, other=0)) >> SHIFT
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(n, first, BLOCK)
+        key = magnitude(tl.load(x + (sample * n + first) + lane, mask=inside, other=0)) >> SHIFT
         if DIGIT > 0:
             if LAST:
                 larger += (inside & (key // BINS > prefix)).to(tl.int32)
@@ -173,11 +174,11 @@ def emit(
     written = sum_before(chunk_larger + sample * chunks, number) + tl.minimum(equal_before, ties)
     ties = tl.maximum(ties - equal_before, 0)
     seen = tl.zeros((BLOCK,), tl.int32)
-    start = number * chunk
+    start = number.to(tl.int64) * chunk
     for first in range(start, tl.minimum(start + chunk, n), BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < n
-        value = tl.load(x + sample * n + at, mask=inside, other=0)
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(n, first, BLOCK)
+        value = tl.load(x + (sample * n + first) + lane, mask=inside, other=0)
         key = magnitude(value)
         larger = (inside & (key > threshold)).to(tl.int32)
         equal = (inside & (key == threshold)).to(tl.int32)
@@ -191,19 +192,19 @@ def emit(
         seen |= _status_of(exact, stored, kept == 1)
         tl.store(values + sample * keep + place, stored, mask=kept == 1)
         if INDEX == BITMAP:
-            byte = first // 8 + tl.arange(0, BLOCK // 8)
+            byte = tl.arange(0, BLOCK // 8)
             packed = tl.sum(tl.reshape(kept, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
             length = (n + 7) // 8
-            tl.store(index + sample * length + byte, packed.to(tl.uint8), mask=byte < length)
+            written_bytes = byte < lanes_left(length, first // 8, BLOCK // 8)
+            tl.store(index + (sample * length + first // 8) + byte, packed.to(tl.uint8), mask=written_bytes)
         if INDEX == TILES:
-            tl.store(index + sample * keep + place, (at % TILE).to(tl.uint8), mask=kept == 1)
+            tl.store(index + sample * keep + place, (lane % TILE).to(tl.uint8), mask=kept == 1)
             tiles = (n + TILE - 1) // TILE
-            tile = first // TILE + tl.arange(0, BLOCK // TILE)
+            tile = tl.arange(0, BLOCK // TILE)
             count = tl.sum(tl.reshape(kept, (BLOCK // TILE, TILE)), axis=1)
-            tl.store(counts + sample * tiles + tile, count.to(tl.uint8), mask=tile < tiles)
-            whole = tl.sum(
-                (count == TILE).to(tl.int32) << (tile % 8), axis=0
-            )  # a block is eight tiles: one byte of flags
+            inside_tiles = tile < lanes_left(tiles, first // TILE, BLOCK // TILE)
+            tl.store(counts + (sample * tiles + first // TILE) + tile, count.to(tl.uint8), mask=inside_tiles)
+            whole = tl.sum((count == TILE).to(tl.int32) << tile, axis=0)  # a block is eight tiles: one byte of flags
             tl.store(full + sample * ((tiles + 7) // 8) + first // BLOCK, whole.to(tl.uint8))
         total = tl.sum(both, axis=0)
         written += (total >> 16) + tl.minimum(total & 0xFFFF, ties)
@@ -229,14 +230,17 @@ def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
     sample."""
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
-    run = (program % blocks) * RUNS + tl.arange(0, RUNS)
-    at = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = at < keep
-    value = to_float32(tl.load(x + sample * keep + at, mask=inside, other=0))
+    first = (program % blocks).to(tl.int64) * RUNS
+    run = tl.arange(0, RUNS)
+    lane = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    inside = lane < lanes_left(keep, first * TILE, RUNS * TILE)
+    at = sample * keep + first * TILE
+    value = to_float32(tl.load(x + at + lane, mask=inside, other=0))
     largest = tl.max(magnitude(value), axis=1)
     scale, inverse = scale_of(largest, INT8_LIMIT, scales.dtype.element_ty)
     quantised = quantise(value, inverse[:, None], INT8_LIMIT, 0.0)
-    tl.store(values + sample * keep + at, quantised.to(tl.int8), mask=inside)
+    tl.store(values + at + lane, quantised.to(tl.int8), mask=inside)
     runs = (keep + TILE - 1) // TILE
-    tl.store(scales + sample * runs + run, scale, mask=run < runs)
-    _raise_flag(flag, _status_of(largest.to(tl.float32, bitcast=True), scale, run < runs))
+    owned = run < lanes_left(runs, first, RUNS)
+    tl.store(scales + (sample * runs + first) + run, scale, mask=owned)
+    _raise_flag(flag, _status_of(largest.to(tl.float32, bitcast=True), scale, owned))

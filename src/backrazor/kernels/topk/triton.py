@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import chunks_of, launch
+from .._triton import check_positions, chunks_of, launch
 from . import _triton_pack, _triton_unpack
 from .layout import INDEX, TILE, Stored
 
@@ -167,6 +167,7 @@ def _unpack(
 ) -> None:
     batch, keep = stored.values.shape
     if index_kind == "none":
+        check_positions(row if normalise else 0, "a row to normalise")
         blocks = -(-keep // BLOCK)
         arguments = stored.values, stored.scales, mean, rstd, out, keep, row, blocks
         launch(_triton_unpack.decode, batch * blocks, *arguments, NORMALISE=normalise, BLOCK=BLOCK, warps=WARPS)
