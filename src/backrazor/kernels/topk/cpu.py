@@ -39,7 +39,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
     batch, n = x.shape
     capacity = n // 8 + 1024
     scratch_bytes = BUFFER_AT + (capacity * 4 if keep < n and n >= MIN_SAMPLED else 0)
-    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8, device="cpu")
     told = Pack(
         **form_of(stored, n, index_kind),
         source=x.data_ptr(),
@@ -54,7 +54,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
 def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
     """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``."""
     batch = out.shape[0]
-    scratch = torch.empty(threads_for(batch) * BUFFER_AT, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(batch) * BUFFER_AT, dtype=torch.uint8, device="cpu")
     told = Unpack(
         **form_of(stored, n, index_kind), out=out.data_ptr(), scratch=scratch.data_ptr(), scratch_bytes=BUFFER_AT
     )
