@@ -56,6 +56,19 @@ def _has_rows(x: Tensor, shape: tuple[int, ...]) -> bool:
     return x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == tuple(shape)
 
 
+def _layer_statistics_type(grad: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The type in which PyTorch's backward of a LayerNorm reads mean and reciprocal deviation. Its kernels for
+    accelerators have them in float32 for 16-bit inputs, that of the CPU as ``_group_statistics_type`` says."""
+    if grad.device.type != "cpu" and grad.element_size() == 2:
+        return torch.float32
+    return _group_statistics_type(grad, weight)
+
+
+def _group_statistics_type(grad: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The same of a GroupNorm, on every device: the parameters' type, the input's where there are none."""
+    return grad.dtype if weight is None else weight.dtype
+
+
 def _affine_sums(total: Tensor | None, part: Tensor | None) -> None:
     if total is not None and part is not None:
         total.add_(part)
@@ -124,6 +137,7 @@ class _LayerNorm(torch.autograd.Function):
         mask = list(ctx.needs_input_grad[:3])
         if ctx.layout.kind in QUANTISED_RULES and fused_norm(grad, ctx.layout.row):
             return *_fused_backward(grad, weight, rstd, stored, ctx.layout, mask), *(None,) * 5
+        statistics = _layer_statistics_type(grad, weight)
         sums = [accumulator(ctx.normalised_shape, grad) if need else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
         for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
@@ -131,7 +145,7 @@ class _LayerNorm(torch.autograd.Function):
             normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
             scale = rstd[start:stop]
             # PyTorch's own kernel on the normalised input, whose mean is 0 and deviation 1 by definition
-            zero, one = torch.zeros_like(scale, dtype=grad.dtype), torch.ones_like(scale, dtype=grad.dtype)
+            zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
             part_x, *part_affine = torch.ops.aten.native_layer_norm_backward(
                 part, normalised, ctx.normalised_shape, zero, one, weight, bias, mask
             )
@@ -189,19 +203,20 @@ class _GroupNorm(torch.autograd.Function):
         weight, rstd, *stored = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         channels, positions = grad.shape[1], math.prod(grad.shape[2:])
+        statistics = _group_statistics_type(grad, weight)
         sums = [accumulator((channels,), grad) if need else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
         for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
             part = grad[start:stop].contiguous()
             normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
-            scale = rstd[start:stop].to(grad.dtype)
-            zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+            scale = rstd[start:stop]
+            zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
             part_x, *part_affine = torch.ops.aten.native_group_norm_backward(
                 part, normalised, zero, one, weight, stop - start, channels, positions, ctx.groups, mask
             )
             if mask[0]:
                 rows = part_x.view(stop - start, ctx.groups, -1)
-                write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.unsqueeze(2))
+                write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.to(grad.dtype).unsqueeze(2))
             for total, addend in zip(sums, part_affine, strict=True):
                 _affine_sums(total, addend)
         dtype = grad.dtype if weight is None else weight.dtype
