@@ -54,7 +54,7 @@ class Energy:
         # What the layer itself has packed a moment ago, wherever the graph still holds it.
         packed, layout = pack_shared(x, module.razor.pruned, module.flag_for(x))
         sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-        for start, stop in sample_chunks(len(x), layout.sample_numel * 4):
+        for start, stop in sample_chunks(len(x), layout.sample_numel * 4, x.device):
             x_hat = unpack(packed, layout, start, stop, torch.float32)
             parts = (
                 _energy(x[start:stop]),

@@ -140,7 +140,7 @@ class _LayerNorm(torch.autograd.Function):
         statistics = _layer_statistics_type(grad, weight)
         sums = [accumulator(ctx.normalised_shape, grad) if need else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
-        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
             part = grad[start:stop].contiguous()
             normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
             scale = rstd[start:stop]
@@ -206,7 +206,7 @@ class _GroupNorm(torch.autograd.Function):
         statistics = _group_statistics_type(grad, weight)
         sums = [accumulator((channels,), grad) if need else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
-        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
             part = grad[start:stop].contiguous()
             normalised = read_normalised(tuple(stored), ctx.layout, start, stop, grad.dtype)
             scale = rstd[start:stop]

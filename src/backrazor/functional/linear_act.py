@@ -47,7 +47,7 @@ class _LinearAct(torch.autograd.Function):
         # whole, so that the product is the dense one bit for bit
         out = not_a_view(F.linear(x, *cast_to(cast, weight, bias)))
         codes = []
-        for start, stop in sample_chunks(x.shape[0], out[:1].numel() * out.element_size()):
+        for start, stop in sample_chunks(x.shape[0], out[:1].numel() * out.element_size(), x.device):
             y = out[start:stop]
             if keeps:
                 codes.append(encode(y, act))
@@ -73,7 +73,7 @@ class _LinearAct(torch.autograd.Function):
         product = LinearProduct.of(ctx.layout, grad) if need_weight else None
         grad_weight = accumulator((outputs, inputs), grad) if need_weight and product is None else None
         grad_bias = accumulator((outputs,), grad) if need_bias else None
-        for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size()):
+        for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size(), grad.device):
             part = gradient(grad[start:stop], codes[start:stop], ctx.act)
             rows = part.reshape(-1, outputs)
             if need_x:

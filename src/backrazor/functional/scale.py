@@ -53,7 +53,7 @@ def _gate_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout, sha
     """sum of grad * x_hat over the dimensions that the gate was broadcast along."""
     own_batch = len(shape) == grad.dim() and shape[0] == grad.shape[0]
     parts, total = [], None
-    for start, stop in sample_chunks(layout.shape[0], layout.sample_numel * grad.element_size()):
+    for start, stop in sample_chunks(layout.shape[0], layout.sample_numel * grad.element_size(), grad.device):
         product = unpack(packed, layout, start, stop, grad.dtype).mul_(grad[start:stop])
         if own_batch:
             parts.append(product.sum_to_size(stop - start, *shape[1:]))
