@@ -109,21 +109,22 @@ def _specialised(family: str, kernel, arguments: tuple, constants: dict, options
 
 
 @contextmanager
-def _recording(found: dict[Configuration, None]) -> Iterator[None]:
-    """Launches are noted instead of run."""
+def recording() -> Iterator[list[Configuration]]:
+    """Launches are noted, one after another, instead of run."""
     modules = {family: import_module(f"backrazor.kernels.{family}.triton") for family in FAMILIES}
     real = modules["topk"].launch
+    launched: list[Configuration] = []
 
     def recorder(family: str) -> Callable[..., None]:
         def note(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
-            found[_specialised(family, kernel, arguments, constants, (warps, registers))] = None
+            launched.append(_specialised(family, kernel, arguments, constants, (warps, registers)))
 
         return note
 
     try:
         for family, module in modules.items():
             module.launch = recorder(family)
-        yield
+        yield launched
     finally:
         for module in modules.values():
             module.launch = real
@@ -132,12 +133,11 @@ def _recording(found: dict[Configuration, None]) -> Iterator[None]:
 def configurations() -> list[Configuration]:
     """Every kernel with every configuration of its module, index, bit width and digit, and each type at least once in
     each place: even sizes and odd ones."""
-    found: dict[Configuration, None] = {}
-    with _recording(found):
+    with recording() as launched:
         _topk()
         _elementwise()
         _rows()
-    return list(found)
+    return list(dict.fromkeys(launched))
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,8 +152,9 @@ def _topk() -> None:
     packs = [(f32, f32, "bitmap"), (f32, bf16, "tile"), (f32, f16, "bitmap"), (f16, f16, "tile")]
     packs += [(bf16, bf16, "bitmap"), (f32, int8, "tile"), (f16, int8, "bitmap"), (bf16, int8, "tile")]
     packs += [(f32, bf16, "none"), (bf16, int8, "none")]
-    for number, (dtype, values, index) in enumerate(packs):
-        n = 100_001 if number == 1 else 151_296
+    small = [(f32, f32, "tile"), (f32, bf16, "bitmap"), (bf16, bf16, "tile"), (f16, f16, "bitmap")]
+    for number, (dtype, values, index) in enumerate(packs + small):
+        n = 100_001 if number == 1 else 151_296 if number < len(packs) else topk.SAMPLE_ELEMENTS - number % 2
         keep = n if index == "none" else n // 10
         stored = allocate(8, n, keep, values, index, torch.device("meta"))
         topk.pack(_meta(8, n, dtype=dtype), keep, index, stored, flag)

@@ -36,6 +36,7 @@ def test_every_kernel_is_in_the_list(configurations: list[ahead.Configuration]) 
         ("topk", "count_digits"),
         ("topk", "tally"),
         ("topk", "emit"),
+        ("topk", "pack_sample"),
         ("topk", "cast"),
         ("topk", "quantise_runs"),
         ("topk", "count"),

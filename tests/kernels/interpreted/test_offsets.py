@@ -40,8 +40,12 @@ def x(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
     yield large
 
 
+@pytest.mark.parametrize("programs", ["a sample's", "a chunk's"])
 @pytest.mark.parametrize("index", ["bitmap", "tile"])
-def test_topk(x: Tensor, index: str) -> None:
+def test_topk(x: Tensor, index: str, programs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "backrazor.kernels.topk.triton"
+    monkeypatch.setattr(f"{module}.SAMPLE_ELEMENTS", N if programs == "a sample's" else 0)
+    monkeypatch.setattr(f"{module}.SCRATCH_BYTES", 1 << 40)  # all samples in one launch
     keep = N // 10
     stored = kernels.topk_pack(x, keep, "float16", index, torch.zeros(1, dtype=torch.int32))
     expected = topk.pack(x[-1:], keep, "float16", index)[:5]

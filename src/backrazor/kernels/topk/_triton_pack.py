@@ -9,6 +9,7 @@ sample, a sample has as many chunks as fill the device, and a launch depends onl
                    same.
     tally          the last digit; how many elements of each chunk are larger than the threshold, and how many equal
     emit           compaction: where a chunk's values go follows from the tallies of the chunks before it
+    pack_sample    all of this for a small sample, by one program
 
 The last digit is counted a chunk at a time, and the elements above the digits before it are counted alongside, so that
 the tallies cost no further read of
@@ -48,10 +49,9 @@ INT8_LIMIT: tl.constexpr = tl.constexpr(float(layout.INT8_LIMIT))
 
 
 @triton.jit
-def _pick(histogram, rank, BINS: tl.constexpr):
-    """(digit, rank inside it) of the ``rank``-th largest of the elements that ``histogram`` counts by digit."""
+def _pick(counts, rank, BINS: tl.constexpr):
+    """(digit, rank inside it) of the ``rank``-th largest of the elements that ``counts`` (BINS,) counts by digit."""
     bins = tl.arange(0, BINS)
-    counts = tl.load(histogram + bins)
     reaching = tl.sum(counts, axis=0) - tl.cumsum(counts, 0) + counts  # elements with this digit or a larger
     digit = tl.sum((reaching >= rank).to(tl.int32), axis=0) - 1
     larger = tl.sum(tl.where(bins == digit, reaching - counts, 0), axis=0)
@@ -86,7 +86,7 @@ def count_digits(
             slot = state + (sample * SLOTS + (DIGIT - 2)) * 2
             prefix = tl.load(slot)
             rank = tl.load(slot + 1)
-        digit, rank = _pick(before + sample * BEFORE_BINS, rank, BEFORE_BINS)
+        digit, rank = _pick(tl.load(before + sample * BEFORE_BINS + tl.arange(0, BEFORE_BINS)), rank, BEFORE_BINS)
         prefix = prefix * BEFORE_BINS + digit
         if number == 0:
             slot = state + (sample * SLOTS + (DIGIT - 1)) * 2
@@ -119,8 +119,8 @@ def tally(state, counts, chunk_counts, chunk_larger, chunk_equal, chunks, DIGITS
     sample = (program // chunks).to(tl.int64)
     slot = state + (sample * SLOTS + (DIGITS - 2)) * 2
     prefix = tl.load(slot)
-    digit, ties = _pick(counts + sample * BINS, tl.load(slot + 1), BINS)
     bins = tl.arange(0, BINS)
+    digit, ties = _pick(tl.load(counts + sample * BINS + bins), tl.load(slot + 1), BINS)
     own = tl.load(chunk_counts + program.to(tl.int64) * BINS + bins)
     larger = tl.load(chunk_larger + program) + tl.sum(tl.where(bins > digit, own, 0), axis=0)
     tl.store(chunk_larger + program, larger)
@@ -146,36 +146,28 @@ def _raise_flag(flag, seen):
 
 
 @triton.jit
-def emit(
-    x,  # (B, n)
+def _write_kept(
+    x,
     n,
     keep,
-    chunk,
-    chunks,
-    state,  # (B, S, 2)
-    chunk_larger,  # (B, C)
-    chunk_equal,  # (B, C)
-    values,  # (B, K)
-    index,  # by INDEX, as ``Stored`` says; counts and full likewise
+    sample,
+    start,
+    stop,
+    threshold,
+    ties,
+    written,
+    values,
+    index,
     counts,
     full,
     flag,
-    SLOT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a chunk's kept values and their index. Of the elements equal to the threshold the first ``ties`` of the
-    sample are kept."""
-    program = tl.program_id(0)
-    sample, number = (program // chunks).to(tl.int64), program % chunks
-    threshold = tl.load(state + (sample * SLOTS + SLOT) * 2)
-    ties = tl.load(state + (sample * SLOTS + SLOT) * 2 + 1)
-    equal_before = sum_before(chunk_equal + sample * chunks, number)
-    written = sum_before(chunk_larger + sample * chunks, number) + tl.minimum(equal_before, ties)
-    ties = tl.maximum(ties - equal_before, 0)
+    """Compaction of a sample's elements from ``start`` to ``stop``: those larger than the threshold and the first
+    ``ties`` of those equal to it. ``written`` values of the sample lie before them."""
     seen = tl.zeros((BLOCK,), tl.int32)
-    start = number.to(tl.int64) * chunk
-    for first in range(start, tl.minimum(start + chunk, n), BLOCK):
+    for first in range(start, stop, BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)
         value = tl.load(x + (sample * n + first) + lane, mask=inside, other=0)
@@ -210,6 +202,85 @@ def emit(
         written += (total >> 16) + tl.minimum(total & 0xFFFF, ties)
         ties = tl.maximum(ties - (total & 0xFFFF), 0)
     _raise_flag(flag, seen)
+
+
+@triton.jit
+def emit(
+    x,  # (B, n)
+    n,
+    keep,
+    chunk,
+    chunks,
+    state,  # (B, S, 2)
+    chunk_larger,  # (B, C)
+    chunk_equal,  # (B, C)
+    values,  # (B, K)
+    index,  # by INDEX, as ``Stored`` says; counts and full likewise
+    counts,
+    full,
+    flag,
+    SLOT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write a chunk's kept values and their index. Of the elements equal to the threshold the first ``ties`` of the
+    sample are kept."""
+    program = tl.program_id(0)
+    sample, number = (program // chunks).to(tl.int64), program % chunks
+    threshold = tl.load(state + (sample * SLOTS + SLOT) * 2)
+    ties = tl.load(state + (sample * SLOTS + SLOT) * 2 + 1)
+    equal_before = sum_before(chunk_equal + sample * chunks, number)
+    written = sum_before(chunk_larger + sample * chunks, number) + tl.minimum(equal_before, ties)
+    ties = tl.maximum(ties - equal_before, 0)
+    start = number.to(tl.int64) * chunk
+    stop = tl.minimum(start + chunk, n)
+    _write_kept(
+        x, n, keep, sample, start, stop, threshold, ties, written, values, index, counts, full, flag, INDEX, BLOCK
+    )
+
+
+@triton.jit
+def _next_digit(
+    x, n, sample, prefix, rank, FIRST: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(prefix with the digit that begins at bit ``SHIFT``, rank among the elements that share it) of one sample."""
+    histogram = tl.zeros((BINS,), tl.int32)
+    for first in range(0, n, BLOCK):
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(n, first, BLOCK)
+        key = magnitude(tl.load(x + (sample * n + first) + lane, mask=inside, other=0)) >> SHIFT
+        if not FIRST:
+            inside = inside & (key // BINS == prefix)
+        histogram += tl.histogram(key & (BINS - 1), BINS, mask=inside)
+    digit, rank = _pick(histogram, rank, BINS)
+    return prefix * BINS + digit, rank
+
+
+@triton.jit
+def pack_sample(
+    x,  # (B, n)
+    n,
+    keep,
+    values,  # (B, K)
+    index,  # by INDEX, as ``Stored`` says; counts and full likewise
+    counts,
+    full,
+    flag,
+    HIGH: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    LOW: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Selection and compaction of a whole sample by one program, in one launch and without scratch. ``HIGH``,
+    ``MIDDLE`` and ``LOW`` are the bits of each digit, the highest first; 16-bit types have no middle one."""
+    sample = tl.program_id(0).to(tl.int64)
+    threshold, rank = _next_digit(x, n, sample, 0, keep, True, MIDDLE + LOW, 1 << HIGH, BLOCK)
+    if MIDDLE > 0:
+        threshold, rank = _next_digit(x, n, sample, threshold, rank, False, LOW, 1 << MIDDLE, BLOCK)
+    threshold, rank = _next_digit(x, n, sample, threshold, rank, False, 0, 1 << LOW, BLOCK)
+    none = tl.full((), 0, tl.int32)
+    _write_kept(x, n, keep, sample, 0, n, threshold, rank, none, values, index, counts, full, flag, INDEX, BLOCK)
 
 
 @triton.jit

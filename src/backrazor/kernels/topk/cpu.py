@@ -25,6 +25,8 @@ from ._cpu_select import BUFFER_AT, MIN_SAMPLED
 from ._cpu_unpack import Unpack, unpack_worker
 from .layout import Stored
 
+COPIED_BYTES = 0  # of samples that do not lie contiguous, copied at a time: one sample
+
 
 def entry_points() -> Iterator[EntryPoint]:
     """All that is ever launched from here."""
