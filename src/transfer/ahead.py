@@ -159,9 +159,9 @@ def _topk() -> None:
         stored = allocate(8, n, keep, values, index, torch.device("meta"))
         topk.pack(_meta(8, n, dtype=dtype), keep, index, stored, flag)
     unpacks = [(f32, f32, "bitmap"), (bf16, f32, "tile"), (int8, bf16, "bitmap"), (f16, f16, "tile")]
-    unpacks += [(int8, bf16, "none"), (bf16, f32, "none")]
+    unpacks += [(int8, bf16, "none"), (bf16, f32, "none"), (int8, f32, "tile")]
     for number, (values, dtype, index) in enumerate(unpacks):
-        n = 100_001 if number == 1 else 151_296
+        n = 100_001 if number == 1 else 151_296 if number < len(unpacks) - 1 else topk.SAMPLE_ELEMENTS
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
         topk.unpack(stored, n, index, _meta(8, n, dtype=dtype))
     for values, dtype, index in ((f32, f32, "bitmap"), (int8, bf16, "tile"), (int8, f32, "none")):

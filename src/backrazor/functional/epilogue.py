@@ -45,7 +45,7 @@ def encode(y: Tensor, act: Act) -> Tensor:
 
 def join(codes: list[Tensor], act: Act) -> Tensor:
     """The codes of all chunks as one labelled tensor."""
-    return mark(torch.cat(codes), MASK if act.name == "clamp" else QUANTISED)
+    return mark(torch.cat(codes) if len(codes) > 1 else codes[0], MASK if act.name == "clamp" else QUANTISED)
 
 
 def gradient(grad: Tensor, codes: Tensor, act: Act) -> Tensor:

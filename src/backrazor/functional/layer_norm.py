@@ -13,7 +13,7 @@ from ..codecs import AffineLayout, NormCodec, mark, remember_source
 from ..codecs.normalised import NormLayout, keep_normalised, normalised_layout, read_normalised
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
-from .common import accumulator, needs_grad, reshaped, sample_chunks, write
+from .common import accumulator, added, needs_grad, reshaped, sample_chunks, write
 from .transforms import differentiable_once
 
 QUANTISED_RULES = ("int8", "int4")
@@ -69,9 +69,9 @@ def _group_statistics_type(grad: Tensor, weight: Tensor | None) -> torch.dtype:
     return grad.dtype if weight is None else weight.dtype
 
 
-def _affine_sums(total: Tensor | None, part: Tensor | None) -> None:
-    if total is not None and part is not None:
-        total.add_(part)
+def _affine_sums(sums: list[Tensor | None], parts: list[Tensor | None], whole: bool) -> list[Tensor | None]:
+    """The gradients of weight and bias, where they are asked for, with those of a chunk."""
+    return [None if part is None else added(total, part, whole) for total, part in zip(sums, parts, strict=True)]
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
@@ -138,7 +138,7 @@ class _LayerNorm(torch.autograd.Function):
         if ctx.layout.kind in QUANTISED_RULES and fused_norm(grad, ctx.layout.row):
             return *_fused_backward(grad, weight, rstd, stored, ctx.layout, mask), *(None,) * 5
         statistics = _layer_statistics_type(grad, weight)
-        sums = [accumulator(ctx.normalised_shape, grad) if need else None for need in mask[1:]]
+        sums = [accumulator(ctx.normalised_shape, grad) if need and not len(grad) else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
         for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
             part = grad[start:stop].contiguous()
@@ -151,8 +151,7 @@ class _LayerNorm(torch.autograd.Function):
             )
             if mask[0]:
                 write(grad_x[start:stop], torch.mul, part_x, scale.to(grad.dtype))
-            for total, addend in zip(sums, part_affine, strict=True):
-                _affine_sums(total, addend)
+            sums = _affine_sums(sums, part_affine, stop - start == len(grad))
         dtype = grad.dtype if weight is None else weight.dtype
         return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4
 
@@ -204,7 +203,7 @@ class _GroupNorm(torch.autograd.Function):
         mask = list(ctx.needs_input_grad[:3])
         channels, positions = grad.shape[1], math.prod(grad.shape[2:])
         statistics = _group_statistics_type(grad, weight)
-        sums = [accumulator((channels,), grad) if need else None for need in mask[1:]]
+        sums = [accumulator((channels,), grad) if need and not len(grad) else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
         for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
             part = grad[start:stop].contiguous()
@@ -217,7 +216,6 @@ class _GroupNorm(torch.autograd.Function):
             if mask[0]:
                 rows = part_x.view(stop - start, ctx.groups, -1)
                 write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.to(grad.dtype).unsqueeze(2))
-            for total, addend in zip(sums, part_affine, strict=True):
-                _affine_sums(total, addend)
+            sums = _affine_sums(sums, part_affine, stop - start == len(grad))
         dtype = grad.dtype if weight is None else weight.dtype
         return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
-from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks
+from .common import autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product
 from .transforms import differentiable_once
 
 
@@ -71,8 +71,8 @@ def _weight_gradient(grad: Tensor, packed: tuple[Tensor, ...], layout: Layout) -
         for start, stop in chunks:
             product.add(grad[start:stop], packed, start, stop)
         return product.result().to(grad.dtype)
-    total = accumulator((outputs, inputs), grad)
+    total = None
     for start, stop in chunks:
         x_hat = unpack(packed, layout, start, stop, grad.dtype).reshape(-1, inputs)
-        add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
-    return total.to(grad.dtype)
+        total = with_product(total, grad[start:stop].reshape(-1, outputs), x_hat, stop - start == batch)
+    return grad.new_zeros(outputs, inputs) if total is None else total.to(grad.dtype)

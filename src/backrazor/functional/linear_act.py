@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import Layout, LinearProduct, Pruned, pack_shared, unpack
-from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, write
+from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product, write
 from .epilogue import Act, activate_, encode, gradient, join
 from .transforms import differentiable_once
 
@@ -71,8 +71,9 @@ class _LinearAct(torch.autograd.Function):
         weight = weight.to(grad.dtype)
         grad_x = grad.new_empty(*grad.shape[:-1], inputs) if need_x else None
         product = LinearProduct.of(ctx.layout, grad) if need_weight else None
-        grad_weight = accumulator((outputs, inputs), grad) if need_weight and product is None else None
-        grad_bias = accumulator((outputs,), grad) if need_bias else None
+        empty, wide = not len(grad), torch.float32 if grad.element_size() == 2 else grad.dtype
+        grad_weight = torch.zeros_like(weight) if need_weight and empty else None
+        grad_bias = grad.new_zeros(outputs) if need_bias and empty else None
         for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size(), grad.device):
             part = gradient(grad[start:stop], codes[start:stop], ctx.act)
             rows = part.reshape(-1, outputs)
@@ -82,9 +83,9 @@ class _LinearAct(torch.autograd.Function):
                 product.add(part, tuple(packed), start, stop)
             elif need_weight:
                 x_hat = unpack(tuple(packed), ctx.layout, start, stop, grad.dtype).reshape(-1, inputs)
-                add_product(grad_weight, rows, x_hat)
+                grad_weight = with_product(grad_weight, rows, x_hat, stop - start == len(grad))
             if need_bias:
-                grad_bias.add_(rows.sum(0, dtype=grad_bias.dtype))
+                grad_bias = added(grad_bias, rows.sum(0, dtype=wide), stop - start == len(grad))
         grad_weight = grad_weight if product is None else product.result()
         totals = (None if total is None else total.to(grad.dtype) for total in (grad_weight, grad_bias))
         return grad_x, *totals, *(None for _ in rest)

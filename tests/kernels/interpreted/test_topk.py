@@ -113,10 +113,12 @@ def test_samples_are_packed_some_at_a_time_where_scratch_is_short(
 
 def test_a_small_sample_is_packed_by_one_launch() -> None:
     x, flag = sample("normal", (5, 4_100)), torch.zeros(1, dtype=torch.int32)
-    topk_pack(x, 410, "float32", "tile", flag)
+    stored = topk_pack(x, 410, "float32", "tile", flag)
     assert (StrictExecutor.launches, StrictExecutor.programs) == (1, 5)
+    topk_unpack(*stored, 4_100, "tile", torch.float32)
+    assert (StrictExecutor.launches, StrictExecutor.programs) == (2, 5)
     topk_pack(x, 410, "int8", "tile", flag)
-    assert StrictExecutor.launches == 3
+    assert StrictExecutor.launches == 4
 
 
 @pytest.mark.parametrize(

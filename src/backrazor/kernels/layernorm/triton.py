@@ -101,7 +101,7 @@ def _backward(
     bias_sum = tl.zeros((COLUMNS // PER, PER), tl.float32)
     length = tl.full((ROWS, 1, 1), 0, tl.float32) + m
     for first in range(program * ROWS, rows, tl.cast(programs, tl.int64) * ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = first + tl.arange(0, ROWS).to(tl.int64)  # the interpreter counts the loop in 32 bits
         at = row[:, None, None]
         inside = (at < rows) & (element < m)
         stored = (row[:, None] < rows) & (byte[None, :] < row_bytes)

@@ -204,9 +204,11 @@ def _unpack(
         arguments = stored.values, stored.scales, mean, rstd, out, keep, row, blocks
         launch(_triton_unpack.decode, batch * blocks, *arguments, NORMALISE=normalise, BLOCK=BLOCK, warps=WARPS)
         return
-    chunk, chunks = chunks_of(batch, n, BLOCK)
+    small = n <= SAMPLE_ELEMENTS  # one chunk: nothing lies before it, so nothing has to be counted
+    chunk, chunks = (SAMPLE_ELEMENTS, 1) if small else chunks_of(batch, n, BLOCK)
     counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
     constants = {"INDEX": INDEX[index_kind], "BLOCK": BLOCK}
-    launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
+    if not small:
+        launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
     arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
     launch(_triton_unpack.expand, batch * chunks, *arguments, NORMALISE=normalise, **constants, warps=SCAN_WARPS)
