@@ -1,19 +1,18 @@
 """Tables about the CUDA kernels that need no GPU: what the assembler says of each, and a roofline of a training step.
 
     python scripts/kernel_tables.py resources   # registers, shared memory, occupancy; compiles for sm_80, sm_90, sm_100
-    BACKRAZOR_KERNELS=interpret TRITON_INTERPRET=1 python scripts/kernel_tables.py roofline  # steps on three GPUs
+    python scripts/kernel_tables.py roofline    # steps on three GPUs
 
-The roofline runs a step on fake tensors, which have shapes but no data, along the path of CUDA. It adds up, operator
-by operator, the larger of its arithmetic at the device's peak rate and its bytes at the device's bandwidth, and never
-less than a launch takes. It knows nothing of caches, of how near a kernel comes to either peak, or of the host: a
-prediction.
+The roofline runs a step on fake tensors, which have shapes but no data, along the path that CUDA takes by default. It
+adds up, operator by operator, the larger of its arithmetic at the device's peak rate and its bytes at the device's
+bandwidth, and never less than a launch takes. The host's time is that of its launches; a step takes the longer of the
+two. It knows nothing of caches or of how near a kernel comes to either peak: a prediction.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -22,19 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import backrazor as br
-from backrazor.functional import common
 from backrazor.kernels import dispatch
 from transfer import ahead
 from transfer.bench.rows import CLASSES
+from transfer.launches import Launches, as_on_cuda
 from transfer.models import build_backbone
 from transfer.training.methods import apply_method, set_train_mode
 
 LAUNCH_SECONDS = 3e-6  # about the shortest a kernel takes, and what lies between two of them
+HOST_SECONDS = 12e-6  # of the host for a launch: 11 to 18 for a Triton kernel, measured with a stand-in driver
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ _OPERATIONS = flop_registry | {  # PyTorch does not count in-place products, nor
         _ATEN._scaled_dot_product_flash_attention_backward
     ],
 }
-_FREE = re.compile("empty|_unsafe_view")  # allocate or rename, and move nothing
 STEPS = (("vit_b16", 128, torch.float32), ("vit_b16", 128, torch.bfloat16), ("proxylessnas", 8, torch.float32))
 
 
@@ -70,45 +68,43 @@ def _bytes(*values: object) -> int:
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors.values())
 
 
-def kernel_traffic(name: str, inputs: tuple, result: object) -> tuple[int, int]:
-    """(bytes moved, launches) of one of this library's operators, by the counts of docs/kernels.md."""
+def kernel_bytes(name: str, inputs: tuple, result: object) -> int:
+    """Bytes that one of this library's operators moves, by the counts of docs/kernels.md."""
     once = _bytes(inputs) + _bytes(result)
     if name == "topk_pack":
         x, keep, _, index, _ = inputs
         dense, values = _bytes(x), result[0]
         staged = 2 * x.shape[0] * keep * x.element_size() if values.dtype == torch.int8 and index != "none" else 0
         if index == "none":
-            return once, 1
-        select = 3 if x.element_size() == 4 else 2
-        return (select + 1) * dense + staged + _bytes(result), select + 2 + bool(staged)
+            return once
+        return (4 if x.element_size() == 4 else 3) * dense + staged + _bytes(result)
     if name in ("topk_unpack", "topk_unpack_normalised"):
-        return once + _bytes(inputs[2] if inputs[3].numel() == 0 else inputs[3]), 2
-    return once, 2 if name == "norm_backward" else 1
+        return once + _bytes(inputs[2] if inputs[3].numel() == 0 else inputs[3])
+    return once
 
 
-class Traffic(TorchDispatchMode):
-    """(operations, bytes, launches) of every operator that computes, by whether it is this library's."""
+class Traffic(Launches):
+    """Launches, and (name, operations, bytes, launches, whether in float32) of every operator that computes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[tuple[str, float, int, int, bool]] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+    def note(self, function, args: tuple, kwargs: dict, result: object, launches: int) -> None:
+        super().note(function, args, kwargs, result, launches)
         if function.namespace == "backrazor":
-            moved, launches = kernel_traffic(function._schema.name.split("::")[1], args, result)
+            moved = kernel_bytes(function._schema.name.split("::")[1], args, result)
             self.rows.append((function._schema.name, 0, moved, launches, False))
-        elif function.namespace == "aten" and not function.is_view and not _FREE.search(str(function)):
-            count = _OPERATIONS.get(function.overloadpacket)
-            operations = count(*args, **(kwargs or {}), out_val=result) if count else 0
-            wide = any(isinstance(leaf, Tensor) and leaf.dtype == torch.float32 for leaf in tree_leaves(args))
-            self.rows.append((str(function), operations, _bytes(args, kwargs) + _bytes(result), 1, wide))
-        return result
+            return
+        count = _OPERATIONS.get(function.overloadpacket)
+        operations = count(*args, **kwargs, out_val=result) if count else 0
+        wide = any(isinstance(leaf, Tensor) and leaf.dtype == torch.float32 for leaf in tree_leaves(args))
+        self.rows.append((str(function), operations, _bytes(args, kwargs) + _bytes(result), launches, wide))
 
     def seconds(self, gpu: Gpu) -> float:
         return sum(self._of(row, gpu) for row in self.rows)
 
-    def by_operator(self, gpu: Gpu) -> Counter[str]:
+    def by_operator_seconds(self, gpu: Gpu) -> Counter[str]:
         found: Counter[str] = Counter()
         for row in self.rows:
             found[row[0]] += self._of(row, gpu)
@@ -129,7 +125,7 @@ def traffic_of(backbone: str, batch: int, dtype: torch.dtype, config: br.RazorCo
     if config is not None:
         br.razor_(built.model, config)
     set_train_mode(built.model, frozen)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda():
         state = {name: _fake(t, dtype) for name, t in (*built.model.named_parameters(), *built.model.named_buffers())}
         images = torch.empty(batch, 3, 224, 224, dtype=dtype)
         labels = torch.empty(batch, dtype=torch.int64)
@@ -146,20 +142,22 @@ def _fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def roofline() -> None:
-    common.CHUNK_BYTES = common.CUDA_CHUNK_BYTES  # the fake tensors are of the CPU
-    print("| step | GPU | dense, ms | compact 0.9, ms | overhead | of it our kernels, ms | pack, ms |")
+    print("| step | GPU | dense: GPU, host, ms | compact 0.9: GPU, host, ms | overhead | our kernels, ms | launches |")
     print("|---|---|---|---|---|---|---|")
     for backbone, batch, dtype in STEPS:
         dense = traffic_of(backbone, batch, dtype, None)
         razored = traffic_of(backbone, batch, dtype, br.RazorConfig.compact(0.9))
         for gpu in GPUS:
-            own = {name: s for name, s in razored.by_operator(gpu).items() if name.startswith("backrazor")}
-            before, after = 1e3 * dense.seconds(gpu), 1e3 * razored.seconds(gpu)
+            own = sum(s for name, s in razored.by_operator_seconds(gpu).items() if name.startswith("backrazor"))
+            (before, before_host), (after, after_host) = (
+                (1e3 * traffic.seconds(gpu), 1e3 * traffic.total * HOST_SECONDS) for traffic in (dense, razored)
+            )
+            overhead = max(after, after_host) / max(before, before_host) - 1
             kind = str(dtype).removeprefix("torch.")
-            pack = 1e3 * own.get("backrazor::topk_pack", 0.0)
             print(
-                f"| {backbone}, batch {batch}, {kind} | {gpu.name} | {before:.1f} | {after:.1f} | "
-                f"{after / before - 1:+.0%} | {1e3 * sum(own.values()):.1f} | {pack:.1f} |"
+                f"| {backbone}, batch {batch}, {kind} | {gpu.name} | {before:.1f}, {before_host:.1f} | "
+                f"{after:.1f}, {after_host:.1f} | {overhead:+.0%} | {1e3 * own:.1f} | "
+                f"{dense.total} to {razored.total} |"
             )
 
 
@@ -187,13 +185,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("resources", "roofline"))
     table = parser.parse_args().table
-    if (dispatch.forced() == "interpret") != (table == "roofline"):
-        need = (
-            "set BACKRAZOR_KERNELS=interpret and TRITON_INTERPRET=1"
-            if table == "roofline"
-            else "unset BACKRAZOR_KERNELS"
-        )
-        print(f"kernel_tables.py {table}: {need} first", file=sys.stderr)
+    if dispatch.forced() is not None:
+        print(f"kernel_tables.py {table}: unset BACKRAZOR_KERNELS first", file=sys.stderr)
         return 2
     {"resources": resources, "roofline": roofline}[table]()
     return 0

@@ -55,7 +55,7 @@ class Energy:
         # What the layer itself has packed a moment ago, wherever the graph still holds it.
         packed = pack_shared(x, module.razor.pruned, module.flag_for(x))
         sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-        for start, stop in sample_chunks(len(x), packed.form.sample_numel * 4):
+        for start, stop in sample_chunks(len(x), packed.form.sample_numel * 4, x.device):
             x_hat = packed.unpack(start, stop, torch.float32)
             parts = (
                 _energy(x[start:stop]),

@@ -109,21 +109,22 @@ def _specialised(family: str, kernel, arguments: tuple, constants: dict, options
 
 
 @contextmanager
-def _recording(found: dict[Configuration, None]) -> Iterator[None]:
-    """Launches are noted instead of run."""
+def recording() -> Iterator[list[Configuration]]:
+    """Launches are noted, one after another, instead of run."""
     modules = {family: import_module(f"backrazor.kernels.{family}.triton") for family in FAMILIES}
     real = modules["topk"].launch
+    launched: list[Configuration] = []
 
     def recorder(family: str) -> Callable[..., None]:
         def note(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
-            found[_specialised(family, kernel, arguments, constants, (warps, registers))] = None
+            launched.append(_specialised(family, kernel, arguments, constants, (warps, registers)))
 
         return note
 
     try:
         for family, module in modules.items():
             module.launch = recorder(family)
-        yield
+        yield launched
     finally:
         for module in modules.values():
             module.launch = real
@@ -132,12 +133,11 @@ def _recording(found: dict[Configuration, None]) -> Iterator[None]:
 def configurations() -> list[Configuration]:
     """Every kernel with every configuration of its module, index, bit width and digit, and each type at least once in
     each place: even sizes and odd ones."""
-    found: dict[Configuration, None] = {}
-    with _recording(found):
+    with recording() as launched:
         _topk()
         _elementwise()
         _rows()
-    return list(found)
+    return list(dict.fromkeys(launched))
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,15 +152,16 @@ def _topk() -> None:
     packs = [(f32, f32, "bitmap"), (f32, bf16, "tile"), (f32, f16, "bitmap"), (f16, f16, "tile")]
     packs += [(bf16, bf16, "bitmap"), (f32, int8, "tile"), (f16, int8, "bitmap"), (bf16, int8, "tile")]
     packs += [(f32, bf16, "none"), (bf16, int8, "none")]
-    for number, (dtype, values, index) in enumerate(packs):
-        n = 100_001 if number == 1 else 151_296
+    small = [(f32, f32, "tile"), (f32, bf16, "bitmap"), (bf16, bf16, "tile"), (f16, f16, "bitmap")]
+    for number, (dtype, values, index) in enumerate(packs + small):
+        n = 100_001 if number == 1 else 151_296 if number < len(packs) else topk.SAMPLE_ELEMENTS - number % 2
         keep = n if index == "none" else n // 10
         stored = allocate(8, n, keep, values, index, torch.device("meta"))
         topk.pack(_meta(8, n, dtype=dtype), keep, index, stored, flag)
     unpacks = [(f32, f32, "bitmap"), (bf16, f32, "tile"), (int8, bf16, "bitmap"), (f16, f16, "tile")]
-    unpacks += [(int8, bf16, "none"), (bf16, f32, "none")]
+    unpacks += [(int8, bf16, "none"), (bf16, f32, "none"), (int8, f32, "tile")]
     for number, (values, dtype, index) in enumerate(unpacks):
-        n = 100_001 if number == 1 else 151_296
+        n = 100_001 if number == 1 else 151_296 if number < len(unpacks) - 1 else topk.SAMPLE_ELEMENTS
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
         topk.unpack(stored, n, index, _meta(8, n, dtype=dtype))
     for values, dtype, index in ((f32, f32, "bitmap"), (int8, bf16, "tile"), (int8, f32, "none")):
@@ -223,16 +224,44 @@ def compile_all(wanted: list[Configuration], capability: int, workers: int = 1) 
         return list(pool.map(compile_one, *zip(*tasks, strict=True), chunksize=4))
 
 
-def compile_one(configuration: Configuration, capability: int) -> Binary:
-    """Compile one configuration and read its binary with the toolchain that Triton brings."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _source(configuration: Configuration):
+    """(the kernel as it is launched, its options): what Triton compiles."""
     from triton.compiler import ASTSource
 
     kernel = getattr(import_module(configuration.module), configuration.kernel)
     attributes = {(number,): [["tt.divisibility", 16]] for number in configuration.divisible}
     source = ASTSource(kernel, dict(configuration.signature), dict(configuration.constants), attributes)
-    options = {"num_warps": configuration.warps, "maxnreg": configuration.registers, "enable_fp_fusion": False}
+    return source, {
+        "num_warps": configuration.warps,
+        "maxnreg": configuration.registers,
+        "enable_fp_fusion": False,
+    }
+
+
+def intermediate(configuration: Configuration, capability: int = 90) -> str:
+    """The kernel in Triton's own intermediate language (TTIR), functions inlined, before anything depends on the
+    device."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    source, given = _source(configuration)
+    target = GPUTarget("cuda", capability, 32)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options(given | source.parse_options())
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    helpers = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, *helpers, context)
+    return str(backend.make_ttir(module, {}, options, capability))
+
+
+def compile_one(configuration: Configuration, capability: int) -> Binary:
+    """Compile one configuration and read its binary with the toolchain that Triton brings."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = _source(configuration)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:

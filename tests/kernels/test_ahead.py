@@ -9,6 +9,11 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import torch
+import triton
+import triton.language as tl
+
+from tests.kernels.addresses import narrow_products
 from transfer import ahead
 
 CAPABILITIES = (80, 90, 100)
@@ -31,6 +36,7 @@ def test_every_kernel_is_in_the_list(configurations: list[ahead.Configuration]) 
         ("topk", "count_digits"),
         ("topk", "tally"),
         ("topk", "emit"),
+        ("topk", "pack_sample"),
         ("topk", "cast"),
         ("topk", "quantise_runs"),
         ("topk", "count"),
@@ -75,3 +81,47 @@ def test_a_refused_kernel_is_named(configurations: list[ahead.Configuration]) ->
     broken = configurations[0].__class__(**(vars(configurations[0]) | {"constants": ()}))
     with pytest.raises(RuntimeError, match=r"topk.count_digits.* does not compile for sm_90"):
         ahead.compile_one(broken, 90)
+
+
+def test_no_32_bit_product_feeds_an_address(configurations: list[ahead.Configuration]) -> None:
+    """A tensor of 2^31 elements, or a sample of as many, is found like any other."""
+    for configuration in configurations:
+        found = narrow_products(ahead.intermediate(configuration))
+        assert not found, f"{configuration.name}: {found}"
+
+
+@triton.jit
+def narrow(x, n, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK) * 2
+    tl.store(x + tl.program_id(0) * n + lane, 0)
+
+
+@triton.jit
+def narrow_in_a_loop(x, n, BLOCK: tl.constexpr):
+    place = 0
+    for row in range(n):
+        if row > 3:
+            place += row * n
+        tl.store(x + place + tl.arange(0, BLOCK), 0)
+
+
+@triton.jit
+def wide(x, n, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK) * 2
+    tl.store(x + tl.program_id(0).to(tl.int64) * n + lane, tl.program_id(0) * n)
+
+
+@pytest.mark.parametrize(("kernel", "products"), [(narrow, 1), (narrow_in_a_loop, 1), (wide, 0)], ids=str)
+def test_a_32_bit_product_is_seen(kernel: triton.JITFunction, products: int) -> None:
+    signature = ("x", "*i32"), ("n", "i32"), ("BLOCK", "constexpr")
+    configuration = ahead.Configuration(
+        "test", __name__, kernel.fn.__name__, signature, (("BLOCK", 64),), (0,), 4, None
+    )
+    assert len(narrow_products(ahead.intermediate(configuration))) == products
+
+
+def test_the_host_asks_nothing_of_the_default_device(configurations: list[ahead.Configuration]) -> None:
+    """Under ``torch.set_default_device("cuda")`` a bound made into a tensor and back would wait for the device; the
+    meta device has no numbers to give back at all."""
+    with torch.device("meta"):
+        assert ahead.configurations() == configurations

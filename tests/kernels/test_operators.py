@@ -156,3 +156,15 @@ def test_gradients_on_one_device_leave_nothing_for_the_next() -> None:
     assert not x.requires_grad and x.grad is None and all(p.grad is None for p in model.parameters())
     for name, gradient in first.items():
         assert_same_bits(name, second[name], gradient)
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_the_default_device_is_not_asked(name: str) -> None:
+    """Scratch and results lie where the operands do; else a CPU kernel would be handed an address on a GPU."""
+    given, again = arguments()[name], arguments()[name]
+    wanted = tree_leaves((getattr(kernels, name)(*again), again))
+    with torch.device("meta"):
+        got = tree_leaves((getattr(kernels, name)(*given), given))
+    for a, b in zip(got, wanted, strict=True):
+        if isinstance(a, Tensor):
+            assert_same_bits(name, a, b)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import backrazor as br
 from backrazor import kernels
-from scripts.kernel_tables import GPUS, Traffic, kernel_traffic, traffic_of
+from scripts.kernel_tables import GPUS, Traffic, kernel_bytes, traffic_of
+from transfer.launches import Launches
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 1 << 20
@@ -27,17 +29,18 @@ N = 1 << 20
 )
 def test_bytes_of_a_pack_are_those_of_the_docs(dtype: torch.dtype, values: str, expected: float) -> None:
     inputs = torch.randn(1, N).to(dtype), N // 10, values, "tile", torch.zeros(1, dtype=torch.int32)
-    moved, launches = kernel_traffic("topk_pack", inputs, kernels.topk_pack(*inputs))
+    moved = kernel_bytes("topk_pack", inputs, kernels.topk_pack(*inputs))
     assert moved / N == pytest.approx(expected, abs=0.011)
-    assert launches == {torch.float32: 5, torch.bfloat16: 4}[dtype] + (values == "int8")
+    launches = {torch.float32: 6, torch.bfloat16: 5}[dtype] + (values == "int8")  # one clears the counters
+    assert Launches().of_operator(kernels.topk_pack, inputs, {}) == launches
 
 
 def test_bytes_of_an_unpack_are_those_of_the_docs() -> None:
     packed = kernels.topk_pack(torch.randn(1, N), N // 10, "int8", "tile", torch.zeros(1, dtype=torch.int32))
     inputs = *packed, N, "tile", torch.float32
-    moved, launches = kernel_traffic("topk_unpack", inputs, kernels.topk_unpack(*inputs))
+    moved = kernel_bytes("topk_unpack", inputs, kernels.topk_unpack(*inputs))
     assert moved / N == pytest.approx(4.21, abs=0.011)
-    assert launches == 2
+    assert Launches().of_operator(kernels.topk_unpack, inputs, {}) == 2
 
 
 def test_operations_of_a_product_are_counted() -> None:
@@ -45,6 +48,29 @@ def test_operations_of_a_product_are_counted() -> None:
         torch.randn(64, 32) @ torch.randn(32, 16)
     (row,) = (row for row in traffic.rows if "mm" in row[0])
     assert row[1:] == (2 * 64 * 32 * 16, 4 * (64 * 32 + 32 * 16 + 64 * 16), 1, True)
+
+
+MOST_LAUNCHES = {  # of forward and backward; the dense steps have 380 and 408
+    ("vit_b16", 128, torch.bfloat16): 1500,
+    ("proxylessnas", 8, torch.bfloat16): 1050,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", MOST_LAUNCHES, ids=str)
+def test_launches_of_a_step(step: tuple[str, int, torch.dtype]) -> None:
+    """What the host pays for: 11 to 18 microseconds each."""
+    assert traffic_of(*step, br.RazorConfig.compact(0.9)).total <= MOST_LAUNCHES[step]
+
+
+def test_one_launch_is_counted_for_what_a_kernel_does_at_once() -> None:
+    """Numbers that host code makes on the CPU are no launches, nor are views and allocations."""
+    x, flag = torch.empty(8, 5000), torch.zeros(1, dtype=torch.int32)
+    assert Launches().of_operator(kernels.mask_encode, (x, 0.0, 6.0), {}) == 1
+    assert Launches().of_operator(kernels.topk_pack, (x, 500, "float32", "tile", flag), {}) == 1
+    with Launches() as counted:
+        torch.zeros(3).view(3, 1).add(1)
+    assert counted.total == 2
 
 
 @pytest.mark.slow

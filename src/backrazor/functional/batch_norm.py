@@ -59,7 +59,7 @@ def _sums(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     dims = (0, *range(2, grad.dim()))
     plain = grad.new_zeros(grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
     weighted = torch.zeros_like(plain)
-    for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+    for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
         part = grad[start:stop]
         normalised = packed.unpack(start, stop, grad.dtype)
         plain += part.sum(dims, dtype=plain.dtype)
@@ -141,7 +141,7 @@ class _Batch(RazorFunction):
             scale = _per_channel(rstd if weight is None else rstd * weight, grad)
             offset, slope = _per_channel(plain / count, grad), _per_channel(weighted / count, grad)
             grad_x = torch.empty_like(grad)
-            for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+            for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
                 part = packed.unpack(start, stop, grad.dtype).mul_(slope).add_(offset)
                 write(grad_x[start:stop], torch.mul, part.neg_().add_(grad[start:stop]), scale)
         dtype = grad.dtype if weight is None else weight.dtype

@@ -11,8 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import NOTHING, ConvProduct, Form, Packed, Pruned, Window, load, pack_shared, packed_of, save
-from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks, write
+from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, on_cuda, placed, sample_chunks, write
 from .transforms import RazorFunction, differentiable_once
+
+# Above it the forward of a convolution on CUDA runs some samples at a time too: what it makes on its way would be as
+# large again.
+CUDA_FORWARD_BYTES = 1 << 30
 
 
 class ConvSpec(NamedTuple):
@@ -62,8 +66,15 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
 
 def forward_chunks(x: Tensor, weight: Tensor, spec: ConvSpec) -> list[tuple[int, int]]:
     """(start, stop) ranges over the samples of a forward; all of them at once where PyTorch would run a part on another
-    backend than the whole batch (it has one of its own for single small images), which rounds differently."""
-    chunks = list(sample_chunks(x.shape[0], largest_sample_bytes(x, weight.shape[0], spec)))
+    backend than the whole batch (it has one of its own for single small images), which rounds differently.
+
+    On CUDA the library makes no hidden copies and may pick its algorithm by the batch: there all samples run at once,
+    up to ``CUDA_FORWARD_BYTES``.
+    """
+    sample_bytes = largest_sample_bytes(x, weight.shape[0], spec)
+    if on_cuda(x.device) and x.shape[0] * sample_bytes <= CUDA_FORWARD_BYTES:
+        return [(0, x.shape[0])]
+    chunks = list(sample_chunks(x.shape[0], sample_bytes, x.device))
     if len(chunks) < 2:
         return chunks
     if weight.stride(3) != 1:  # channels_last: there the convolution library rounds otherwise for other batches
@@ -167,7 +178,7 @@ def backward_in_chunks(
     grad_weight = torch.zeros_like(weight) if need_weight and not batch else None
     window = _window(shape, weight, spec) if need_weight and batch else None
     product = None if window is None else ConvProduct.of(packed, window, grad)
-    for start, stop in sample_chunks(batch, backward_sample_bytes(shape, grad, spec)):
+    for start, stop in sample_chunks(batch, backward_sample_bytes(shape, grad, spec), grad.device):
         part = part_of(start, stop)
         if product is not None:
             product.add(part, start, stop)
@@ -209,7 +220,8 @@ def _is_matrix_product(grad: Tensor, spec: ConvSpec, weight: Tensor) -> bool:
     16 bits the sums over chunks are float32, which a product of 16-bit matrices is not; CUDA's library copies
     nothing)."""
     return (
-        grad.device.type == "cpu"
+        not on_cuda(grad.device)
+        and grad.device.type == "cpu"
         and grad.dtype == torch.float32
         and torch.get_float32_matmul_precision() == "highest"  # convolutions do not follow that setting
         and weight.shape[2:] == (1, 1)

@@ -31,7 +31,7 @@ def encode(y: Tensor, act: Epilogue) -> Tensor:
 
 def joined(codes: list[Tensor], act: Epilogue) -> Tensor:
     """The codes of all chunks as one tensor, labelled."""
-    return mark(torch.cat(codes), act.role)
+    return mark(torch.cat(codes) if len(codes) > 1 else codes[0], act.role)
 
 
 def packed_epilogue(codes: Tensor, shape: torch.Size, act: Epilogue) -> Packed:

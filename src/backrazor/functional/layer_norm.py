@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..codecs import AffineForm, NormCodec, Packed, load, mark, packed_of, remember_source, save_outputs
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
-from .common import accumulator, needs_grad, reshaped, sample_chunks, write
+from .common import accumulator, added, needs_grad, reshaped, sample_chunks, write
 from .transforms import RazorFunction, differentiable_once
 
 
@@ -53,9 +53,22 @@ def has_rows(x: Tensor, shape: tuple[int, ...]) -> bool:
     return x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == tuple(shape)
 
 
-def _affine_sums(total: Tensor | None, part: Tensor | None) -> None:
-    if total is not None and part is not None:
-        total.add_(part)
+def _layer_statistics_type(grad: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The type in which PyTorch's backward of a LayerNorm reads mean and reciprocal deviation. Its kernels for
+    accelerators have them in float32 for 16-bit inputs, that of the CPU as ``_group_statistics_type`` says."""
+    if grad.device.type != "cpu" and grad.element_size() == 2:
+        return torch.float32
+    return _group_statistics_type(grad, weight)
+
+
+def _group_statistics_type(grad: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The same of a GroupNorm, on every device: the parameters' type, the input's where there are none."""
+    return grad.dtype if weight is None else weight.dtype
+
+
+def _affine_sums(sums: list[Tensor | None], parts: list[Tensor | None], whole: bool) -> list[Tensor | None]:
+    """The gradients of weight and bias, where they are asked for, with those of a chunk."""
+    return [None if part is None else added(total, part, whole) for total, part in zip(sums, parts, strict=True)]
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
@@ -117,21 +130,21 @@ class _LayerNorm(RazorFunction):
         mask = list(ctx.needs_input_grad[:3])
         if packed.form.bits is not None and fused_norm(grad, packed.form.row):
             return *_fused_backward(grad, weight, rstd, packed, mask), *(None,) * 4
-        sums = [accumulator(ctx.normalised_shape, grad) if need else None for need in mask[1:]]
+        statistics = _layer_statistics_type(grad, weight)
+        sums = [accumulator(ctx.normalised_shape, grad) if need and not len(grad) else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
-        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
             part = grad[start:stop].contiguous()
             normalised = packed.unpack(start, stop, grad.dtype)
             scale = rstd[start:stop]
             # PyTorch's own kernel on the normalised input, whose mean is 0 and deviation 1 by definition
-            zero, one = torch.zeros_like(scale, dtype=grad.dtype), torch.ones_like(scale, dtype=grad.dtype)
+            zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
             part_x, *part_affine = torch.ops.aten.native_layer_norm_backward(
                 part, normalised, ctx.normalised_shape, zero, one, weight, bias, mask
             )
             if mask[0]:
                 write(grad_x[start:stop], torch.mul, part_x, scale.to(grad.dtype))
-            for total, addend in zip(sums, part_affine, strict=True):
-                _affine_sums(total, addend)
+            sums = _affine_sums(sums, part_affine, stop - start == len(grad))
         dtype = grad.dtype if weight is None else weight.dtype
         return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4
 
@@ -179,20 +192,20 @@ class _GroupNorm(RazorFunction):
         weight, rstd, packed = load(ctx)
         mask = list(ctx.needs_input_grad[:3])
         channels, positions = grad.shape[1], math.prod(grad.shape[2:])
-        sums = [accumulator((channels,), grad) if need else None for need in mask[1:]]
+        statistics = _group_statistics_type(grad, weight)
+        sums = [accumulator((channels,), grad) if need and not len(grad) else None for need in mask[1:]]
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
-        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size()):
+        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
             part = grad[start:stop].contiguous()
             normalised = packed.unpack(start, stop, grad.dtype)
-            scale = rstd[start:stop].to(grad.dtype)
-            zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+            scale = rstd[start:stop]
+            zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
             part_x, *part_affine = torch.ops.aten.native_group_norm_backward(
                 part, normalised, zero, one, weight, stop - start, channels, positions, ctx.groups, mask
             )
             if mask[0]:
                 rows = part_x.view(stop - start, ctx.groups, -1)
-                write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.unsqueeze(2))
-            for total, addend in zip(sums, part_affine, strict=True):
-                _affine_sums(total, addend)
+                write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.to(grad.dtype).unsqueeze(2))
+            sums = _affine_sums(sums, part_affine, stop - start == len(grad))
         dtype = grad.dtype if weight is None else weight.dtype
         return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4

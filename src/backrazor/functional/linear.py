@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import NOTHING, Form, LinearProduct, Packed, Pruned, load, pack_shared, packed_of, save
-from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks
+from .common import autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product
 from .transforms import RazorFunction, differentiable_once
 
 
@@ -72,8 +72,8 @@ def _weight_gradient(grad: Tensor, packed: Packed) -> Tensor:
         for start, stop in chunks:
             product.add(grad[start:stop], start, stop)
         return product.result().to(grad.dtype)
-    total = accumulator((outputs, inputs), grad)
+    total = None
     for start, stop in chunks:
         x_hat = packed.unpack(start, stop, grad.dtype).reshape(-1, inputs)
-        add_product(total, grad[start:stop].reshape(-1, outputs), x_hat)
-    return total.to(grad.dtype)
+        total = with_product(total, grad[start:stop].reshape(-1, outputs), x_hat, stop - start == batch)
+    return grad.new_zeros(outputs, inputs) if total is None else total.to(grad.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import NOTHING, Form, LinearProduct, Pruned, load, pack_shared, packed_of, save_outputs, times
-from .common import accumulator, add_product, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, write
+from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product, write
 from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
 from .transforms import RazorFunction, differentiable_once
 
@@ -45,7 +45,7 @@ class _LinearAct(RazorFunction):
         # whole, so that the product is the dense one bit for bit
         out = not_a_view(F.linear(x, *cast_to(cast, weight, bias)))
         codes = []
-        for start, stop in sample_chunks(x.shape[0], out[:1].numel() * out.element_size()):
+        for start, stop in sample_chunks(x.shape[0], out[:1].numel() * out.element_size(), x.device):
             y = out[start:stop]
             if keeps:
                 codes.append(encode(y, act))
@@ -68,9 +68,10 @@ class _LinearAct(RazorFunction):
         weight = weight.to(grad.dtype)
         grad_x = grad.new_empty(*grad.shape[:-1], inputs) if need_x else None
         product = LinearProduct.of(packed, grad) if need_weight else None
-        grad_weight = accumulator((outputs, inputs), grad) if need_weight and product is None else None
-        grad_bias = accumulator((outputs,), grad) if need_bias else None
-        for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size()):
+        empty, wide = not len(grad), torch.float32 if grad.element_size() == 2 else grad.dtype
+        grad_weight = torch.zeros_like(weight) if need_weight and empty else None
+        grad_bias = grad.new_zeros(outputs) if need_bias and empty else None
+        for start, stop in sample_chunks(grad.shape[0], math.prod(grad.shape[1:]) * grad.element_size(), grad.device):
             part = times(grad[start:stop], derivative, start, stop)
             rows = part.reshape(-1, outputs)
             if need_x:
@@ -79,9 +80,9 @@ class _LinearAct(RazorFunction):
                 product.add(part, start, stop)
             elif need_weight:
                 x_hat = packed.unpack(start, stop, grad.dtype).reshape(-1, inputs)
-                add_product(grad_weight, rows, x_hat)
+                grad_weight = with_product(grad_weight, rows, x_hat, stop - start == len(grad))
             if need_bias:
-                grad_bias.add_(rows.sum(0, dtype=grad_bias.dtype))
+                grad_bias = added(grad_bias, rows.sum(0, dtype=wide), stop - start == len(grad))
         grad_weight = grad_weight if product is None else product.result()
         totals = (None if total is None else total.to(grad.dtype) for total in (grad_weight, grad_bias))
         return grad_x, *totals, *(None for _ in rest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,7 +49,7 @@ class _MaxPool2d(RazorFunction):
         settings = (kernel, stride, padding, dilation, ceil_mode)
         out = place = None
         # the wide index, twice in passing, exists for some samples only
-        for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size()):
+        for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size(), x.device):
             part, index = F.max_pool2d(x[start:stop], *settings, return_indices=True)
             if out is None:
                 shape = (x.shape[0], *part.shape[1:])
@@ -75,13 +77,15 @@ class _MaxPool2d(RazorFunction):
         kernel, stride, padding, dilation, ceil_mode = ctx.settings
         top, left = _corners(grad.shape, stride, padding, grad.device)
         grad_x = grad.new_empty(ctx.shape)
-        for start in range(ctx.shape[0]):  # a sample at a time: the wide index exists for one only
-            at = place[start].long()
+        # the wide index, twice in passing, exists for some samples only
+        sample_bytes = max(math.prod(ctx.shape[1:]) * grad.element_size(), 3 * 8 * place[:1].numel())
+        for start, stop in sample_chunks(ctx.shape[0], sample_bytes, grad.device):
+            at = place[start:stop].long()
             row = top + at.div(kernel[1], rounding_mode="floor") * dilation[0]
             index = row * ctx.shape[-1] + left + at % kernel[1] * dilation[1]
-            point = grad.new_empty(()).expand(ctx.shape[1:])
-            grad_x[start] = torch.ops.aten.max_pool2d_with_indices_backward(
-                grad[start].contiguous(), point, kernel, stride, padding, dilation, ceil_mode, index
+            point = grad.new_empty(()).expand(stop - start, *ctx.shape[1:])
+            grad_x[start:stop] = torch.ops.aten.max_pool2d_with_indices_backward(
+                grad[start:stop].contiguous(), point, kernel, stride, padding, dilation, ceil_mode, index
             )
         return grad_x, *(None,) * 5
 

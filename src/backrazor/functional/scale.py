@@ -51,7 +51,7 @@ def _gate_gradient(grad: Tensor, packed: Packed, shape: torch.Size) -> Tensor:
     """sum of grad * x_hat over the dimensions that the gate was broadcast along."""
     own_batch = len(shape) == grad.dim() and shape[0] == grad.shape[0]
     parts, total = [], None
-    for start, stop in sample_chunks(len(grad), packed.form.sample_numel * grad.element_size()):
+    for start, stop in sample_chunks(len(grad), packed.form.sample_numel * grad.element_size(), grad.device):
         product = packed.unpack(start, stop, grad.dtype).mul_(grad[start:stop])
         if own_batch:
             parts.append(product.sum_to_size(stop - start, *shape[1:]))

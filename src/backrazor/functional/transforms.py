@@ -26,7 +26,7 @@ _TWICE = (
     f"(create_graph=True, as for a gradient penalty): {_WAY_OUT}"
 )
 # Requires a gradient outside of every functorch transform, and so does what is computed with it.
-_ANCHOR = torch.empty(0, requires_grad=True)
+_ANCHOR = torch.empty(0, requires_grad=True, device="cpu")
 
 
 class _Refused(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """What the Triton kernels share: launching, cutting work into chunks, float bits, exact rounding.
 
+Offsets: where a program or a block begins is a 64-bit scalar, and what a lane adds to it fits 32 bits. So no tensor is
+too large, and no lane pays for 64-bit arithmetic. A test reads the code of every kernel for it.
+
 All arithmetic is chosen so that the GPU, Triton's interpreter and the PyTorch references agree to the bit: divisions
 are the IEEE ones, no product is contracted with a sum (``enable_fp_fusion=False``), magnitudes are compared as
 integers, so that NaN has a place in the order, and rounding to bfloat16 is integer arithmetic, since the interpreter
@@ -9,10 +12,14 @@ No kernel is autotuned: timing candidates waits for the device, which would brea
 configurations (at most four) stand in its module and the host code picks by shape and type.
 """
 
+from subprocess import CalledProcessError
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .cuda_target import build_failure
 
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of the float32 infinity; magnitudes above are NaN
 _EVEN: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves a float32 no bits below the point
@@ -22,11 +29,33 @@ FILLING_PROGRAMS = 1024  # about what keeps 132 multiprocessors busy at 8 progra
 
 def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
     """Run ``programs`` instances of ``kernel`` on the device and current stream of its first tensor; never waits for
-    them. ``registers``: how many a thread may have, where the assembler would rather spill for occupancy's sake."""
+    them. ``registers``: how many a thread may have, where the assembler would rather spill for occupancy's sake.
+
+    Raises:
+        RuntimeError: Triton cannot build what launches its kernels, see ``cuda_target``.
+    """
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device_of(tensor):  # does nothing for the interpreter's CPU tensors
-        options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
-        kernel[(programs,)](*arguments, **constants, **options)
+    options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": False}
+    try:
+        with torch.cuda.device_of(tensor):  # does nothing for the interpreter's CPU tensors
+            kernel[(programs,)](*arguments, **constants, **options)
+    except (OSError, RuntimeError, CalledProcessError) as error:
+        reason = build_failure(error)
+        if reason is None:
+            raise
+        raise RuntimeError(reason) from None
+
+
+def check_positions(n: int, what: str) -> None:
+    """Refuse what 32-bit positions cannot number.
+
+    Raises:
+        ValueError: n is 2^31 or nearly so.
+    """
+    if n >= (1 << 31) - MAX_CHUNK:
+        raise ValueError(
+            f"{what} of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split it"
+        )
 
 
 def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:
@@ -36,10 +65,7 @@ def chunks_of(batch: int, n: int, block: int) -> tuple[int, int]:
     Raises:
         ValueError: a sample has 2^31 elements or nearly so: positions inside a sample are 32-bit.
     """
-    if n >= (1 << 31) - MAX_CHUNK:
-        raise ValueError(
-            f"a sample of {n} elements is too large for the CUDA kernels: fewer than 2^31 - 2^15 are allowed, split it"
-        )
+    check_positions(n, "a sample")
     wanted = -(-batch * n // FILLING_PROGRAMS)
     chunk = min(max(-(-wanted // block), 1) * block, MAX_CHUNK)
     return chunk, -(-n // chunk)
@@ -75,6 +101,12 @@ def from_float32(x, dtype: tl.constexpr):
         return tl.where(x != x, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def lanes_left(n, first, BLOCK: tl.constexpr):
+    """How many of the ``BLOCK`` elements from ``first`` (int64) on lie before n, int32."""
+    return tl.minimum(n - first, BLOCK).to(tl.int32)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Which implementation of the primitives runs: by device, or forced by the environment variable BACKRAZOR_KERNELS.
 
 CUDA tensors take Triton, CPU tensors Numba; what neither covers (other devices, float64, a package that is missing, a
-processor without what the CPU kernels need) takes the reference.
+processor or an accelerator without what the kernels need) takes the reference.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from types import ModuleType
 import torch
 from torch._compile import _disable_dynamo
 
+from .cuda_target import shortcoming as cuda_shortcoming
+
 _MODULES = {"numba": "cpu", "triton": "triton", "interpret": "triton"}
-_DEVICES = {"numba": "cpu", "triton": "cuda", "interpret": "cpu"}
+_DEVICES = {"numba": "cpu", "interpret": "cpu"}  # the only tensors that a forced implementation takes
+_USUAL = {"cpu": "numba", "cuda": "triton"}
 _FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, and PyTorch imports Triton when the
@@ -63,21 +66,34 @@ def forced() -> str | None:
 
 
 @cache
-def _numba_runs() -> bool:
-    """Whether Numba's kernels run here; warns where they do not.
+def _runs(choice: str) -> bool:
+    """Whether the kernels called ``choice`` run in this process; warns where they do not.
 
     Raises:
         ValueError: they do not, and BACKRAZOR_KERNELS forces them.
     """
-    from .cpu.target import shortcoming
+    if choice == "numba":
+        from .cpu.target import shortcoming
 
-    reason = shortcoming()
+        reason = shortcoming()
+    else:
+        reason = cuda_shortcoming() if choice == "triton" else None
     if reason is None:
         return True
-    if forced() == "numba":
-        raise ValueError(f"BACKRAZOR_KERNELS='numba' cannot run: {reason}; or unset it")
-    warnings.warn(f"backrazor takes its slower kernels in plain PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+    if forced() == choice:
+        raise ValueError(f"BACKRAZOR_KERNELS={choice!r} cannot run: {reason}; or unset it")
+    _warn_of_reference(reason)
     return False
+
+
+def _warn_of_reference(reason: str) -> None:
+    warnings.warn(f"backrazor takes its slower kernels in plain PyTorch: {reason}", RuntimeWarning, stacklevel=3)
+
+
+@cache
+def _other_device(device: str) -> None:
+    """Say once that a device has no kernels of its own."""
+    _warn_of_reference(f"there are none for the device {device}, only for CPUs and NVIDIA GPUs")
 
 
 def triton_by_name() -> bool:
@@ -94,21 +110,28 @@ def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
     Raises:
         ValueError: BACKRAZOR_KERNELS is wrong, or forces an implementation that cannot run on the tensor's device.
     """
-    choice, device = forced(), tensor.device.type
-    if choice is None:
-        choice = {"cpu": "numba", "cuda": "triton"}.get(device)
-        if choice is None or not _installed(choice):
-            return None
-    elif choice != "reference" and device != _DEVICES[choice]:
-        wanted = _DEVICES[choice]
-        raise ValueError(
-            f"BACKRAZOR_KERNELS={choice!r} runs on {wanted} tensors, not on {device}: unset it or move the model"
-        )
-    if choice == "reference" or tensor.dtype not in _FAST_DTYPES:
-        return None
-    if choice == "numba" and not _numba_runs():
+    choice = _choice(tensor.device.type)
+    if choice is None or tensor.dtype not in _FAST_DTYPES or not _runs(choice):
         return None
     return _module(f"backrazor.kernels.{family}.{_MODULES[choice]}")
+
+
+def _choice(device: str) -> str | None:
+    """The name of the implementation for tensors of this device, None for the reference."""
+    choice = forced()
+    if choice in (None, "triton"):  # "triton" is about CUDA tensors: all others go where they always go
+        if device not in (*_USUAL, "meta"):
+            _other_device(device)
+        usual = _USUAL.get(device)
+        return usual if usual is not None and _installed(usual) else None
+    if choice == "reference":
+        return None
+    if device != _DEVICES[choice]:
+        raise ValueError(
+            f"BACKRAZOR_KERNELS={choice!r} runs on {_DEVICES[choice]} tensors, not on {device}: "
+            "unset it or move the model"
+        )
+    return choice
 
 
 @cache

@@ -40,9 +40,9 @@ def predict(
     float32.
 
     No activation is allocated and the model is not changed. What kernels use in passing is not counted: a few MiB,
-    or a sample's gradient in float32 where that is more. ``loss_fn`` maps the model's output to a scalar; by default
-    cross-entropy for logits (B, classes), the mean otherwise. ``autocast`` gives the type of an autocast region around
-    the forward.
+    or a sample's gradient in float32 where that is more; on CUDA up to 64 MiB, or what one sample takes. ``loss_fn``
+    maps the model's output to a scalar; by default cross-entropy for logits (B, classes), the mean otherwise.
+    ``autocast`` gives the type of an autocast region around the forward.
 
     Args:
         rule: "exact": equal to the ledger to the byte. There is no other.

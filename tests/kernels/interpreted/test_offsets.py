@@ -40,8 +40,12 @@ def x(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
     yield large
 
 
+@pytest.mark.parametrize("programs", ["a sample's", "a chunk's"])
 @pytest.mark.parametrize("index", ["bitmap", "tile"])
-def test_topk(x: Tensor, index: str) -> None:
+def test_topk(x: Tensor, index: str, programs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "backrazor.kernels.topk.triton"
+    monkeypatch.setattr(f"{module}.SAMPLE_ELEMENTS", N if programs == "a sample's" else 0)
+    monkeypatch.setattr(f"{module}.SCRATCH_BYTES", 1 << 40)  # all samples in one launch
     keep = N // 10
     stored = kernels.topk_pack(x, keep, "float16", index, torch.zeros(1, dtype=torch.int32))
     expected = topk.pack(x[-1:], keep, "float16", index)[:5]
@@ -93,3 +97,19 @@ def test_norms(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     gradient, *_ = kernels.norm_backward(rows, codes, scales, rstd, None, 4)
     wanted, *_ = layernorm.backward(rows[last : last + 1].float(), *kept, rstd[last : last + 1], None, 4)
     assert_close("gradient", gradient[last : last + 1], wanted, 2e-3)
+
+
+def test_one_sample_of_more_than_2_31_elements(x: Tensor) -> None:
+    """Without an index nothing numbers positions in 32 bits, so a sample may be this large."""
+    sample = x.view(1, -1)
+    n = sample.shape[1]
+    stored = kernels.topk_pack(sample, n, "int8", "none", torch.zeros(1, dtype=torch.int32))
+    last = -(n % 2048 or 2048)  # what the last program writes
+    expected = topk.pack(sample[:, last:], -last, "int8", "none")
+    assert_same_bits("values", stored[0][:, last:], expected[0])
+    assert_same_bits("scales", stored[1][:, last // 256 :], expected[1])
+    dense = kernels.topk_unpack(*stored, n, "none", torch.float16)
+    assert_same_bits("x_hat", dense[:, last:], topk.unpack(*expected[:5], -last, "none", torch.float16))
+    mean, rstd = torch.zeros(1, BATCH), torch.ones(1, BATCH)
+    normal = kernels.topk_unpack_normalised(*stored, mean, rstd, n, N, "none", torch.float16)
+    assert_same_bits("normalised", normal[:, last:], dense[:, last:])

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from backrazor.kernels import Stored, _triton, topk_pack, topk_unpack, topk_unpack_normalised
 from backrazor.kernels.topk import reference
+from backrazor.kernels.topk import triton as topk
+from backrazor.kernels.topk.layout import allocate
+from backrazor.memory.predict import _Allocations as Allocated
 from tests.backrazor.cases import pairwise
 from tests.backrazor.compare import assert_same_bits
 from tests.backrazor.samples import DATA, layouts, sample
@@ -30,6 +33,7 @@ AXES = {
     "keep": tuple(KEEPS),
     "n": SIZES,
     "order": ORDERS,
+    "programs": ("a sample's", "a chunk's"),
 }
 
 
@@ -52,10 +56,18 @@ def check(x: Tensor, keep: int, values: str, index: str, where: str) -> None:
 ROWS = pairwise(AXES)
 
 
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample is cut into chunks, as large ones are."""
+    monkeypatch.setattr(topk, "SAMPLE_ELEMENTS", 0)
+
+
 @pytest.mark.parametrize("part", range(8))
-def test_equal_to_the_reference(part: int) -> None:
+def test_equal_to_the_reference(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = topk.SAMPLE_ELEMENTS
     for number, row in enumerate(ROWS[part::8]):
         StrictExecutor.order = row["order"]
+        monkeypatch.setattr(topk, "SAMPLE_ELEMENTS", whole if row["programs"] == "a sample's" else 0)
         x = sample(row["data"], (2, row["n"]), row["dtype"], seed=number)
         check(x, KEEPS[row["keep"]](row["n"]), row["values"], row["index"], str(row))
     assert StrictExecutor.launches > 0
@@ -63,7 +75,9 @@ def test_equal_to_the_reference(part: int) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_chunks_of_several_blocks_in_any_order(dtype: torch.dtype, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_several_blocks_in_any_order(
+    dtype: torch.dtype, order: str, in_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several chunks a sample and several blocks a chunk; ties, kept and dropped, in all of them."""
     monkeypatch.setattr(_triton, "FILLING_PROGRAMS", 4)
     StrictExecutor.order = order
@@ -86,10 +100,59 @@ def test_any_layout(shape: tuple[int, ...]) -> None:
         check(x, x[0].numel() // 3, "int8", "tile", layout)
 
 
-def test_kept_values_on_their_way_to_int8_take_bounded_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Staging sample by sample gives what staging the batch gives."""
-    monkeypatch.setattr("backrazor.kernels.topk.triton.STAGED_BYTES", 1)
-    check(sample("normal", (3, 700)), 90, "int8", "tile", "staged one by one")
+@pytest.mark.parametrize("values", ["int8", "float32"])
+def test_samples_are_packed_some_at_a_time_where_scratch_is_short(
+    values: str, in_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk, "SCRATCH_BYTES", 1)
+    x, before = sample("normal", (3, 700)), StrictExecutor.launches
+    topk_pack(x, 90, values, "tile", torch.zeros(1, dtype=torch.int32))
+    assert StrictExecutor.launches - before == 3 * (5 + (values == "int8"))
+    check(x, 90, values, "tile", "one by one")
+
+
+def test_a_small_sample_is_packed_by_one_launch() -> None:
+    x, flag = sample("normal", (5, 4_100)), torch.zeros(1, dtype=torch.int32)
+    stored = topk_pack(x, 410, "float32", "tile", flag)
+    assert (StrictExecutor.launches, StrictExecutor.programs) == (1, 5)
+    topk_unpack(*stored, 4_100, "tile", torch.float32)
+    assert (StrictExecutor.launches, StrictExecutor.programs) == (2, 5)
+    topk_pack(x, 410, "int8", "tile", flag)
+    assert StrictExecutor.launches == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((65_536, 256), torch.float32), ((4_096, 40_000), torch.float32), ((3, 10_000_000), torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("values", ["same", "int8"])
+def test_scratch_is_bounded(
+    values: str, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch of any shape, by what the host's side allocates on tensors without data."""
+    batch, n = shape
+    stored_as = torch.int8 if values == "int8" else dtype
+    keep = n // 10
+    monkeypatch.setattr(topk, "launch", lambda *_, **__: None)
+    with Allocated() as scratch:
+        device = torch.device("meta")
+        x, flag = torch.empty(shape, dtype=dtype, device=device), torch.empty(1, dtype=torch.int32, device=device)
+        stored = allocate(batch, n, keep, stored_as, "tile", device)
+        scratch.peak = scratch.live = 0
+        topk.pack(x, keep, "tile", stored, flag)
+    assert scratch.peak <= 1.25 * topk.SCRATCH_BYTES
+
+
+@pytest.mark.parametrize(("samples", "launches"), [(1, 6), (2, 3), (100, 1)])
+def test_samples_in_another_layout_are_copied_some_at_a_time(
+    samples: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = sample("normal", (6, 9, 5, 7)).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(topk, "COPIED_BYTES", samples * x[0].numel() * 4)
+    topk_pack(x, 31, "float32", "tile", torch.zeros(1, dtype=torch.int32))
+    assert StrictExecutor.launches == launches
+    check(x, 31, "float32", "tile", "channels_last")
 
 
 def test_a_sample_too_large_for_32_bit_positions_is_refused() -> None:

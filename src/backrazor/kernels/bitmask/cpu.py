@@ -100,9 +100,9 @@ def entry_points() -> Iterator[EntryPoint]:
 def encode(x: Tensor, low: float, high: float) -> Tensor:
     """As ``reference.encode``; x contiguous (B, n)."""
     batch, n = x.shape
-    bits = torch.empty(batch, mask_bytes(n), dtype=torch.uint8)
+    bits = torch.empty(batch, mask_bytes(n), dtype=torch.uint8, device="cpu")
     tasks = batch * -(-n // RUN)
-    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8, device="cpu")
     told = Encode(
         batch=batch,
         n=n,
@@ -121,7 +121,7 @@ def apply(grad: Tensor, bits: Tensor) -> Tensor:
     batch, n = grad.shape
     out = torch.empty_like(grad)
     tasks = batch * -(-n // RUN)
-    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8, device="cpu")
     told = Apply(
         batch=batch,
         n=n,

@@ -60,7 +60,8 @@ def encode(x: Tensor, low: float, high: float) -> Tensor:
     """As ``reference.encode``; x contiguous. PyTorch rounds the bounds to x's type before it compares, so this does."""
     batch, n = x.shape
     bits = torch.empty(batch, mask_bytes(n), dtype=torch.uint8, device=x.device)
-    low, high = (float(torch.tensor(bound, dtype=x.dtype)) for bound in (low, high))
+    # on the CPU whatever the default device is: reading a number back from a GPU would wait for it
+    low, high = (float(torch.tensor(bound, dtype=x.dtype, device="cpu")) for bound in (low, high))
     if x.numel():
         rows, length, blocks = _rows(batch, n)
         launch(_encode, rows * blocks, x, bits, length, blocks, low, high, BYTES=BYTES, warps=WARPS)

@@ -1,6 +1,6 @@
 """Quantised derivatives on the CPU: 2 and 4 bits by vector comparisons (4 by bisection on AVX-512); 8 bits by one
 multiplication where the thresholds are an even grid about zero in steps of a power of two (those of
-``functional.activation`` are), else by a guess on an even grid that the thresholds correct."""
+``codecs.smooth`` are), else by a guess on an even grid that the thresholds correct."""
 
 from __future__ import annotations
 
@@ -172,9 +172,9 @@ def _cells_per_unit(thresholds: bytes) -> int:
 def encode(x: Tensor, thresholds: Tensor, bits: int) -> Tensor:
     """As ``reference.encode``; x contiguous."""
     batch, n = x.shape
-    codes = torch.empty(batch, code_bytes(n, bits), dtype=torch.uint8)
+    codes = torch.empty(batch, code_bytes(n, bits), dtype=torch.uint8, device="cpu")
     tasks = batch * -(-n // RUN)
-    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8, device="cpu")
     told = Encode(
         batch=batch,
         n=n,
@@ -193,7 +193,7 @@ def apply(grad: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
     batch, n = grad.shape
     out = torch.empty_like(grad)
     tasks = batch * -(-n // RUN)
-    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8, device="cpu")
     told = Apply(
         batch=batch,
         n=n,

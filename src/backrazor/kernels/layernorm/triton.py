@@ -93,15 +93,15 @@ def _backward(
     COLUMNS: tl.constexpr,
 ):
     PER: tl.constexpr = 8 // BITS
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     byte = tl.arange(0, COLUMNS // PER)
     element = byte[None, :, None] * PER + tl.arange(0, PER)[None, None, :]
     row_bytes = (m + PER - 1) // PER
     weight_sum = tl.zeros((COLUMNS // PER, PER), tl.float32)
     bias_sum = tl.zeros((COLUMNS // PER, PER), tl.float32)
     length = tl.full((ROWS, 1, 1), 0, tl.float32) + m
-    for first in range(program * ROWS, rows, programs * ROWS):
-        row = first + tl.arange(0, ROWS).to(tl.int64)
+    for first in range(program * ROWS, rows, tl.cast(programs, tl.int64) * ROWS):
+        row = first + tl.arange(0, ROWS).to(tl.int64)  # the interpreter counts the loop in 32 bits
         at = row[:, None, None]
         inside = (at < rows) & (element < m)
         stored = (row[:, None] < rows) & (byte[None, :] < row_bytes)
@@ -119,7 +119,7 @@ def _backward(
         rstd = tl.load(rstds + at, mask=at < rows, other=0)
         tl.store(out + at * m + element, from_float32(centred * rstd, out.dtype.element_ty), mask=inside)
     column = byte[:, None] * PER + tl.arange(0, PER)[None, :]
-    place = program.to(tl.int64) * m + column
+    place = program * m + column
     tl.store(weight_sums + place, weight_sum, mask=column < m)
     tl.store(bias_sums + place, bias_sum, mask=column < m)
 

@@ -82,9 +82,12 @@ def _entries(
     """``size`` is (height, width) of what positions count through, ``pitch`` the rows of the matrix from one line of
     positions to the next, ``unit`` the bytes of a row."""
     batch, keep = stored.values.shape
-    made = _Entries(torch.empty(batch, keep, 2, dtype=torch.int32), torch.empty(batch, buckets + 2, dtype=torch.int32))
+    made = _Entries(
+        torch.empty(batch, keep, 2, dtype=torch.int32, device="cpu"),
+        torch.empty(batch, buckets + 2, dtype=torch.int32, device="cpu"),
+    )
     scratch_bytes = ((keep + LANES) + (keep + TILE + 64) + (0 if order == CHANNELS else keep)) * 4
-    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8, device="cpu")
     told = MakeEntries(
         **form_of(stored, n, index),
         **made.of(0),
@@ -155,7 +158,7 @@ def _lay(grad: Tensor, matrix: Tensor, border: int, pitch: int) -> None:
     batch, outputs, height, width = grad.shape
     groups = matrix.shape[2] // LANES
     scratch_bytes = 2 * TILE_BYTES + 2 * VECTOR
-    scratch = torch.empty(threads_for(batch * groups) * scratch_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(batch * groups) * scratch_bytes, dtype=torch.uint8, device="cpu")
     told = Lay(
         batch=batch,
         groups=groups,
@@ -182,7 +185,7 @@ def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
     entries = _entries(stored, index, tokens * inputs, INPUTS, inputs, (tokens, inputs), (1, 1), 1, unit)
     in_place = grad.dtype == torch.float32 and wide == outputs and grad.is_contiguous()
     together = max(batch if in_place else min(MATRIX_BYTES // (tokens * unit), batch), 1)
-    copy = None if in_place else torch.zeros(together, tokens, wide)
+    copy = None if in_place else torch.zeros(together, tokens, wide, device="cpu")
     for first in range(0, batch, together):
         rows = grad[first : first + together]
         if copy is not None:
@@ -245,7 +248,7 @@ def _conv_depthwise(
     table = _table([[(tap, place * pitch * 4) for tap, place in vertical.taps[0]]])
     size = vertical.size * pitch + LANES  # the last row is read a vector at a time
     scratch_bytes = size * 4 + 2 * VECTOR
-    scratch = torch.empty(threads_for(channels) * scratch_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(channels) * scratch_bytes, dtype=torch.uint8, device="cpu")
     told = AddDepthwise(
         **entries.of(0),
         batch=batch,
@@ -270,6 +273,6 @@ def transposed(sums: Tensor, outputs: int) -> Tensor:
     inputs = sums.shape[0]
     if outputs != sums.shape[1] or inputs % LANES:
         return reference.transposed(sums, outputs)
-    out = torch.empty(outputs, inputs)
+    out = torch.empty(outputs, inputs, device="cpu")
     _lay(sums.view(1, inputs, outputs, 1), out.unsqueeze(0), 0, 1)
     return out

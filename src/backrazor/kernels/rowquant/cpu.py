@@ -146,10 +146,10 @@ def entry_points() -> Iterator[EntryPoint]:
 def encode(x: Tensor, mean: Tensor, rstd: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """As ``reference.encode``; x contiguous."""
     rows, m = x.shape
-    codes = torch.empty(rows, code_bytes(m, bits), dtype=torch.uint8)
-    scales = torch.empty(rows, dtype=torch.float16)
+    codes = torch.empty(rows, code_bytes(m, bits), dtype=torch.uint8, device="cpu")
+    scales = torch.empty(rows, dtype=torch.float16, device="cpu")
     tasks = -(-rows // ROWS)
-    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8, device="cpu")
     told = Encode(
         rows=rows,
         m=m,
@@ -175,9 +175,9 @@ def decode(
 ) -> Tensor:
     """As ``reference.decode``; codes contiguous."""
     rows = codes.shape[0]
-    out = torch.empty(rows, m, dtype=dtype)
+    out = torch.empty(rows, m, dtype=dtype, device="cpu")
     tasks = -(-rows // ROWS)
-    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(tasks) * SPARE_BYTES, dtype=torch.uint8, device="cpu")
     told = Decode(
         rows=rows,
         m=m,

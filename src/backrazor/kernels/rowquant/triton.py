@@ -102,7 +102,7 @@ def _decode(
         # shifting the code to the top and back down as a signed number extends its sign
         up = (32 - BITS) - (tl.arange(0, PER) * BITS)[None, None, :]
         signed = (packed[:, :, None] << up) >> (32 - BITS)
-        element = byte[:, :, None] * PER + tl.arange(0, PER)[None, None, :]
+        element = first + (tl.arange(0, COLUMNS // PER)[None, :, None] * PER + tl.arange(0, PER)[None, None, :])
         value = from_float32(signed.to(tl.float32) * scale, out.dtype.element_ty)
         if SCALED:
             factor = to_float32(tl.load(weight + element, mask=element < m, other=0))

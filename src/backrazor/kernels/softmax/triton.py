@@ -19,13 +19,12 @@ CONFIGS = ((32, 64, 4), (8, 256, 4), (2, 1024, 4), (1, 4096, 8))
 
 
 @triton.jit
-def _gradient(grad, bits, row, column, inside, rows_a_sample, m, keep_scale, MASKED: tl.constexpr):
+def _gradient(grad, bits, row, column, inside, rows_a_sample, mask_row, m, keep_scale, MASKED: tl.constexpr):
     """float32 g of the elements ``column`` of rows ``row``, zero where dropped; a dropped one is not even read."""
     if MASKED:
         sample, within = row // rows_a_sample, row % rows_a_sample
         place = within * m + column
-        length = (rows_a_sample * m + 7) // 8
-        packed = tl.load(bits + sample * length + place // 8, mask=inside, other=0).to(tl.int32)
+        packed = tl.load(bits + sample * mask_row + place // 8, mask=inside, other=0).to(tl.int32)
         inside = inside & (((packed >> (place % 8).to(tl.int32)) & 1) == 1)
     g = to_float32(tl.load(grad + row * m + column, mask=inside, other=0))
     if MASKED:
@@ -41,6 +40,7 @@ def _backward(
     out,
     rows,
     rows_a_sample,
+    mask_row,  # bytes of ``bits`` for each sample
     m,
     keep_scale,
     scale,
@@ -53,7 +53,7 @@ def _backward(
     element = tl.arange(0, COLUMNS)[None, :]
     if WHOLE:
         inside = (row < rows) & (element < m)
-        g = _gradient(grad, bits, row, element, inside, rows_a_sample, m, keep_scale, MASKED)
+        g = _gradient(grad, bits, row, element, inside, rows_a_sample, mask_row, m, keep_scale, MASKED)
         probability = to_float32(tl.load(p + row * m + element, mask=inside, other=0))
         total = tl.sum(g * probability, axis=1)[:, None]
         value = from_float32(probability * (g - total) * scale, out.dtype.element_ty)
@@ -62,12 +62,12 @@ def _backward(
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, m, COLUMNS):
             inside = (row < rows) & (first + element < m)
-            g = _gradient(grad, bits, row, first + element, inside, rows_a_sample, m, keep_scale, MASKED)
+            g = _gradient(grad, bits, row, first + element, inside, rows_a_sample, mask_row, m, keep_scale, MASKED)
             sums += g * to_float32(tl.load(p + row * m + first + element, mask=inside, other=0))
         total = tl.sum(sums, axis=1)[:, None]
         for first in range(0, m, COLUMNS):
             inside = (row < rows) & (first + element < m)
-            g = _gradient(grad, bits, row, first + element, inside, rows_a_sample, m, keep_scale, MASKED)
+            g = _gradient(grad, bits, row, first + element, inside, rows_a_sample, mask_row, m, keep_scale, MASKED)
             probability = to_float32(tl.load(p + row * m + first + element, mask=inside, other=0))
             value = from_float32(probability * (g - total) * scale, out.dtype.element_ty)
             tl.store(out + row * m + first + element, value, mask=inside)
@@ -82,6 +82,6 @@ def backward(grad: Tensor, p: Tensor, bits: Tensor | None, keep_scale: float, sc
         height, columns, warps = next((config for config in CONFIGS if m <= config[1]), CONFIGS[-1])
         constants = {"MASKED": bits is not None, "ROWS": height, "COLUMNS": columns, "WHOLE": m <= columns}
         tensors = grad, p, grad if bits is None else bits, out  # grad stands in for the bits, never read
-        sizes = rows, rows // grad.shape[0], m, keep_scale, scale
+        sizes = rows, rows // grad.shape[0], 0 if bits is None else bits.shape[1], m, keep_scale, scale
         launch(_backward, -(-rows // height), *tensors, *sizes, **constants, warps=warps)
     return out

@@ -9,6 +9,7 @@ sample, a sample has as many chunks as fill the device, and a launch depends onl
                    same.
     tally          the last digit; how many elements of each chunk are larger than the threshold, and how many equal
     emit           compaction: where a chunk's values go follows from the tallies of the chunks before it
+    pack_sample    all of this for a small sample, by one program
 
 The last digit is counted a chunk at a time, and the elements above the digits before it are counted alongside, so that
 the tallies cost no further read of
@@ -29,6 +30,7 @@ import triton.language as tl
 from .._triton import (
     INFINITY,
     from_float32,
+    lanes_left,
     magnitude,
     quantise,
     scale_of,
@@ -47,10 +49,9 @@ INT8_LIMIT: tl.constexpr = tl.constexpr(float(layout.INT8_LIMIT))
 
 
 @triton.jit
-def _pick(histogram, rank, BINS: tl.constexpr):
-    """(digit, rank inside it) of the ``rank``-th largest of the elements that ``histogram`` counts by digit."""
+def _pick(counts, rank, BINS: tl.constexpr):
+    """(digit, rank inside it) of the ``rank``-th largest of the elements that ``counts`` (BINS,) counts by digit."""
     bins = tl.arange(0, BINS)
-    counts = tl.load(histogram + bins)
     reaching = tl.sum(counts, axis=0) - tl.cumsum(counts, 0) + counts  # elements with this digit or a larger
     digit = tl.sum((reaching >= rank).to(tl.int32), axis=0) - 1
     larger = tl.sum(tl.where(bins == digit, reaching - counts, 0), axis=0)
@@ -85,7 +86,7 @@ def count_digits(
             slot = state + (sample * SLOTS + (DIGIT - 2)) * 2
             prefix = tl.load(slot)
             rank = tl.load(slot + 1)
-        digit, rank = _pick(before + sample * BEFORE_BINS, rank, BEFORE_BINS)
+        digit, rank = _pick(tl.load(before + sample * BEFORE_BINS + tl.arange(0, BEFORE_BINS)), rank, BEFORE_BINS)
         prefix = prefix * BEFORE_BINS + digit
         if number == 0:
             slot = state + (sample * SLOTS + (DIGIT - 1)) * 2
@@ -93,11 +94,11 @@ def count_digits(
             tl.store(slot + 1, rank)
     histogram = tl.zeros((BINS,), tl.int32)
     larger = tl.zeros((BLOCK,), tl.int32)
-    start = number * chunk
+    start = number.to(tl.int64) * chunk
     for first in range(start, tl.minimum(start + chunk, n), BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < n
-        key = magnitude(tl.load(x + sample * n + at, mask=inside, other=0)) >> SHIFT
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(n, first, BLOCK)
+        key = magnitude(tl.load(x + (sample * n + first) + lane, mask=inside, other=0)) >> SHIFT
         if DIGIT > 0:
             if LAST:
                 larger += (inside & (key // BINS > prefix)).to(tl.int32)
@@ -118,8 +119,8 @@ def tally(state, counts, chunk_counts, chunk_larger, chunk_equal, chunks, DIGITS
     sample = (program // chunks).to(tl.int64)
     slot = state + (sample * SLOTS + (DIGITS - 2)) * 2
     prefix = tl.load(slot)
-    digit, ties = _pick(counts + sample * BINS, tl.load(slot + 1), BINS)
     bins = tl.arange(0, BINS)
+    digit, ties = _pick(tl.load(counts + sample * BINS + bins), tl.load(slot + 1), BINS)
     own = tl.load(chunk_counts + program.to(tl.int64) * BINS + bins)
     larger = tl.load(chunk_larger + program) + tl.sum(tl.where(bins > digit, own, 0), axis=0)
     tl.store(chunk_larger + program, larger)
@@ -142,6 +143,65 @@ def _raise_flag(flag, seen):
     """Or the status bits of all elements into the flag; touches it only where there are any."""
     status = tl.max(seen & NON_FINITE, axis=0) | tl.max(seen & OVERFLOW, axis=0)
     tl.atomic_or(flag, status, mask=status != 0, sem="relaxed")
+
+
+@triton.jit
+def _write_kept(
+    x,
+    n,
+    keep,
+    sample,
+    start,
+    stop,
+    threshold,
+    ties,
+    written,
+    values,
+    index,
+    counts,
+    full,
+    flag,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compaction of a sample's elements from ``start`` to ``stop``: those larger than the threshold and the first
+    ``ties`` of those equal to it. ``written`` values of the sample lie before them."""
+    seen = tl.zeros((BLOCK,), tl.int32)
+    for first in range(start, stop, BLOCK):
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(n, first, BLOCK)
+        value = tl.load(x + (sample * n + first) + lane, mask=inside, other=0)
+        key = magnitude(value)
+        larger = (inside & (key > threshold)).to(tl.int32)
+        equal = (inside & (key == threshold)).to(tl.int32)
+        both = (larger << 16) + equal  # one scan for two counts: a block has fewer than 2^15 elements
+        running = tl.cumsum(both, 0)
+        equal_rank = (running & 0xFFFF) - equal
+        kept = tl.where(equal_rank < ties, larger | equal, larger)
+        place = written + (running >> 16) - larger + tl.minimum(equal_rank, ties)
+        exact = to_float32(value)
+        stored = from_float32(exact, values.dtype.element_ty)
+        seen |= _status_of(exact, stored, kept == 1)
+        tl.store(values + sample * keep + place, stored, mask=kept == 1)
+        if INDEX == BITMAP:
+            byte = tl.arange(0, BLOCK // 8)
+            packed = tl.sum(tl.reshape(kept, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
+            length = (n + 7) // 8
+            written_bytes = byte < lanes_left(length, first // 8, BLOCK // 8)
+            tl.store(index + (sample * length + first // 8) + byte, packed.to(tl.uint8), mask=written_bytes)
+        if INDEX == TILES:
+            tl.store(index + sample * keep + place, (lane % TILE).to(tl.uint8), mask=kept == 1)
+            tiles = (n + TILE - 1) // TILE
+            tile = tl.arange(0, BLOCK // TILE)
+            count = tl.sum(tl.reshape(kept, (BLOCK // TILE, TILE)), axis=1)
+            inside_tiles = tile < lanes_left(tiles, first // TILE, BLOCK // TILE)
+            tl.store(counts + (sample * tiles + first // TILE) + tile, count.to(tl.uint8), mask=inside_tiles)
+            whole = tl.sum((count == TILE).to(tl.int32) << tile, axis=0)  # a block is eight tiles: one byte of flags
+            tl.store(full + sample * ((tiles + 7) // 8) + first // BLOCK, whole.to(tl.uint8))
+        total = tl.sum(both, axis=0)
+        written += (total >> 16) + tl.minimum(total & 0xFFFF, ties)
+        ties = tl.maximum(ties - (total & 0xFFFF), 0)
+    _raise_flag(flag, seen)
 
 
 @triton.jit
@@ -172,43 +232,55 @@ def emit(
     equal_before = sum_before(chunk_equal + sample * chunks, number)
     written = sum_before(chunk_larger + sample * chunks, number) + tl.minimum(equal_before, ties)
     ties = tl.maximum(ties - equal_before, 0)
-    seen = tl.zeros((BLOCK,), tl.int32)
-    start = number * chunk
-    for first in range(start, tl.minimum(start + chunk, n), BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < n
-        value = tl.load(x + sample * n + at, mask=inside, other=0)
-        key = magnitude(value)
-        larger = (inside & (key > threshold)).to(tl.int32)
-        equal = (inside & (key == threshold)).to(tl.int32)
-        both = (larger << 16) + equal  # one scan for two counts: a block has fewer than 2^15 elements
-        running = tl.cumsum(both, 0)
-        equal_rank = (running & 0xFFFF) - equal
-        kept = tl.where(equal_rank < ties, larger | equal, larger)
-        place = written + (running >> 16) - larger + tl.minimum(equal_rank, ties)
-        exact = to_float32(value)
-        stored = from_float32(exact, values.dtype.element_ty)
-        seen |= _status_of(exact, stored, kept == 1)
-        tl.store(values + sample * keep + place, stored, mask=kept == 1)
-        if INDEX == BITMAP:
-            byte = first // 8 + tl.arange(0, BLOCK // 8)
-            packed = tl.sum(tl.reshape(kept, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
-            length = (n + 7) // 8
-            tl.store(index + sample * length + byte, packed.to(tl.uint8), mask=byte < length)
-        if INDEX == TILES:
-            tl.store(index + sample * keep + place, (at % TILE).to(tl.uint8), mask=kept == 1)
-            tiles = (n + TILE - 1) // TILE
-            tile = first // TILE + tl.arange(0, BLOCK // TILE)
-            count = tl.sum(tl.reshape(kept, (BLOCK // TILE, TILE)), axis=1)
-            tl.store(counts + sample * tiles + tile, count.to(tl.uint8), mask=tile < tiles)
-            whole = tl.sum(
-                (count == TILE).to(tl.int32) << (tile % 8), axis=0
-            )  # a block is eight tiles: one byte of flags
-            tl.store(full + sample * ((tiles + 7) // 8) + first // BLOCK, whole.to(tl.uint8))
-        total = tl.sum(both, axis=0)
-        written += (total >> 16) + tl.minimum(total & 0xFFFF, ties)
-        ties = tl.maximum(ties - (total & 0xFFFF), 0)
-    _raise_flag(flag, seen)
+    start = number.to(tl.int64) * chunk
+    stop = tl.minimum(start + chunk, n)
+    _write_kept(
+        x, n, keep, sample, start, stop, threshold, ties, written, values, index, counts, full, flag, INDEX, BLOCK
+    )
+
+
+@triton.jit
+def _next_digit(
+    x, n, sample, prefix, rank, FIRST: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(prefix with the digit that begins at bit ``SHIFT``, rank among the elements that share it) of one sample."""
+    histogram = tl.zeros((BINS,), tl.int32)
+    for first in range(0, n, BLOCK):
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(n, first, BLOCK)
+        key = magnitude(tl.load(x + (sample * n + first) + lane, mask=inside, other=0)) >> SHIFT
+        if not FIRST:
+            inside = inside & (key // BINS == prefix)
+        histogram += tl.histogram(key & (BINS - 1), BINS, mask=inside)
+    digit, rank = _pick(histogram, rank, BINS)
+    return prefix * BINS + digit, rank
+
+
+@triton.jit
+def pack_sample(
+    x,  # (B, n)
+    n,
+    keep,
+    values,  # (B, K)
+    index,  # by INDEX, as ``Stored`` says; counts and full likewise
+    counts,
+    full,
+    flag,
+    HIGH: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    LOW: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Selection and compaction of a whole sample by one program, in one launch and without scratch. ``HIGH``,
+    ``MIDDLE`` and ``LOW`` are the bits of each digit, the highest first; 16-bit types have no middle one."""
+    sample = tl.program_id(0).to(tl.int64)
+    threshold, rank = _next_digit(x, n, sample, 0, keep, True, MIDDLE + LOW, 1 << HIGH, BLOCK)
+    if MIDDLE > 0:
+        threshold, rank = _next_digit(x, n, sample, threshold, rank, False, LOW, 1 << MIDDLE, BLOCK)
+    threshold, rank = _next_digit(x, n, sample, threshold, rank, False, 0, 1 << LOW, BLOCK)
+    none = tl.full((), 0, tl.int32)
+    _write_kept(x, n, keep, sample, 0, n, threshold, rank, none, values, index, counts, full, flag, INDEX, BLOCK)
 
 
 @triton.jit
@@ -229,14 +301,17 @@ def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
     sample."""
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
-    run = (program % blocks) * RUNS + tl.arange(0, RUNS)
-    at = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = at < keep
-    value = to_float32(tl.load(x + sample * keep + at, mask=inside, other=0))
+    first = (program % blocks).to(tl.int64) * RUNS
+    run = tl.arange(0, RUNS)
+    lane = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    inside = lane < lanes_left(keep, first * TILE, RUNS * TILE)
+    at = sample * keep + first * TILE
+    value = to_float32(tl.load(x + at + lane, mask=inside, other=0))
     largest = tl.max(magnitude(value), axis=1)
     scale, inverse = scale_of(largest, INT8_LIMIT, scales.dtype.element_ty)
     quantised = quantise(value, inverse[:, None], INT8_LIMIT, 0.0)
-    tl.store(values + sample * keep + at, quantised.to(tl.int8), mask=inside)
+    tl.store(values + at + lane, quantised.to(tl.int8), mask=inside)
     runs = (keep + TILE - 1) // TILE
-    tl.store(scales + sample * runs + run, scale, mask=run < runs)
-    _raise_flag(flag, _status_of(largest.to(tl.float32, bitcast=True), scale, run < runs))
+    owned = run < lanes_left(runs, first, RUNS)
+    tl.store(scales + (sample * runs + first) + run, scale, mask=owned)
+    _raise_flag(flag, _status_of(largest.to(tl.float32, bitcast=True), scale, owned))

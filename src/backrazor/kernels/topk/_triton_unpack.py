@@ -16,66 +16,81 @@ per row of the epilogue.
 import triton
 import triton.language as tl
 
-from .._triton import from_float32, sum_before, to_float32
+from .._triton import from_float32, lanes_left, sum_before, to_float32
 from ._triton_pack import BITMAP, TILE
 
 STEP: tl.constexpr = tl.constexpr(256)  # tile offsets placed at a time
 
 
 @triton.jit
-def _tile_sizes(counts, full, sample, tile, tiles):
-    """Kept elements of each tile, int32; 0 past the last tile."""
-    inside = tile < tiles
-    count = tl.load(counts + sample * tiles + tile, mask=inside, other=0).to(tl.int32)
-    flags = tl.load(full + sample * ((tiles + 7) // 8) + tile // 8, mask=inside, other=0).to(tl.int32)
-    return count + TILE * ((flags >> (tile % 8)) & 1)
+def _tile_sizes(counts, full, sample, first, tiles, BLOCK: tl.constexpr):
+    """Kept elements of the tiles of the block at ``first``, int32 (BLOCK / 256,); 0 past the last tile."""
+    tile = tl.arange(0, BLOCK // TILE)  # of the block, which is eight: one byte of flags
+    inside = tile < lanes_left(tiles, first // TILE, BLOCK // TILE)
+    count = tl.load(counts + (sample * tiles + first // TILE) + tile, mask=inside, other=0).to(tl.int32)
+    flags = tl.load(full + (sample * ((tiles + 7) // 8) + first // BLOCK)).to(tl.int32)
+    return count + tl.where(inside & (((flags >> tile) & 1) == 1), TILE, 0)
 
 
 @triton.jit
 def count(index, counts, full, n, chunk, chunks, chunk_counts, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     sample, number = (program // chunks).to(tl.int64), program % chunks
-    start = number * chunk
+    start = number.to(tl.int64) * chunk
     stop = tl.minimum(start + chunk, n)
     if INDEX == BITMAP:
         total = tl.zeros((BLOCK // 8,), tl.int32)
         length = (n + 7) // 8
-        for first in range(start // 8, (stop + 7) // 8, BLOCK // 8):
-            byte = first + tl.arange(0, BLOCK // 8)
-            bits = tl.load(index + sample * length + byte, mask=byte < length, other=0).to(tl.int32)
+        byte = tl.arange(0, BLOCK // 8)
+        for first in range(start, stop, BLOCK):
+            inside = byte < lanes_left(length, first // 8, BLOCK // 8)
+            bits = tl.load(index + (sample * length + first // 8) + byte, mask=inside, other=0).to(tl.int32)
             bits = bits - ((bits >> 1) & 0x55)  # ones in pairs, in fours, in the byte
             bits = (bits & 0x33) + ((bits >> 2) & 0x33)
             total += (bits + (bits >> 4)) & 0x0F
         tl.store(chunk_counts + program, tl.sum(total, axis=0))
     else:
         total = tl.zeros((BLOCK // TILE,), tl.int32)
-        for first in range(start // TILE, (stop + TILE - 1) // TILE, BLOCK // TILE):
-            total += _tile_sizes(counts, full, sample, first + tl.arange(0, BLOCK // TILE), (n + TILE - 1) // TILE)
+        for first in range(start, stop, BLOCK):
+            total += _tile_sizes(counts, full, sample, first, (n + TILE - 1) // TILE, BLOCK)
         tl.store(chunk_counts + program, tl.sum(total, axis=0))
 
 
 @triton.jit
-def _decoded(values, scales, sample, keep, position, mask, dtype: tl.constexpr):
-    """Stored values at ``position`` of a sample as ``dtype``, zero where the mask is off."""
-    exact = to_float32(tl.load(values + sample * keep + position, mask=mask, other=0))
+def _decoded(values, scales, position, mask, dtype: tl.constexpr):
+    """The stored ``values[position]`` as ``dtype``, zero where the mask is off; 256 of them share one of ``scales``."""
+    exact = to_float32(tl.load(values + position, mask=mask, other=0))
     if values.dtype.element_ty == tl.int8:
-        runs = (keep + TILE - 1) // TILE
-        exact = exact * to_float32(tl.load(scales + sample * runs + position // TILE, mask=mask, other=0))
+        exact = exact * to_float32(tl.load(scales + position // TILE, mask=mask, other=0))
     return from_float32(exact, dtype)
 
 
 @triton.jit
 def _finished(
-    values, scales, mean, rstd, sample, n, keep, position, at, row, mask, inside, out, NORMALISE: tl.constexpr
+    values,
+    scales,
+    position,
+    mask,
+    mean,
+    rstd,
+    sample,
+    n,
+    first,
+    lane,
+    row,
+    inside,
+    dtype: tl.constexpr,
+    NORMALISE: tl.constexpr,
 ):
-    """What is written of the elements ``at`` of a sample; where ``mask`` is on they are stored at ``position``."""
+    """What is written of a sample's elements ``first + lane``: ``values[position]`` where ``mask`` is on."""
     if NORMALISE:
-        exact = _decoded(values, scales, sample, keep, position, mask, tl.float32)
-        statistic = sample * (n // row) + at // row
-        centred = exact - tl.load(mean + statistic, mask=inside, other=0)
-        return from_float32(centred * tl.load(rstd + statistic, mask=inside, other=0), out.dtype.element_ty)
+        exact = _decoded(values, scales, position, mask, tl.float32)
+        statistic = sample * (n // row) + first // row
+        lane_row = ((first % row).to(tl.int32) + lane) // row  # row < 2^31 - 2^15: see the host's side
+        centred = exact - tl.load(mean + statistic + lane_row, mask=inside, other=0)
+        return from_float32(centred * tl.load(rstd + statistic + lane_row, mask=inside, other=0), dtype)
     else:
-        return _decoded(values, scales, sample, keep, position, mask, out.dtype.element_ty)
+        return _decoded(values, scales, position, mask, dtype)
 
 
 @triton.jit
@@ -101,16 +116,18 @@ def expand(
     program = tl.program_id(0)
     sample, number = (program // chunks).to(tl.int64), program % chunks
     position = sum_before(chunk_counts + sample * chunks, number)
-    start = number * chunk
+    runs = (keep + TILE - 1) // TILE
+    start = number.to(tl.int64) * chunk
     for first in range(start, tl.minimum(start + chunk, n), BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < n
+        lane = tl.arange(0, BLOCK)
+        inside = lane < lanes_left(n, first, BLOCK)
         if INDEX == BITMAP:
-            bits = tl.load(index + sample * ((n + 7) // 8) + at // 8, mask=inside, other=0).to(tl.int32)
-            present = (bits >> (at % 8)) & 1
+            byte = sample * ((n + 7) // 8) + first // 8
+            bits = tl.load(index + byte + lane // 8, mask=inside, other=0).to(tl.int32)
+            present = (bits >> (lane % 8)) & 1
         else:
             tiles = (n + TILE - 1) // TILE
-            sizes = _tile_sizes(counts, full, sample, first // TILE + tl.arange(0, BLOCK // TILE), tiles)
+            sizes = _tile_sizes(counts, full, sample, first, tiles, BLOCK)
             ends = tl.cumsum(sizes, 0)
             # a histogram of distinct places is the block's bitmap: the offsets of a tile ascend, so the scan below
             # restores their order
@@ -122,9 +139,23 @@ def expand(
                 tile = tl.sum((ends[None, :] <= entry[:, None]).to(tl.int32), axis=1)
                 present += tl.histogram(tl.where(valid, tile * TILE + offset, 0), BLOCK, mask=valid)
         rank = tl.cumsum(present, 0) - present
-        place, mask = position + rank, present == 1
-        value = _finished(values, scales, mean, rstd, sample, n, keep, place, at, row, mask, inside, out, NORMALISE)
-        tl.store(out + sample * n + at, value, mask=inside)
+        value = _finished(
+            values + sample * keep,
+            scales + sample * runs,
+            position + rank,
+            present == 1,
+            mean,
+            rstd,
+            sample,
+            n,
+            first,
+            lane,
+            row,
+            inside,
+            out.dtype.element_ty,
+            NORMALISE,
+        )
+        tl.store(out + (sample * n + first) + lane, value, mask=inside)
         position += tl.sum(present, axis=0)
 
 
@@ -132,7 +163,24 @@ def expand(
 def decode(values, scales, mean, rstd, out, keep, row, blocks, NORMALISE: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
-    at = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < keep
-    value = _finished(values, scales, mean, rstd, sample, keep, keep, at, at, row, inside, inside, out, NORMALISE)
-    tl.store(out + sample * keep + at, value, mask=inside)
+    first = (program % blocks).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < lanes_left(keep, first, BLOCK)
+    run = sample * ((keep + TILE - 1) // TILE) + first // TILE
+    value = _finished(
+        values + (sample * keep + first),
+        scales + run,
+        lane,
+        inside,
+        mean,
+        rstd,
+        sample,
+        keep,
+        first,
+        lane,
+        row,
+        inside,
+        out.dtype.element_ty,
+        NORMALISE,
+    )
+    tl.store(out + (sample * keep + first) + lane, value, mask=inside)

@@ -25,6 +25,8 @@ from ._cpu_select import BUFFER_AT, MIN_SAMPLED
 from ._cpu_unpack import Unpack, unpack_worker
 from .layout import Stored
 
+COPIED_BYTES = 0  # of samples that do not lie contiguous, copied at a time: one sample
+
 
 def entry_points() -> Iterator[EntryPoint]:
     """All that is ever launched from here."""
@@ -39,7 +41,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
     batch, n = x.shape
     capacity = n // 8 + 1024
     scratch_bytes = BUFFER_AT + (capacity * 4 if keep < n and n >= MIN_SAMPLED else 0)
-    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8, device="cpu")
     told = Pack(
         **form_of(stored, n, index_kind),
         source=x.data_ptr(),
@@ -54,7 +56,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
 def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
     """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``."""
     batch = out.shape[0]
-    scratch = torch.empty(threads_for(batch) * BUFFER_AT, dtype=torch.uint8)
+    scratch = torch.empty(threads_for(batch) * BUFFER_AT, dtype=torch.uint8, device="cpu")
     told = Unpack(
         **form_of(stored, n, index_kind), out=out.data_ptr(), scratch=scratch.data_ptr(), scratch_bytes=BUFFER_AT
     )

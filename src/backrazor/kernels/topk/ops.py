@@ -26,8 +26,8 @@ def topk_pack(x: Tensor, keep: int, values: str, index: str, flag: Tensor) -> tu
     """Keep the ``keep`` largest magnitudes of each sample of x (B, ...), any strides; see ``Stored``. Sets status bits
     in ``flag`` (int32, one element).
 
-    A sample that does not lie contiguous in logical order is copied, one at a time, so that no dense copy of the batch
-    arises.
+    Samples that do not lie contiguous in logical order are copied, some at a time, so that no dense copy of the batch
+    arises: one on the CPU, up to 32 MiB on CUDA.
     """
     stored = Stored(*_pack_fake(x, keep, values, index, flag))
     batch = x.shape[0]
@@ -39,8 +39,11 @@ def topk_pack(x: Tensor, keep: int, values: str, index: str, flag: Tensor) -> tu
         if x.is_contiguous():
             fast.pack(x.view(batch, -1), keep, index, stored, flag)
         else:
-            for i in range(batch):
-                fast.pack(x[i].contiguous().view(1, -1), keep, index, Stored(*(t[i : i + 1] for t in stored)), flag)
+            together = max(fast.COPIED_BYTES // (x[:1].numel() * x.element_size()), 1)
+            for start in range(0, batch, together):
+                part = x[start : start + together].contiguous()
+                rows = Stored(*(t[start : start + together] for t in stored))
+                fast.pack(part.view(len(part), -1), keep, index, rows, flag)
         return tuple(stored)
     *packed, status = reference.pack(x.reshape(batch, -1), keep, values, index)
     if status:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import chunks_of, launch
+from .._triton import MAX_CHUNK, check_positions, chunks_of, launch
 from . import _triton_pack, _triton_unpack
 from .layout import INDEX, TILE, Stored
 
@@ -18,7 +18,11 @@ WARPS = 4
 SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers per thread
 EMIT_REGISTERS = 128  # left to itself the assembler makes do with 80 and spills
 RUNS = 8  # runs of 256 that a program quantises
-STAGED_BYTES = 32 << 20  # kept values on their way to int8 never take more than this, or one sample's worth
+SAMPLE_ELEMENTS = (
+    1 << 15
+)  # a sample of at most so many is packed by one program: its passes take less than six launches
+SCRATCH_BYTES = 32 << 20  # counters and kept values on their way to int8 take about this at most, or one sample's worth
+COPIED_BYTES = 32 << 20  # and samples that do not lie contiguous are copied that much at a time
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
 _BITS = {4: torch.int32, 2: torch.int16}
 
@@ -77,8 +81,37 @@ def _select(x: Tensor, keep: int) -> _Selection:
     return _Selection(chunk, chunks, len(bins) - 1, state, larger, equal)
 
 
+def _scratch_of_sample(n: int, element_bytes: int) -> int:
+    """Bytes of counters that the selection of one sample takes; what a small batch adds to fill the device with chunks
+    is a few MiB."""
+    if n <= SAMPLE_ELEMENTS:
+        return 0
+    bins = [1 << bits for bits in DIGITS[element_bytes]]
+    return 4 * (sum(bins) + 2 * _triton_pack.SLOTS.value + -(-n // MAX_CHUNK) * (bins[-1] + 2))
+
+
 def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stored, flag: Tensor) -> None:
     """Select and write the kept values, as the type of ``values``, and their index."""
+    if x.shape[1] <= SAMPLE_ELEMENTS:
+        high, *middle, low = DIGITS[x.element_size()]
+        launch(
+            _triton_pack.pack_sample,
+            x.shape[0],
+            x,
+            x.shape[1],
+            keep,
+            values,
+            *stored[2:],
+            flag,
+            HIGH=high,
+            MIDDLE=sum(middle),
+            LOW=low,
+            INDEX=INDEX[index_kind],
+            BLOCK=BLOCK,
+            warps=SCAN_WARPS,
+            registers=EMIT_REGISTERS,
+        )
+        return
     chosen = _select(x, keep)
     launch(
         _triton_pack.emit,
@@ -138,16 +171,15 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
                 _triton_pack.cast, -(-x.numel() // BLOCK), x, stored.values, flag, x.numel(), BLOCK=BLOCK, warps=WARPS
             )
         return
-    if not int8:
-        _compact(x, keep, index_kind, stored.values, stored, flag)
-        return
-    # a run of 256 kept values spans chunks, so its scale is known only once they lie side by side
-    together = max(STAGED_BYTES // (keep * x.element_size()), 1)
+    staged = keep * x.element_size() if int8 else 0
+    together = max(SCRATCH_BYTES // max(_scratch_of_sample(n, x.element_size()) + staged, 1), 1)
     for start in range(0, batch, together):
         rows = Stored(*(tensor[start : start + together] for tensor in stored))
-        kept = x.new_empty(rows.values.shape)
+        # a run of 256 kept values spans chunks, so its scale is known only once they lie side by side
+        kept = x.new_empty(rows.values.shape) if int8 else rows.values
         _compact(x[start : start + together], keep, index_kind, kept, rows, flag)
-        _quantise(kept, rows, flag)
+        if int8:
+            _quantise(kept, rows, flag)
 
 
 def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
@@ -167,13 +199,16 @@ def _unpack(
 ) -> None:
     batch, keep = stored.values.shape
     if index_kind == "none":
+        check_positions(row if normalise else 0, "a row to normalise")
         blocks = -(-keep // BLOCK)
         arguments = stored.values, stored.scales, mean, rstd, out, keep, row, blocks
         launch(_triton_unpack.decode, batch * blocks, *arguments, NORMALISE=normalise, BLOCK=BLOCK, warps=WARPS)
         return
-    chunk, chunks = chunks_of(batch, n, BLOCK)
+    small = n <= SAMPLE_ELEMENTS  # one chunk: nothing lies before it, so nothing has to be counted
+    chunk, chunks = (SAMPLE_ELEMENTS, 1) if small else chunks_of(batch, n, BLOCK)
     counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
     constants = {"INDEX": INDEX[index_kind], "BLOCK": BLOCK}
-    launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
+    if not small:
+        launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
     arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
     launch(_triton_unpack.expand, batch * chunks, *arguments, NORMALISE=normalise, **constants, warps=SCAN_WARPS)

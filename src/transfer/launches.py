@@ -1,0 +1,102 @@
+"""How many CUDA kernels a piece of work launches, counted on a machine without a GPU.
+
+The work runs on fake tensors, which have shapes and no data. An operator of PyTorch that computes counts as one launch.
+An operator of this library counts as what its host code for CUDA launches on tensors of those shapes, the operators of
+PyTorch in it included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from backrazor.functional import common, conv
+from backrazor.kernels import dispatch
+from backrazor.kernels.operators import HOST_CODE
+
+from . import ahead
+
+_FREE = re.compile(
+    r"empty|_unsafe_view|_reshape_alias|aten\.detach|aten\.lift_fresh"
+)  # allocate or rename, move nothing
+
+
+def computes(function: torch._ops.OpOverload) -> bool:
+    """Whether an operator of PyTorch launches a kernel: it makes no view and does more than allocate."""
+    return function.namespace == "aten" and not function.is_view and not _FREE.search(str(function))
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Work on fake tensors of any device takes the path of CUDA: its chunks, its kernels."""
+    with (
+        mock.patch.object(common, "on_cuda", lambda device: True),
+        mock.patch.object(conv, "on_cuda", lambda device: True),
+        mock.patch.object(dispatch, "_choice", lambda device: "triton"),
+    ):
+        yield
+
+
+class Launches(TorchDispatchMode):
+    """Launches by operator, of what runs while the mode is on."""
+
+    def __init__(self, device: str | None = None) -> None:
+        """``device``: of the tensors that count, all by default."""
+        super().__init__()
+        self._device = device
+        self.by_operator: Counter[str] = Counter()
+        self._known: dict[tuple, int] = {}
+
+    @property
+    def total(self) -> int:
+        return self.by_operator.total()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function.namespace == "backrazor":
+            self.note(function, args, kwargs, result, self.of_operator(function, args, kwargs))
+        elif computes(function) and self._counts(result):
+            self.note(function, args, kwargs, result, 1)
+        return result
+
+    def note(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict, result: object, launches: int) -> None:
+        """Called for every operator that launches something."""
+        self.by_operator[str(function)] += launches
+
+    def _counts(self, result: object) -> bool:
+        """Whether an operator's result lies where the work is: host code also makes numbers on the CPU."""
+        devices = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return self._device is None or self._device in devices
+
+    def of_operator(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int:
+        """Of one call of an operator of this library."""
+        with unset_fake_temporarily():
+            args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
+            key = repr((function, tree_map_only(Tensor, _description, (args, kwargs))))
+            if key not in self._known:
+                self._known[key] = _of_host_code(function, args, kwargs)
+        return self._known[key]
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _description(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _of_host_code(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int:
+    with as_on_cuda(), ahead.recording() as launched, Launches("meta") as others:
+        HOST_CODE[function._schema.name.removeprefix("backrazor::")](*args, **kwargs)
+    return len(launched) + others.total
