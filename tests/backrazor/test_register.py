@@ -84,7 +84,7 @@ def test_a_registered_layer_is_converted_and_turned_back(registered: Registratio
     assert_same_bits("forward", out, plain(x))
     grad = torch.randn_like(out)
     got = torch.autograd.grad(out, ours[0].weight, grad)[0]
-    mask = Pruned(0.75, "float32").layout(x).keep
+    mask = Pruned(0.75, "float32").form(x).keep
     kept = x * (x.abs() >= x.abs().sort(dim=1, descending=True).values[:, mask - 1 : mask])
     hidden = plain[0](x)
     inner = (grad @ plain[2].weight) * (hidden > 0)
