@@ -18,9 +18,7 @@ WARPS = 4
 SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers a thread
 SCAN_REGISTERS = 128  # of the same: left to itself the assembler makes do with fewer and spills
 RUNS = 8  # runs of 256 that a program quantises
-SAMPLE_ELEMENTS = (
-    1 << 15
-)  # a sample of at most so many is packed by one program: its passes take less than six launches
+SAMPLE_ELEMENTS = 1 << 15  # of a sample that one program packs: its passes take less time than six launches
 SCRATCH_BYTES = 32 << 20  # counters and kept values on their way to int8 take about this at most, or one sample's worth
 COPIED_BYTES = 32 << 20  # and samples that do not lie contiguous are copied that much at a time
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
