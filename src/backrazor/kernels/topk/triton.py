@@ -16,11 +16,9 @@ from .layout import INDEX, TILE, Stored
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
 SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers per thread
-EMIT_REGISTERS = 128  # left to itself the assembler makes do with 80 and spills
+SCAN_REGISTERS = 128  # of the same: left to itself the assembler makes do with fewer and spills
 RUNS = 8  # runs of 256 that a program quantises
-SAMPLE_ELEMENTS = (
-    1 << 15
-)  # a sample of at most so many is packed by one program: its passes take less than six launches
+SAMPLE_ELEMENTS = 1 << 15  # of a sample that one program packs: its passes take less time than six launches
 SCRATCH_BYTES = 32 << 20  # counters and kept values on their way to int8 take about this at most, or one sample's worth
 COPIED_BYTES = 32 << 20  # and samples that do not lie contiguous are copied that much at a time
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
@@ -109,7 +107,7 @@ def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stor
             INDEX=INDEX[index_kind],
             BLOCK=BLOCK,
             warps=SCAN_WARPS,
-            registers=EMIT_REGISTERS,
+            registers=SCAN_REGISTERS,
         )
         return
     chosen = _select(x, keep)
@@ -133,7 +131,7 @@ def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stor
         INDEX=INDEX[index_kind],
         BLOCK=BLOCK,
         warps=SCAN_WARPS,
-        registers=EMIT_REGISTERS,
+        registers=SCAN_REGISTERS,
     )
 
 
@@ -211,4 +209,6 @@ def _unpack(
     if not small:
         launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
     arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
-    launch(_triton_unpack.expand, batch * chunks, *arguments, NORMALISE=normalise, **constants, warps=SCAN_WARPS)
+    warps = 2 * SCAN_WARPS if normalise else SCAN_WARPS  # with eight the epilogue spills
+    constants |= {"NORMALISE": normalise, "warps": warps, "registers": SCAN_REGISTERS}
+    launch(_triton_unpack.expand, batch * chunks, *arguments, **constants)
