@@ -104,8 +104,8 @@ class _Call:
             name = self.container._backrazor_linked.__name__
             raise RuntimeError(
                 f"backrazor: {name} did not hand the output of a convolution or Linear to the layer that follows it in "
-                f"the {name} that this library knows, so its result would be wrong: leave the children of {name} dense "
-                "with razor_(..., filter_fn=...), and report the version of the library that it comes from"
+                f"the {name} that this library knows, so its result would be wrong: call unrazor_(model), leave the "
+                f"children of {name} dense with razor_(..., filter_fn=...), and report the version of the library that it comes from"
             )
 
 
