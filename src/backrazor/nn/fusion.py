@@ -105,7 +105,8 @@ class _Call:
             raise RuntimeError(
                 f"backrazor: {name} did not hand the output of a convolution or Linear to the layer that follows it in "
                 f"the {name} that this library knows, so its result would be wrong: call unrazor_(model), leave the "
-                f"children of {name} dense with razor_(..., filter_fn=...), and report the version of the library that it comes from"
+                f"children of {name} dense with razor_(..., filter_fn=...), and report the version of the library that "
+                "it comes from"
             )
 
 
