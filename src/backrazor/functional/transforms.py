@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 _WAY_OUT = (
-    "call backrazor.unrazor_(model) first, or leave the layers that it concerns dense with razor_(..., filter_fn=...)"
+    "call backrazor.unrazor_(model) first; razor_(..., filter_fn=...) can then leave the layers that it concerns dense"
 )
 _TWICE = (
     "backrazor: the gradient of {} was computed from pruned activations and cannot be differentiated again "

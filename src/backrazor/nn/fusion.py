@@ -25,7 +25,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +111,9 @@ class _Call:
             name = self.container._backrazor_linked.__name__
             raise RuntimeError(
                 f"backrazor: {name} did not hand the output of a convolution or Linear to the layer that follows it in "
-                f"the {name} that this library knows, so its result would be wrong: leave the children of {name} dense "
-                "with razor_(..., filter_fn=...). Either something else called that layer while "
-                f"{name} ran, or its forward is of a version that this library does not know"
+                f"the {name} that this library knows, so its result would be wrong: call unrazor_(model) and leave the "
+                f"children of {name} dense with razor_(..., filter_fn=...). Either something else called that layer "
+                f"while {name} ran, or its forward is of a version that this library does not know"
             )
 
     def chain_of(self, leader: nn.Module) -> Chain | None:
@@ -130,6 +130,8 @@ class _Call:
 
 class Linked(nn.Module):
     """Mixin of the containers that hold chains."""
+
+    _backrazor_linked: ClassVar[type[nn.Module]]  # the class of the container before
 
     __prepare_scriptable__ = refuse_script
 
