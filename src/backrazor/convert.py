@@ -24,7 +24,8 @@ def razor_(
     """Convert ``model`` in place so that backward works from pruned activations; returns a report.
 
     Parameters, buffers, state_dict keys, hooks and modes are untouched; the forward pass computes what it computed
-    before, bit for bit.
+    before, bit for bit. The classes of layers, and of containers that hold chains of them, become subclasses of what
+    they were.
 
     On a model that is razored already, what this call chooses is converted anew. A drop-in that ``filter_fn`` leaves
     out, or that no pattern matches, stays as the earlier call left it. What this call makes dense, by None or because
