@@ -193,7 +193,7 @@ def test_multihead_self_attention_packs_its_input_once(batch_first: bool) -> Non
         out = mha(ours, (x,) * 3, need_weights=False)
     packed = {(row.module, row.role): row.bytes for row in book.rows}
     kept = 192 - 172 + 1
-    assert packed["", "pruned values"] == packed["out_proj", "pruned values"] == 3 * kept * 4
+    assert packed["", "pruned values"] == 2 * 3 * kept * 4  # the input, and that of the output projection
     del out
     assert_same_training(plain.eval(), partial(mha, inputs=(x,) * 3, need_weights=False))
 
