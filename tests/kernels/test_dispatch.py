@@ -202,7 +202,7 @@ sys.modules["triton.runtime.driver"]._create_driver = lambda: compile_module_fro
 from backrazor.kernels.bitmask.triton import encode
 encode(torch.zeros(3, 50), 0.0, 6.0)
 """
-NO_HEADERS = "sysconfig.get_paths = lambda *_: {'include': '/nowhere'}"
+NO_HEADERS = "sysconfig.get_paths = lambda *_, **__: {'include': '/nowhere'}"
 TOOLS = {  # environment, preparation, what is named
     "no compiler": ({"PATH": "/nowhere"}, "", "a C compiler (gcc or clang, or CC)"),
     "a wrong CC": ({"CC": "/nowhere/cc"}, "", "the C compiler CC=/nowhere/cc"),
