@@ -52,7 +52,7 @@ def lowest() -> list[str]:
     return pins
 
 
-def check(folder: Path) -> int:
+def check(folder: Path, tests: Sequence[str]) -> int:
     """Install and test in ``folder``; the exit code of the tests."""
     python = folder / "bin" / "python"
     if not python.exists():
@@ -61,18 +61,19 @@ def check(folder: Path) -> int:
     subprocess.run([*install, *lowest(), *TOOLS], check=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     print(f"Python {sys.version.split()[0]}, {', '.join(lowest())}", flush=True)
-    tests = [python, "-m", "pytest", "-m", "not slow", "-k", "not timm", *QUICK]
-    return subprocess.run(tests, cwd=ROOT, env=environment).returncode
+    command = [python, "-m", "pytest", "-m", "not slow", "-k", "not timm", *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the environment is made and kept")
-    folder = parser.parse_args(arguments).folder
-    if folder is not None:
-        return check(folder.resolve())
+    parser.add_argument("tests", nargs="*", default=QUICK, help="files of tests; default: the quick ones")
+    options = parser.parse_args(arguments)
+    if options.folder is not None:
+        return check(options.folder.resolve(), options.tests)
     with tempfile.TemporaryDirectory() as temporary:
-        return check(Path(temporary))
+        return check(Path(temporary), options.tests)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,6 +75,14 @@ def oracle(layer: nn.Module, x: Tensor, rule: str, grad: Tensor) -> dict[str, Te
     return layer_norm_gradient(z, variance, eps, grad, weight, affine_shape, centred)
 
 
+def crashes(layer: nn.Module, layout: str) -> bool:
+    """Whether PyTorch itself ends the process in backward, dense or not: before 2.14 a GroupNorm whose input is
+    channels_last and needs no gradient."""
+    return (
+        isinstance(layer, nn.GroupNorm) and layout == "channels_last" and Version(torch.__version__) < Version("2.14")
+    )
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_and_group_norm(name: str, rule: str) -> None:
@@ -81,7 +90,7 @@ def test_layer_and_group_norm(name: str, rule: str) -> None:
     plain = spread(build())
     for layout, x in layouts(torch.randn(shape) * 2 + 1).items():
         for trained in ("all", "input", "affine"):
-            if trained == "affine" and plain.weight is None:
+            if trained == "affine" and (plain.weight is None or crashes(plain, layout)):
                 continue
             ours = razored(plain, norm=rule).requires_grad_(trained != "input")
             x = x.detach().requires_grad_(trained != "affine")
