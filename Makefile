@@ -8,12 +8,13 @@ RUNS ?= outputs
 SEEDS ?=
 DATA ?=
 LAUNCHER ?= basic
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA)) \
 	--launcher $(LAUNCHER)
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits report test lint tensorboard clean
+.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits report test test-all lint tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -41,8 +42,11 @@ reproduce-digits: $(VENV)/.installed ## Accuracy against memory on embedded digi
 report: $(VENV)/.installed ## Write one HTML page from the records below outputs/ (RUNS=outputs/demo: of those)
 	$(RUN) scripts/make_report.py $(RUNS)
 
-test: $(VENV)/.installed-dev ## Run the test suite
-	$(RUN) -m pytest
+test: $(VENV)/.installed-dev ## Run the test suite but for its slow tests, one process per core
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(PARALLEL)
+
+test-all: $(VENV)/.installed-dev ## Run every test; this is what CI runs
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL)
 
 bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one backbone in five minutes)
 	$(RUN) scripts/benchmark.py $(if $(QUICK),--backbones efficientnet_lite0 --quick)

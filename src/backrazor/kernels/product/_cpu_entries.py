@@ -130,32 +130,35 @@ def _sorted(strided, positions, values, keep, buckets, height, width, strides, p
 @njit(forceinline=True)
 def entries_worker(a):
     """Take samples until none is left."""
-    keep = a.keep
+    keep, batch, n, value_kind, index_kind = a.keep, a.batch, a.n, a.value_kind, a.index_kind
+    all_entries, entry_pitch, all_starts, start_pitch = a.entries, a.entry_pitch, a.starts, a.start_pitch
+    order, buckets, height, width, pitch, unit = a.order, a.buckets, a.height, a.width, a.pitch, a.unit
+    strides = a.down, a.across
     positions = a.scratch + count_threads(a, 1) * a.scratch_bytes
     decoded = positions + (keep + LANES) * 4
     offsets = decoded + (keep + TILE + 64) * 4
     sample = take_tasks(a, 1)
-    while sample < a.batch:
+    while sample < batch:
         values, scales, index, counts, full = sample_form(a, sample)
-        _positions(a.index_kind, index, counts, full, a.n, positions)
+        _positions(index_kind, index, counts, full, n, positions)
         for start in range(0, keep, TILE):
             count = min(TILE, keep - start)
-            decode_values(F32, a.value_kind, values, scales, start, count, decoded + start * 4)
-        entries, starts = a.entries + sample * a.entry_pitch, a.starts + sample * a.start_pitch
-        if a.order == CHANNELS:
-            _in_order(positions, decoded, keep, a.buckets, a.height, a.width, a.pitch, a.unit, entries, starts)
+            decode_values(F32, value_kind, values, scales, start, count, decoded + start * 4)
+        entries, starts = all_entries + sample * entry_pitch, all_starts + sample * start_pitch
+        if order == CHANNELS:
+            _in_order(positions, decoded, keep, buckets, height, width, pitch, unit, entries, starts)
         else:
             _sorted(
-                a.order == STRIDED,
+                order == STRIDED,
                 positions,
                 decoded,
                 keep,
-                a.buckets,
-                a.height,
-                a.width,
-                (a.down, a.across),
-                a.pitch,
-                a.unit,
+                buckets,
+                height,
+                width,
+                strides,
+                pitch,
+                unit,
                 entries,
                 starts,
                 offsets,

@@ -133,15 +133,16 @@ def lay_worker(a, kind):
     """The gradient (B, D, P) as a matrix of rows of D, one per position, inside a border. A piece of work is a group of
     channels of a sample."""
     groups, outputs, positions, width = a.groups, a.outputs, a.positions, a.width
-    pitch, unit = a.pitch, a.unit
+    pitch, unit, border, batch = a.pitch, a.unit, a.border, a.batch
+    source, matrix, matrix_pitch = a.source, a.matrix, a.matrix_pitch
     stage = a.scratch + count_threads(a, 1) * a.scratch_bytes
     partial = stage + TILE_BYTES
     size = element_bytes(kind)
     task = take_tasks(a, 1)
-    while task < a.batch * groups:
+    while task < batch * groups:
         sample, group = task // groups, task % groups
-        at = a.source + (sample * outputs + group * LANES) * positions * size
-        to = a.matrix + sample * a.matrix_pitch + a.border * unit + group * VECTOR
+        at = source + (sample * outputs + group * LANES) * positions * size
+        to = matrix + sample * matrix_pitch + border * unit + group * VECTOR
         rows = min(LANES, outputs - group * LANES)
         column, row = 0, 0
         for start in range(0, positions, LANES):
@@ -164,7 +165,9 @@ def lay_worker(a, kind):
 def add_worker(a):
     """A piece of work is some input channels and one range of output channels."""
     channels, piece, ranges, groups = a.channels, a.piece, a.ranges, a.groups
-    classes, table = a.classes, a.table
+    batch, entries, entry_pitch, starts, start_pitch = a.batch, a.entries, a.entry_pitch, a.starts, a.start_pitch
+    matrix, matrix_pitch, sums = a.matrix, a.matrix_pitch, a.sums
+    classes, table, taps = a.classes, a.table, a.taps
     pieces = (channels + piece - 1) // piece
     task = take_tasks(a, 1)
     while task < pieces * ranges:
@@ -177,14 +180,14 @@ def add_worker(a):
                     tap, offset = get_i64(table + i * 16), get_i64(table + i * 16 + 8)
                     _add(
                         vectors,
-                        a.entries,
-                        a.starts + (bucket + 1) * 4,
-                        a.batch,
-                        a.entry_pitch,
-                        a.start_pitch,
-                        a.matrix + offset + first * VECTOR,
-                        a.matrix_pitch,
-                        a.sums + ((channel * a.taps + tap) * groups + first) * VECTOR,
+                        entries,
+                        starts + (bucket + 1) * 4,
+                        batch,
+                        entry_pitch,
+                        start_pitch,
+                        matrix + offset + first * VECTOR,
+                        matrix_pitch,
+                        sums + ((channel * taps + tap) * groups + first) * VECTOR,
                     )
         task = take_tasks(a, 1)
 
@@ -193,7 +196,9 @@ def add_worker(a):
 def depthwise_worker(a, kind):
     """A row of taps is one vector, and the gradient lies as it is, but for a border. A piece of work is a channel of
     all samples."""
-    channels, outputs, width, size, pitch, table = a.channels, a.outputs, a.width, a.size, a.pitch, a.table
+    batch, channels, outputs, width, size = a.batch, a.channels, a.outputs, a.width, a.size
+    pitch, border, table, taps, source, sums = a.pitch, a.border, a.table, a.taps, a.source, a.sums
+    entries, entry_pitch, starts, start_pitch = a.entries, a.entry_pitch, a.starts, a.start_pitch
     matrix = a.scratch + count_threads(a, 1) * a.scratch_bytes
     spare = matrix + size * 4
     _clear(matrix, size)
@@ -201,10 +206,10 @@ def depthwise_worker(a, kind):
     height = outputs // width
     channel = take_tasks(a, 1)
     while channel < channels:
-        for sample in range(a.batch):
-            at = a.source + (sample * channels + channel) * outputs * step
+        for sample in range(batch):
+            at = source + (sample * channels + channel) * outputs * step
             for row in range(height):
-                to = matrix + (a.border + row * pitch) * 4
+                to = matrix + (border + row * pitch) * 4
                 whole = width // LANES * LANES
                 for i in range(0, whole, LANES):
                     cast_load(kind, at + (row * width + i) * step, to + i * 4)
@@ -215,13 +220,13 @@ def depthwise_worker(a, kind):
             for i in range(get_i64(table), get_i64(table + 8)):
                 tap, offset = get_i64(table + i * 16), get_i64(table + i * 16 + 8)
                 _add_one(
-                    a.entries + sample * a.entry_pitch,
-                    a.starts + sample * a.start_pitch + (channel + 1) * 4,
+                    entries + sample * entry_pitch,
+                    starts + sample * start_pitch + (channel + 1) * 4,
                     1,
                     0,
                     0,
                     matrix + offset,
                     0,
-                    a.sums + (channel * a.taps + tap) * VECTOR,
+                    sums + (channel * taps + tap) * VECTOR,
                 )
         channel = take_tasks(a, 1)
