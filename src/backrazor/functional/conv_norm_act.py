@@ -43,7 +43,8 @@ def conv_norm_act(
     codec: Pruned,
     flag: Tensor,
 ) -> Tensor:
-    """act(batch_norm(conv2d(x))) of contiguous x (B, C, H, W), equal to the three operators bit for bit.
+    """act(batch_norm(conv2d(x))) of contiguous x (B, C, H, W), equal to the three operators: on the CPU bit for bit,
+    on CUDA to rounding where it runs in chunks.
 
     Keeps x pruned and the activation's bits. Gradients: of x exact, of the weight at x_hat = unpack(pack(x)).
     """
