@@ -164,6 +164,9 @@ def _topk() -> None:
         n = 100_001 if number == 1 else 151_296 if number < len(unpacks) - 1 else topk.SAMPLE_ELEMENTS
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
         topk.unpack(stored, n, index, _meta(8, n, dtype=dtype))
+    for values, dtype, index, n in ((int8, f32, "bitmap", 500_000), (bf16, bf16, "tile", 5_000_001)):  # counted first
+        stored = allocate(2, n, n // 10, values, index, torch.device("meta"))
+        topk.unpack(stored, n, index, _meta(2, n, dtype=dtype))
     for values, dtype, index in ((f32, f32, "bitmap"), (int8, bf16, "tile"), (int8, f32, "none")):
         n = 151_296
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
@@ -179,6 +182,12 @@ def _elementwise() -> None:
         x = _meta(8, n, dtype=dtype)
         bits = bitmask.encode(x, 0.0, 6.0)
         bitmask.apply(x, bits)
+        bitmask.clamp_(x, 0.0, 6.0)
+    for dtype, channels, positions in ((torch.float32, 96, 3136), (torch.bfloat16, 24, 49), (torch.float16, 13, 25)):
+        x, norm = _meta(8, channels, positions, dtype=dtype), _meta(channels)
+        bits = _meta(8, -(-channels * positions // 8), dtype=torch.uint8)
+        bitmask.scaled(x, bits, norm, norm, 1e-3)
+        bitmask.scaled(x, None, norm, norm.to(dtype) if channels == 24 else None, 1e-3)
     for dtype, bits, n in (
         (torch.float32, 2, 150_528),
         (torch.bfloat16, 2, 100_001),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from unittest import mock
 
 import torch
@@ -19,7 +20,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from backrazor.functional import common, conv
 from backrazor.kernels import dispatch
 from backrazor.kernels.operators import HOST_CODE
 
@@ -38,11 +38,11 @@ def computes(function: torch._ops.OpOverload) -> bool:
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Work on fake tensors of any device takes the path of CUDA: its chunks, its kernels."""
-    with (
-        mock.patch.object(common, "on_cuda", lambda device: True),
-        mock.patch.object(conv, "on_cuda", lambda device: True),
-        mock.patch.object(dispatch, "_choice", lambda device: "triton"),
-    ):
+    with ExitStack() as patches:
+        for name in ("common", "conv", "conv_norm_act", "epilogue"):
+            module = import_module(f"backrazor.functional.{name}")
+            patches.enter_context(mock.patch.object(module, "on_cuda", lambda device: True))
+        patches.enter_context(mock.patch.object(dispatch, "_choice", lambda device: "triton"))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from backrazor.codecs import NormCodec, Pruned
 from backrazor.functional import common, conv
 from backrazor.functional.conv import ConvSpec, forward_chunks
 from backrazor.functional.layer_norm import group_norm, layer_norm
-from tests.backrazor.compare import LIMITS, assert_close
+from backrazor.kernels import mask_scale
+from tests.backrazor.compare import LIMITS, assert_close, relative_rms
 
 HALVES = (torch.bfloat16, torch.float16)
 NORMS = {"layer_norm": lambda: nn.LayerNorm(24), "group_norm": lambda: nn.GroupNorm(2, 6)}
@@ -98,3 +100,48 @@ def test_the_forward_of_a_convolution_on_cuda_is_whole_unless_memory_demands(mon
         monkeypatch.setattr(conv, "_backend", lambda *_: None)
         monkeypatch.setattr(common, "CUDA_CHUNK_BYTES", x.numel())
         assert len(forward_chunks(x, weight, spec)) == 4
+
+
+class Chain(nn.Sequential):
+    """Two convolutions under frozen norms, the second by groups; a drop-in of its own finds no chain in Sequential."""
+
+    def __init__(self, act: nn.Module, affine: bool) -> None:
+        norms = [nn.BatchNorm2d(8, affine=affine) for _ in range(2)]
+        for norm in norms:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            norm.eval().requires_grad_(False)
+        first, second = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        super().__init__(first, norms[0], act, second, norms[1])
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.ReLU(), nn.SiLU()], ids=lambda act: type(act).__name__)
+@pytest.mark.parametrize(("dtype", "affine"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)])
+def test_mask_and_scale_at_once_have_the_gradients_of_one_after_the_other(
+    act: nn.Module, dtype: torch.dtype, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, x = Chain(act, affine).to(dtype), torch.randn(3, 3, 17, 15).to(dtype)
+    seen = []
+
+    def noted(*given):
+        seen.append(given[1] is None)
+        return mask_scale(*given)
+
+    def results(dtype: torch.dtype) -> dict[str, Tensor | None]:
+        model, leaf = copy.deepcopy(plain).to(dtype), x.to(dtype, copy=True).requires_grad_()
+        assert br.razor_(model, br.RazorConfig(0.5, values="float32")).fused
+        out = model(leaf)
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype))
+        return {"output": out, "input": leaf.grad} | {key: p.grad for key, p in model.named_parameters()}
+
+    exact, apart = results(torch.float32), results(dtype)
+    for name in ("conv_norm_act", "epilogue"):
+        monkeypatch.setattr(import_module(f"backrazor.functional.{name}"), "on_cuda", lambda device: True)
+    monkeypatch.setattr(import_module("backrazor.functional.conv_norm_act"), "mask_scale", noted)
+    found = results(dtype)
+    assert sorted(seen) == ([True] if isinstance(act, nn.SiLU) else [False, True])
+    assert torch.equal(found.pop("output"), apart["output"])
+    for key, gradient in found.items():
+        if gradient is not None:  # frozen norms have none
+            error, usual = (relative_rms(grads[key].float(), exact[key]) for grads in (found, apart))
+            assert error <= 1.2 * usual + 1e-6, key

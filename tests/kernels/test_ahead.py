@@ -43,6 +43,7 @@ def test_every_kernel_is_in_the_list(configurations: list[ahead.Configuration]) 
         ("topk", "expand"),
         ("topk", "decode"),
         *((family, kernel) for family in ("bitmask", "derivative") for kernel in ("_encode", "_apply")),
+        *(("bitmask", kernel) for kernel in ("_clamp", "_scale")),
         *(("rowquant", kernel) for kernel in ("_encode", "_decode")),
         *(("layernorm", kernel) for kernel in ("_forward", "_backward")),
         ("softmax", "_backward"),

@@ -40,7 +40,7 @@ def test_bytes_of_an_unpack_are_those_of_the_docs() -> None:
     inputs = *packed, N, "tile", torch.float32
     moved = kernel_bytes("topk_unpack", inputs, kernels.topk_unpack(*inputs))
     assert moved / N == pytest.approx(4.21, abs=0.011)
-    assert Launches().of_operator(kernels.topk_unpack, inputs, {}) == 2
+    assert Launches().of_operator(kernels.topk_unpack, inputs, {}) == 1
 
 
 def test_operations_of_a_product_are_counted() -> None:
@@ -52,7 +52,7 @@ def test_operations_of_a_product_are_counted() -> None:
 
 MOST_LAUNCHES = {  # of forward and backward; the dense steps have 380 and 408
     ("vit_b16", 128, torch.bfloat16): 1500,
-    ("proxylessnas", 8, torch.bfloat16): 1050,
+    ("proxylessnas", 8, torch.bfloat16): 700,
 }
 
 

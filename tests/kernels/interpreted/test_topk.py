@@ -33,7 +33,7 @@ AXES = {
     "keep": tuple(KEEPS),
     "n": SIZES,
     "order": ORDERS,
-    "programs": ("a sample's", "a chunk's"),
+    "programs": ("a sample's", "a chunk's", "a chunk's, counted"),
 }
 
 
@@ -68,18 +68,22 @@ def test_equal_to_the_reference(part: int, monkeypatch: pytest.MonkeyPatch) -> N
     for number, row in enumerate(ROWS[part::8]):
         StrictExecutor.order = row["order"]
         monkeypatch.setattr(topk, "SAMPLE_ELEMENTS", whole if row["programs"] == "a sample's" else 0)
+        counted = row["programs"].endswith("counted")
+        monkeypatch.setattr(topk, "COUNTED_ELEMENTS", dict.fromkeys(("bitmap", "tile"), -1 if counted else 1 << 22))
         x = sample(row["data"], (2, row["n"]), row["dtype"], seed=number)
         check(x, KEEPS[row["keep"]](row["n"]), row["values"], row["index"], str(row))
     assert StrictExecutor.launches > 0
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_of_several_blocks_in_any_order(
-    dtype: torch.dtype, order: str, in_chunks: None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, order: str, counted: bool, in_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several chunks a sample and several blocks a chunk; ties, kept and dropped, in all of them."""
     monkeypatch.setattr(_triton, "FILLING_PROGRAMS", 4)
+    monkeypatch.setattr(topk, "COUNTED_ELEMENTS", dict.fromkeys(("bitmap", "tile"), 0 if counted else 1 << 22))
     StrictExecutor.order = order
     data, values, index = ("small integers", "int8", "tile") if order != "shuffled" else ("normal", "float32", "bitmap")
     check(sample(data, (2, 9_000), dtype), 2_000, values, index, f"{data}, {values}, {index}")

@@ -19,6 +19,8 @@ SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over
 SCAN_REGISTERS = 128  # of the same: left to itself the assembler makes do with fewer and spills
 RUNS = 8  # runs of 256 that a program quantises
 SAMPLE_ELEMENTS = 1 << 15  # of a sample that one program packs: its passes take less time than six launches
+# Of a sample: up to here a program that unpacks a chunk counts what is kept before it from the index, at most 32 KiB.
+COUNTED_ELEMENTS = {"bitmap": 1 << 18, "tile": 1 << 22}
 SCRATCH_BYTES = 32 << 20  # counters and kept values on their way to int8 take about this at most, or one sample's worth
 COPIED_BYTES = 32 << 20  # and samples that do not lie contiguous are copied that much at a time
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
@@ -204,11 +206,13 @@ def _unpack(
         return
     small = n <= SAMPLE_ELEMENTS  # one chunk: nothing lies before it, so nothing has to be counted
     chunk, chunks = (SAMPLE_ELEMENTS, 1) if small else chunks_of(batch, n, BLOCK)
-    counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
+    counted = n > COUNTED_ELEMENTS[index_kind]
     constants = {"INDEX": INDEX[index_kind], "BLOCK": BLOCK}
-    if not small:
+    counts = stored.counts  # never read
+    if counted:
+        counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
         launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
     arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
     warps = 2 * SCAN_WARPS if normalise else SCAN_WARPS  # with eight the epilogue spills
-    constants |= {"NORMALISE": normalise, "warps": warps, "registers": SCAN_REGISTERS}
+    constants |= {"COUNTED": counted, "NORMALISE": normalise, "warps": warps, "registers": SCAN_REGISTERS}
     launch(_triton_unpack.expand, batch * chunks, *arguments, **constants)
