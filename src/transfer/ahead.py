@@ -63,6 +63,15 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A configuration as it is launched: how many programs, and how often each goes through its loop over blocks."""
+
+    configuration: Configuration
+    programs: int
+    passes: int
+
+
+@dataclass(frozen=True)
 class Binary:
     """What a configuration became: registers per thread, bytes of local memory per thread (spills and stack), bytes of
     shared memory a block."""
@@ -108,16 +117,28 @@ def _specialised(family: str, kernel, arguments: tuple, constants: dict, options
     return Configuration(family, kernel.fn.__module__, kernel.fn.__name__, *parts, *options)
 
 
+def _passes(kernel, given: dict) -> int:
+    """How often a program goes through its outer loop."""
+    if "COLUMNS" in given:  # rows: of a row longer than a program holds, or of rows that few programs share
+        sharing = given.get("programs")
+        return -(-given["rows"] // (sharing * given["ROWS"])) if sharing else -(-given["m"] // given["COLUMNS"])
+    if "chunk" in given:
+        return -(-min(given["chunk"], given["n"]) // given["BLOCK"])
+    return -(-given["n"] // given["BLOCK"]) if kernel.fn.__name__ == "pack_sample" else 1
+
+
 @contextmanager
-def recording() -> Iterator[list[Configuration]]:
+def recording() -> Iterator[list[Launch]]:
     """Launches are noted, one after another, instead of run."""
     modules = {family: import_module(f"backrazor.kernels.{family}.triton") for family in FAMILIES}
     real = modules["topk"].launch
-    launched: list[Configuration] = []
+    launched: list[Launch] = []
 
     def recorder(family: str) -> Callable[..., None]:
         def note(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
-            launched.append(_specialised(family, kernel, arguments, constants, (warps, registers)))
+            configuration = _specialised(family, kernel, arguments, constants, (warps, registers))
+            given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+            launched.append(Launch(configuration, programs, _passes(kernel, given)))
 
         return note
 
@@ -137,7 +158,7 @@ def configurations() -> list[Configuration]:
         _topk()
         _elementwise()
         _rows()
-    return list(dict.fromkeys(launched))
+    return list(dict.fromkeys(launch.configuration for launch in launched))
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -265,20 +286,55 @@ def intermediate(configuration: Configuration, capability: int = 90) -> str:
     return str(backend.make_ttir(module, {}, options, capability))
 
 
-def compile_one(configuration: Configuration, capability: int) -> Binary:
-    """Compile one configuration and read its binary with the toolchain that Triton brings."""
+def _compiled(configuration: Configuration, capability: int):
+    """What Triton makes of it; kept in Triton's cache, so that a list which was cut off goes on where it was."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     source, options = _source(configuration)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:
         raise RuntimeError(f"{configuration.name} does not compile for sm_{capability}: {error}") from error
+
+
+def _dumped(compiled, what: str) -> str:
+    """What ``cuobjdump --dump-<what>`` says of the binary."""
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, f"--dump-{what}", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def issued(configuration: Configuration, capability: int = 90) -> tuple[int, int]:
+    """Instructions that a warp issues: outside of all loops, and for each pass through the outermost loops. Counted in
+    the assembler's output (SASS) as if every branch were taken, so from above; inner loops count once per pass."""
+    return count_instructions(_dumped(_compiled(configuration, capability), "sass"))
+
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)")
+
+
+def count_instructions(sass: str) -> tuple[int, int]:
+    """As ``issued``, of a kernel's SASS."""
+    lines = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    lines = [(address, text) for address, text in lines if not text.startswith("NOP")]
+    loops = []
+    for address, text in lines:
+        branch = _BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:  # at its own address it is the trap at the end
+            loops.append(range(int(branch[1], 16), address + 1))
+    inside = sum(any(address in loop for loop in loops) for address, _ in lines)
+    return len(lines) - inside, inside
+
+
+def compile_one(configuration: Configuration, capability: int) -> Binary:
+    """Compile one configuration and read its binary with the toolchain that Triton brings."""
+    compiled = _compiled(configuration, capability)
+    usage = _dumped(compiled, "resource-usage")
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return Binary(configuration, capability, registers, stack + local, compiled.metadata.shared)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -46,6 +47,13 @@ def as_on_cuda() -> Iterator[None]:
         yield
 
 
+class HostWork(NamedTuple):
+    """Kernels of this library, and how many of PyTorch's."""
+
+    launches: tuple[ahead.Launch, ...]
+    others: int
+
+
 class Launches(TorchDispatchMode):
     """Launches by operator, of what runs while the mode is on."""
 
@@ -54,7 +62,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self._device = device
         self.by_operator: Counter[str] = Counter()
-        self._known: dict[tuple, int] = {}
+        self._known: dict[str, HostWork] = {}
 
     @property
     def total(self) -> int:
@@ -80,6 +88,11 @@ class Launches(TorchDispatchMode):
 
     def of_operator(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int:
         """Of one call of an operator of this library."""
+        work = self.work_of_operator(function, args, kwargs)
+        return len(work.launches) + work.others
+
+    def work_of_operator(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> HostWork:
+        """What the host code of one call of an operator of this library launches."""
         with unset_fake_temporarily():
             args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
             key = repr((function, tree_map_only(Tensor, _description, (args, kwargs))))
@@ -96,7 +109,7 @@ def _description(tensor: Tensor) -> tuple:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _of_host_code(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int:
+def _of_host_code(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> HostWork:
     with as_on_cuda(), ahead.recording() as launched, Launches("meta") as others:
         HOST_CODE[function._schema.name.removeprefix("backrazor::")](*args, **kwargs)
-    return len(launched) + others.total
+    return HostWork(tuple(launched), others.total)
