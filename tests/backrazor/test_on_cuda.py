@@ -16,7 +16,8 @@ from backrazor.codecs import NormCodec, Pruned
 from backrazor.functional import common, conv
 from backrazor.functional.conv import ConvSpec, forward_chunks
 from backrazor.functional.layer_norm import group_norm, layer_norm
-from backrazor.kernels import mask_scale
+from backrazor.kernels import mask_scale, topk_pack
+from backrazor.memory.predict import _Allocations
 from tests.backrazor.compare import LIMITS, assert_close, relative_rms
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -100,6 +101,22 @@ def test_the_forward_of_a_convolution_on_cuda_is_whole_unless_memory_demands(mon
         monkeypatch.setattr(conv, "_backend", lambda *_: None)
         monkeypatch.setattr(common, "CUDA_CHUNK_BYTES", x.numel())
         assert len(forward_chunks(x, weight, spec)) == 4
+
+
+@pytest.mark.parametrize(("layout", "copied"), [("contiguous", 0), ("channels_last", 32 << 20)])
+def test_what_packing_takes_in_passing_is_in_the_predicted_peak(layout: str, copied: int) -> None:
+    """On CUDA: counters of digits, float32 values on their way to int8, and samples copied from another layout."""
+    peaks = []
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), _Allocations() as seen:
+            x, flag = torch.empty(64, 8, 256, 256, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+            x = x if layout == "contiguous" else x.contiguous(memory_format=torch.channels_last)
+            seen.peak = seen.live = 0
+            packed = topk_pack(x, 52_429, "int8", "tile", flag)
+        assert seen.live == sum(part.untyped_storage().nbytes() for part in packed)
+        peaks.append(seen.peak - seen.live)
+    counters = 2048 + 2048 + 512 + 2 * 3 + 16 * (512 + 2)  # three digits; three slots; 16 chunks of 2^15 elements
+    assert peaks == [0, 64 * 4 * (52_429 + counters) + copied]
 
 
 class Chain(nn.Sequential):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from transfer.training.distributed import World
 from transfer.training.graphs import WARM_UP, check_graph
 from transfer.training.network import assemble
 from transfer.training.optimisation import Schedule, make_optimizer
+from transfer.training.run import execute
 from transfer.training.step import Stepper
 
 STEPS = 9
@@ -277,3 +279,16 @@ def to_device(model: torch.nn.Module, device: torch.device) -> None:
                     owned[name] = torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
         if isinstance(module, DropIn):
             module._backrazor_status._flags = {device: torch.zeros(1, dtype=torch.int32, device=device)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_on_a_gpu_a_captured_run_has_the_losses_of_a_plain_one(precision: str, tmp_path: Path) -> None:
+    common = (*TINY, *COMPACT, f"trainer.precision={precision}", "optim=sgd", "trainer.device=cuda", "trainer.epochs=2")
+    records = [
+        execute(compose_plain(*common, f"trainer.cuda_graph={graph}", f"paths.outputs={tmp_path}"))
+        for graph in (False, True)
+    ]
+    assert records[0]["steps"] == records[1]["steps"] > WARM_UP + 1
+    assert records[1]["val"]["loss"] == pytest.approx(records[0]["val"]["loss"], rel=5e-2)

@@ -39,7 +39,7 @@ from .._triton import (
 )
 from . import layout
 
-SLOTS: tl.constexpr = tl.constexpr(3)
+SLOTS: tl.constexpr = tl.constexpr(layout.SLOTS)
 TILE: tl.constexpr = tl.constexpr(layout.TILE)
 BITMAP: tl.constexpr = tl.constexpr(layout.BITMAP)
 TILES: tl.constexpr = tl.constexpr(layout.TILES)
