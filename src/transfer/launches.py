@@ -82,9 +82,9 @@ class Launches(TorchDispatchMode):
         self.by_operator[str(function)] += launches
 
     def _counts(self, result: object) -> bool:
-        """Whether an operator's result lies where the work is: host code also makes numbers on the CPU."""
+        """Whether an operator makes a tensor where the work is: host code also makes numbers on the CPU."""
         devices = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-        return self._device is None or self._device in devices
+        return bool(devices) and (self._device is None or self._device in devices)
 
     def of_operator(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int:
         """Of one call of an operator of this library."""

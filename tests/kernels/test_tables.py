@@ -98,6 +98,7 @@ def test_one_launch_is_counted_for_what_a_kernel_does_at_once() -> None:
     assert Launches().of_operator(kernels.topk_pack, (x, 500, "float32", "tile", flag), {}) == 1
     with Launches() as counted:
         torch.zeros(3).view(3, 1).add(1)
+        torch.promote_types(torch.float32, torch.bfloat16)
     assert counted.total == 2
 
 
