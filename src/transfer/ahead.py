@@ -174,6 +174,7 @@ def _topk() -> None:
     packs += [(bf16, bf16, "bitmap"), (f32, int8, "tile"), (f16, int8, "bitmap"), (bf16, int8, "tile")]
     packs += [(f32, bf16, "none"), (bf16, int8, "none")]
     small = [(f32, f32, "tile"), (f32, bf16, "bitmap"), (bf16, bf16, "tile"), (f16, f16, "bitmap")]
+    small += [(f32, int8, "bitmap"), (f32, int8, "tile"), (bf16, int8, "tile"), (f16, int8, "tile")]
     for number, (dtype, values, index) in enumerate(packs + small):
         n = 100_001 if number == 1 else 151_296 if number < len(packs) else topk.SAMPLE_ELEMENTS - number % 2
         keep = n if index == "none" else n // 10

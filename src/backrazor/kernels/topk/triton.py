@@ -78,28 +78,35 @@ def _select(x: Tensor, keep: int) -> _Selection:
     return _Selection(chunk, chunks, len(bins) - 1, state, larger, equal)
 
 
+def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
+    """Samples that one program packs each, in one launch."""
+    int8 = stored.values.dtype == torch.int8
+    kept = x.new_empty(stored.values.shape) if int8 else stored.values
+    high, *middle, low = DIGITS[x.element_size()]
+    digits = {"HIGH": high, "MIDDLE": sum(middle), "LOW": low}
+    launch(
+        _triton_pack.pack_sample,
+        x.shape[0],
+        x,
+        x.shape[1],
+        keep,
+        kept,
+        *stored[2:],
+        stored.values,
+        stored.scales,
+        flag,
+        **digits,
+        INT8=int8,
+        RUNS=RUNS,
+        INDEX=INDEX[index_kind],
+        BLOCK=BLOCK,
+        warps=SCAN_WARPS,
+        registers=SCAN_REGISTERS,
+    )
+
+
 def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stored, flag: Tensor) -> None:
     """Select and write the kept values, as the type of ``values``, and their index."""
-    if x.shape[1] <= SAMPLE_ELEMENTS:
-        high, *middle, low = DIGITS[x.element_size()]
-        launch(
-            _triton_pack.pack_sample,
-            x.shape[0],
-            x,
-            x.shape[1],
-            keep,
-            values,
-            *stored[2:],
-            flag,
-            HIGH=high,
-            MIDDLE=sum(middle),
-            LOW=low,
-            INDEX=INDEX[index_kind],
-            BLOCK=BLOCK,
-            warps=SCAN_WARPS,
-            registers=SCAN_REGISTERS,
-        )
-        return
     chosen = _select(x, keep)
     launch(
         _triton_pack.emit,
@@ -164,6 +171,9 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
     together = max(SCRATCH_BYTES // max(counters + staged, 1), 1)
     for start in range(0, batch, together):
         rows = Stored(*(tensor[start : start + together] for tensor in stored))
+        if n <= SAMPLE_ELEMENTS:
+            _pack_samples(x[start : start + together], keep, index_kind, rows, flag)
+            continue
         # a run of 256 kept values spans chunks, so its scale is known only once they lie side by side
         kept = x.new_empty(rows.values.shape) if int8 else rows.values
         _compact(x[start : start + together], keep, index_kind, kept, rows, flag)
