@@ -91,6 +91,16 @@ def test_no_32_bit_product_feeds_an_address(configurations: list[ahead.Configura
         assert not found, f"{configuration.name}: {found}"
 
 
+def test_a_program_waits_for_its_own_values_before_it_quantises_them(configurations: list[ahead.Configuration]) -> None:
+    """One thread reads what another of its program has written, which the interpreter cannot get wrong: a barrier lies
+    between, and no load goes through the cache that nobody keeps up to date."""
+    packing = [c for c in configurations if c.kernel == "pack_sample" and dict(c.constants)["INT8"]]
+    assert packing
+    for configuration in packing:
+        assert "barrier" in ahead.intermediate(configuration)
+    assert "ld.global.nc" not in ahead._compiled(packing[0], 90).asm["ptx"]
+
+
 @triton.jit
 def narrow(x, n, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK) * 2
