@@ -23,7 +23,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from backrazor.kernels.topk.layout import allocate
+from backrazor.kernels.topk.layout import Stored, allocate
 
 FAMILIES = ("topk", "bitmask", "derivative", "rowquant", "layernorm", "softmax")
 _POINTERS = {
@@ -106,7 +106,8 @@ def _specialised(family: str, kernel, arguments: tuple, constants: dict, options
             fixed.append((name, value))
         elif isinstance(value, Tensor):
             signature.append((name, _POINTERS[value.dtype]))
-            divisible.append(number)  # PyTorch's blocks are aligned to 512 bytes
+            if value.storage_offset() * value.element_size() % 16 == 0:  # PyTorch's blocks are aligned to 512 bytes
+                divisible.append(number)
         elif isinstance(value, float):
             signature.append((name, "fp32"))
         else:
@@ -158,6 +159,7 @@ def configurations() -> list[Configuration]:
         _topk()
         _elementwise()
         _rows()
+        _slices()
     return list(dict.fromkeys(launch.configuration for launch in launched))
 
 
@@ -240,6 +242,40 @@ def _rows() -> None:
         x, weight = _meta(25_216, m, dtype=dtypes[number % 3]), _meta(m)
         _, codes, scales, rstd = layernorm.forward(x, weight, weight, 1e-6, bits)
         layernorm.backward(x, codes, scales, rstd, weight, bits)
+
+
+def _slices() -> None:
+    """The samples of a backward's second chunk, or of a pack's second slab: their tensors begin where the first ones
+    end, which need not be a multiple of 16 bytes."""
+    from backrazor.kernels.bitmask import triton as bitmask
+    from backrazor.kernels.derivative import triton as derivative
+    from backrazor.kernels.rowquant import triton as rowquant
+    from backrazor.kernels.softmax import triton as softmax
+    from backrazor.kernels.topk import triton as topk
+
+    def later(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[3:] if tensor.dim() > 1 else tensor for tensor in tensors)
+
+    n, m, bf16 = 100_001, 197, torch.bfloat16
+    for values, index in ((torch.int8, "tile"), (bf16, "bitmap")):
+        for size in (n, 30_001):
+            keep = size // 10 | 1
+            stored = Stored(*later(*allocate(8, size, keep, values, index, torch.device("meta"))))
+            (x,) = later(_meta(8, size, dtype=bf16))
+            topk.pack(x, keep, index, stored, _meta(1, dtype=torch.int32))
+            topk.unpack(stored, size, index, x)
+    x, bits, codes = later(_meta(8, n, dtype=bf16), *(_meta(8, -(-n // per), dtype=torch.uint8) for per in (8, 4)))
+    bitmask.clamp_(x, 0.0, 6.0)
+    bitmask.encode(x, 0.0, 6.0)
+    bitmask.apply(x, bits)
+    bitmask.scaled(x.view(5, 1, n), bits, _meta(1), _meta(1), 1e-3)
+    derivative.encode(x, _meta(3), 2)
+    derivative.apply(x, codes, _meta(4), 2)
+    rows, codes, grad = later(_meta(40, m, dtype=bf16), _meta(40, -(-m // 2), dtype=torch.uint8), _meta(8, 3, 5, m))
+    scales = _meta(40, dtype=torch.float16)[3:]
+    rowquant.encode(rows, _meta(40)[3:], _meta(40)[3:], 4)
+    rowquant.decode(codes, scales, m, 4, bf16)
+    softmax.backward(grad, grad, None, 1.0, 0.5)
 
 
 def compile_all(wanted: list[Configuration], capability: int, workers: int = 1) -> list[Binary]:
