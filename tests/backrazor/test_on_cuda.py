@@ -161,4 +161,4 @@ def test_mask_and_scale_at_once_have_the_gradients_of_one_after_the_other(
     for key, gradient in found.items():
         if gradient is not None:  # frozen norms have none
             error, usual = (relative_rms(grads[key].float(), exact[key]) for grads in (found, apart))
-            assert error <= 2 * usual + 1e-6, key  # rounded before a sum instead of after it
+            assert error <= 2 * usual + 1e-5, key  # rounded before a sum instead of after it
