@@ -7,8 +7,8 @@ whether the weights change. What a graph holds is operators and addresses, and n
 - The first steps run as they are, on the stream that is captured later. They compile kernels, make constants, flags and
   the optimizer's state, none of which a capture may do. Only steps that the optimizer took count.
 - A batch is copied into the memory that was captured. One of another shape runs as it is.
-- The learning rate is a number in the optimizer's groups for everybody, and a tensor for the captured optimizer, which
-  takes the number before each replay. The scale of float16's loss is a tensor anyway.
+- The learning rate is a number in the optimizer's groups for everybody, and a tensor for the optimizer's step, which
+  takes the number before each one. The scale of float16's loss is a tensor anyway.
 - Gradients lie in the graphs' memory, where each replay writes them anew.
 
 Resuming needs nothing: a run that goes on warms up and captures again.
@@ -51,6 +51,7 @@ class GraphedStep:
     def __init__(self, plain: Halves, optimizer: torch.optim.Optimizer) -> None:
         self.plain, self.optimizer = plain, optimizer
         self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
         self.updates = 0
         self.replayed = False  # whether the gradients are the graph's
         self.first: torch.cuda.CUDAGraph | None = None
@@ -81,16 +82,17 @@ class GraphedStep:
         Raises:
             UserError: the work cannot be captured.
         """
-        if not self.replayed:
-            with self._aside():
-                self.plain.update()
-            self.updates += 1
-            return
-        if self.second is None:
-            self._capture_update()
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
-        self.second.replay()
+        if self.replayed and self.second is None:
+            with self._rates_on_the_device(capturing=True):
+                self.second, _ = self._captured(self.plain.update)
+        if self.replayed:
+            self.second.replay()
+            return
+        with self._rates_on_the_device(capturing=False), self._aside():
+            self.plain.update()
+        self.updates += 1
 
     def _capture_gradients(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
@@ -98,14 +100,16 @@ class GraphedStep:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradients_of = [(p, p.grad) for p in parameters]  # held: the second graph would write over them
 
-    def _capture_update(self) -> None:
+    @contextmanager
+    def _rates_on_the_device(self, capturing: bool) -> Iterator[None]:
+        """The optimizer's learning rates are tensors inside, in the warm-up too, which loads the kernels that take
+        such; outside they are numbers. ``capturing``: torch's Adam wants to be told."""
         groups = self.optimizer.param_groups
         before = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in groups]
-        self.rates = [torch.full((), float(group["lr"]), device=self.figures.device) for group in groups]
+        for group, rate, kept in zip(groups, self.rates, before, strict=True):
+            group |= {**kept, "lr": rate} | ({"capturable": True} if capturing and "capturable" in kept else {})
         try:
-            for group, rate, kept in zip(groups, self.rates, before, strict=True):
-                group |= {**kept, "lr": rate} | ({"capturable": True} if "capturable" in kept else {})
-            self.second, _ = self._captured(self.plain.update)
+            yield
         finally:
             for group, kept in zip(groups, before, strict=True):
                 group |= kept
