@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .kernels.topk.layout import NON_FINITE, OVERFLOW
 from .nn import known_layers
@@ -24,8 +24,8 @@ def razor_(
     """Convert ``model`` in place so that backward works from pruned activations; returns a report.
 
     Parameters, buffers, state_dict keys, hooks and modes are untouched; the forward pass computes what it computed
-    before, bit for bit. The classes of layers, and of containers that hold chains of them, become subclasses of what
-    they were.
+    before: on the CPU bit for bit, on CUDA to rounding in three cases (docs/kernels.md). The classes of layers, and of
+    containers that hold chains of them, become subclasses of what they were.
 
     On a model that is razored already, what this call chooses is converted anew. A drop-in that ``filter_fn`` leaves
     out, or that no pattern matches, stays as the earlier call left it. What this call makes dense, by None or because
@@ -119,6 +119,15 @@ def unrazor_(model: nn.Module) -> int:
     for module in containers:
         unlink(module)
     return len(drop_ins)
+
+
+def status_of(model: nn.Module) -> Tensor | None:
+    """What ``check_finite`` would stop on, without reading the device: () int32, 0 where all is well, on the device of
+    the first flag. None where nothing in the model packs. For steps that must not wait, such as a CUDA graph's."""
+    flags = [flag for module in model.modules() for flag in status_flags(module)]
+    if not flags:
+        return None
+    return torch.cat([flag.to(flags[0].device) for flag in flags]).bitwise_and(NON_FINITE | OVERFLOW).amax()
 
 
 def check_finite(model: nn.Module) -> None:

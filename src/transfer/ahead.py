@@ -23,7 +23,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from backrazor.kernels.topk.layout import allocate
+from backrazor.kernels.topk.layout import Stored, allocate
 
 FAMILIES = ("topk", "bitmask", "derivative", "rowquant", "layernorm", "softmax")
 _POINTERS = {
@@ -63,6 +63,15 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A configuration as it is launched: how many programs, and how often each goes through its loop over blocks."""
+
+    configuration: Configuration
+    programs: int
+    passes: int
+
+
+@dataclass(frozen=True)
 class Binary:
     """What a configuration became: registers per thread, bytes of local memory per thread (spills and stack), bytes of
     shared memory a block."""
@@ -97,7 +106,8 @@ def _specialised(family: str, kernel, arguments: tuple, constants: dict, options
             fixed.append((name, value))
         elif isinstance(value, Tensor):
             signature.append((name, _POINTERS[value.dtype]))
-            divisible.append(number)  # PyTorch's blocks are aligned to 512 bytes
+            if value.storage_offset() * value.element_size() % 16 == 0:  # PyTorch's blocks are aligned to 512 bytes
+                divisible.append(number)
         elif isinstance(value, float):
             signature.append((name, "fp32"))
         else:
@@ -108,16 +118,28 @@ def _specialised(family: str, kernel, arguments: tuple, constants: dict, options
     return Configuration(family, kernel.fn.__module__, kernel.fn.__name__, *parts, *options)
 
 
+def _passes(kernel, given: dict) -> int:
+    """How often a program goes through its outer loop."""
+    if "COLUMNS" in given:  # rows: of a row longer than a program holds, or of rows that few programs share
+        sharing = given.get("programs")
+        return -(-given["rows"] // (sharing * given["ROWS"])) if sharing else -(-given["m"] // given["COLUMNS"])
+    if "chunk" in given:
+        return -(-min(given["chunk"], given["n"]) // given["BLOCK"])
+    return -(-given["n"] // given["BLOCK"]) if kernel.fn.__name__ == "pack_sample" else 1
+
+
 @contextmanager
-def recording() -> Iterator[list[Configuration]]:
+def recording() -> Iterator[list[Launch]]:
     """Launches are noted, one after another, instead of run."""
     modules = {family: import_module(f"backrazor.kernels.{family}.triton") for family in FAMILIES}
     real = modules["topk"].launch
-    launched: list[Configuration] = []
+    launched: list[Launch] = []
 
     def recorder(family: str) -> Callable[..., None]:
         def note(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
-            launched.append(_specialised(family, kernel, arguments, constants, (warps, registers)))
+            configuration = _specialised(family, kernel, arguments, constants, (warps, registers))
+            given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+            launched.append(Launch(configuration, programs, _passes(kernel, given)))
 
         return note
 
@@ -137,7 +159,8 @@ def configurations() -> list[Configuration]:
         _topk()
         _elementwise()
         _rows()
-    return list(dict.fromkeys(launched))
+        _slices()
+    return list(dict.fromkeys(launch.configuration for launch in launched))
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,6 +176,7 @@ def _topk() -> None:
     packs += [(bf16, bf16, "bitmap"), (f32, int8, "tile"), (f16, int8, "bitmap"), (bf16, int8, "tile")]
     packs += [(f32, bf16, "none"), (bf16, int8, "none")]
     small = [(f32, f32, "tile"), (f32, bf16, "bitmap"), (bf16, bf16, "tile"), (f16, f16, "bitmap")]
+    small += [(f32, int8, "bitmap"), (f32, int8, "tile"), (bf16, int8, "tile"), (f16, int8, "tile")]
     for number, (dtype, values, index) in enumerate(packs + small):
         n = 100_001 if number == 1 else 151_296 if number < len(packs) else topk.SAMPLE_ELEMENTS - number % 2
         keep = n if index == "none" else n // 10
@@ -164,6 +188,9 @@ def _topk() -> None:
         n = 100_001 if number == 1 else 151_296 if number < len(unpacks) - 1 else topk.SAMPLE_ELEMENTS
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
         topk.unpack(stored, n, index, _meta(8, n, dtype=dtype))
+    for values, dtype, index, n in ((int8, f32, "bitmap", 500_000), (bf16, bf16, "tile", 5_000_001)):  # counted first
+        stored = allocate(2, n, n // 10, values, index, torch.device("meta"))
+        topk.unpack(stored, n, index, _meta(2, n, dtype=dtype))
     for values, dtype, index in ((f32, f32, "bitmap"), (int8, bf16, "tile"), (int8, f32, "none")):
         n = 151_296
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
@@ -179,6 +206,12 @@ def _elementwise() -> None:
         x = _meta(8, n, dtype=dtype)
         bits = bitmask.encode(x, 0.0, 6.0)
         bitmask.apply(x, bits)
+        bitmask.clamp_(x, 0.0, 6.0)
+    for dtype, channels, positions in ((torch.float32, 96, 3136), (torch.bfloat16, 24, 49), (torch.float16, 13, 25)):
+        x, norm = _meta(8, channels, positions, dtype=dtype), _meta(channels)
+        bits = _meta(8, -(-channels * positions // 8), dtype=torch.uint8)
+        bitmask.scaled(x, bits, norm, norm, 1e-3)
+        bitmask.scaled(x, None, norm, norm.to(dtype) if channels == 24 else None, 1e-3)
     for dtype, bits, n in (
         (torch.float32, 2, 150_528),
         (torch.bfloat16, 2, 100_001),
@@ -209,6 +242,40 @@ def _rows() -> None:
         x, weight = _meta(25_216, m, dtype=dtypes[number % 3]), _meta(m)
         _, codes, scales, rstd = layernorm.forward(x, weight, weight, 1e-6, bits)
         layernorm.backward(x, codes, scales, rstd, weight, bits)
+
+
+def _slices() -> None:
+    """The samples of a backward's second chunk, or of a pack's second slab: their tensors begin where the first ones
+    end, which need not be a multiple of 16 bytes."""
+    from backrazor.kernels.bitmask import triton as bitmask
+    from backrazor.kernels.derivative import triton as derivative
+    from backrazor.kernels.rowquant import triton as rowquant
+    from backrazor.kernels.softmax import triton as softmax
+    from backrazor.kernels.topk import triton as topk
+
+    def later(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[3:] if tensor.dim() > 1 else tensor for tensor in tensors)
+
+    n, m, bf16 = 100_001, 197, torch.bfloat16
+    for values, index in ((torch.int8, "tile"), (bf16, "bitmap")):
+        for size in (n, 30_001):
+            keep = size // 10 | 1
+            stored = Stored(*later(*allocate(8, size, keep, values, index, torch.device("meta"))))
+            (x,) = later(_meta(8, size, dtype=bf16))
+            topk.pack(x, keep, index, stored, _meta(1, dtype=torch.int32))
+            topk.unpack(stored, size, index, x)
+    x, bits, codes = later(_meta(8, n, dtype=bf16), *(_meta(8, -(-n // per), dtype=torch.uint8) for per in (8, 4)))
+    bitmask.clamp_(x, 0.0, 6.0)
+    bitmask.encode(x, 0.0, 6.0)
+    bitmask.apply(x, bits)
+    bitmask.scaled(x.view(5, 1, n), bits, _meta(1), _meta(1), 1e-3)
+    derivative.encode(x, _meta(3), 2)
+    derivative.apply(x, codes, _meta(4), 2)
+    rows, codes, grad = later(_meta(40, m, dtype=bf16), _meta(40, -(-m // 2), dtype=torch.uint8), _meta(8, 3, 5, m))
+    scales = _meta(40, dtype=torch.float16)[3:]
+    rowquant.encode(rows, _meta(40)[3:], _meta(40)[3:], 4)
+    rowquant.decode(codes, scales, m, 4, bf16)
+    softmax.backward(grad, grad, None, 1.0, 0.5)
 
 
 def compile_all(wanted: list[Configuration], capability: int, workers: int = 1) -> list[Binary]:
@@ -256,20 +323,55 @@ def intermediate(configuration: Configuration, capability: int = 90) -> str:
     return str(backend.make_ttir(module, {}, options, capability))
 
 
-def compile_one(configuration: Configuration, capability: int) -> Binary:
-    """Compile one configuration and read its binary with the toolchain that Triton brings."""
+def _compiled(configuration: Configuration, capability: int):
+    """What Triton makes of it; kept in Triton's cache, so that a list which was cut off goes on where it was."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     source, options = _source(configuration)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:
         raise RuntimeError(f"{configuration.name} does not compile for sm_{capability}: {error}") from error
+
+
+def _dumped(compiled, what: str) -> str:
+    """What ``cuobjdump --dump-<what>`` says of the binary."""
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, f"--dump-{what}", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def issued(configuration: Configuration, capability: int = 90) -> tuple[int, int]:
+    """Instructions that a warp issues: outside of all loops, and for each pass through the outermost loops. Counted in
+    the assembler's output (SASS) as if every branch were taken, so from above; inner loops count once per pass."""
+    return count_instructions(_dumped(_compiled(configuration, capability), "sass"))
+
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)")
+
+
+def count_instructions(sass: str) -> tuple[int, int]:
+    """As ``issued``, of a kernel's SASS."""
+    lines = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    lines = [(address, text) for address, text in lines if not text.startswith("NOP")]
+    loops = []
+    for address, text in lines:
+        branch = _BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:  # at its own address it is the trap at the end
+            loops.append(range(int(branch[1], 16), address + 1))
+    inside = sum(any(address in loop for loop in loops) for address, _ in lines)
+    return len(lines) - inside, inside
+
+
+def compile_one(configuration: Configuration, capability: int) -> Binary:
+    """Compile one configuration and read its binary with the toolchain that Triton brings."""
+    compiled = _compiled(configuration, capability)
+    usage = _dumped(compiled, "resource-usage")
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return Binary(configuration, capability, registers, stack + local, compiled.metadata.shared)

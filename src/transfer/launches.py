@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -19,7 +21,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from backrazor.functional import common, conv
 from backrazor.kernels import dispatch
 from backrazor.kernels.operators import HOST_CODE
 
@@ -38,12 +39,19 @@ def computes(function: torch._ops.OpOverload) -> bool:
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Work on fake tensors of any device takes the path of CUDA: its chunks, its kernels."""
-    with (
-        mock.patch.object(common, "on_cuda", lambda device: True),
-        mock.patch.object(conv, "on_cuda", lambda device: True),
-        mock.patch.object(dispatch, "_choice", lambda device: "triton"),
-    ):
+    with ExitStack() as patches:
+        for name in ("common", "conv", "conv_norm_act", "epilogue"):
+            module = import_module(f"backrazor.functional.{name}")
+            patches.enter_context(mock.patch.object(module, "on_cuda", lambda device: True))
+        patches.enter_context(mock.patch.object(dispatch, "_choice", lambda device: "triton"))
         yield
+
+
+class HostWork(NamedTuple):
+    """Kernels of this library, and how many of PyTorch's."""
+
+    launches: tuple[ahead.Launch, ...]
+    others: int
 
 
 class Launches(TorchDispatchMode):
@@ -54,7 +62,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self._device = device
         self.by_operator: Counter[str] = Counter()
-        self._known: dict[tuple, int] = {}
+        self._known: dict[str, HostWork] = {}
 
     @property
     def total(self) -> int:
@@ -74,12 +82,17 @@ class Launches(TorchDispatchMode):
         self.by_operator[str(function)] += launches
 
     def _counts(self, result: object) -> bool:
-        """Whether an operator's result lies where the work is: host code also makes numbers on the CPU."""
+        """Whether an operator makes a tensor where the work is: host code also makes numbers on the CPU."""
         devices = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-        return self._device is None or self._device in devices
+        return bool(devices) and (self._device is None or self._device in devices)
 
     def of_operator(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int:
         """Of one call of an operator of this library."""
+        work = self.work_of_operator(function, args, kwargs)
+        return len(work.launches) + work.others
+
+    def work_of_operator(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> HostWork:
+        """What the host code of one call of an operator of this library launches."""
         with unset_fake_temporarily():
             args, kwargs = tree_map_only(Tensor, _without_data, (args, kwargs))
             key = repr((function, tree_map_only(Tensor, _description, (args, kwargs))))
@@ -96,7 +109,7 @@ def _description(tensor: Tensor) -> tuple:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _of_host_code(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int:
+def _of_host_code(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> HostWork:
     with as_on_cuda(), ahead.recording() as launched, Launches("meta") as others:
         HOST_CODE[function._schema.name.removeprefix("backrazor::")](*args, **kwargs)
-    return len(launched) + others.total
+    return HostWork(tuple(launched), others.total)

@@ -33,7 +33,12 @@ NOT_HASHED = (
     "trainer.measure",
 )
 # Keys that came after the first runs: left out where they change nothing, so that those runs keep their folders.
-HASHED_UNLESS = {"trainer.nonfinite": "stop", "trainer.channels_last": False, "trainer.compile": False}
+HASHED_UNLESS = {
+    "trainer.nonfinite": "stop",
+    "trainer.channels_last": False,
+    "trainer.compile": False,
+    "trainer.cuda_graph": False,
+}
 # What two equal runs differ in: dates, machines and clocks.
 MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")
 MEASURED_MEMORY = (

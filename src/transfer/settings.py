@@ -196,6 +196,7 @@ KEYS: tuple[Key, ...] = (
     ),
     Key("trainer.channels_last", bool, "images and weights with channels last in memory"),
     Key("trainer.compile", bool, "torch.compile the network that trains; needs a C++ compiler"),
+    Key("trainer.cuda_graph", bool, "capture the training step as CUDA graphs; one GPU, no recomputation"),
     Key("trainer.checkpointing", str, "recompute activations by block or stage", CHECKPOINTING),
     Key("trainer.resume", str, "auto: go on with this configuration's run; never: start it over", ("auto", "never")),
     Key("trainer.save_every", int, "optimizer steps between checkpoints within an epoch", low=1, high=10**9),
@@ -298,6 +299,16 @@ def _check_conflicts(given: Mapping[str, Any]) -> None:
     batch, micro = given["trainer.batch_size"], given["trainer.micro_batch"]
     if micro is not None and micro > batch:
         raise UserError.value("trainer.micro_batch", micro, f"at most trainer.batch_size={batch}")
+    if given["trainer.cuda_graph"]:
+        for path, value, reason in (
+            ("trainer.device", "cpu", "only a CUDA device has graphs"),
+            ("trainer.compile", True, "choose one of them"),
+            ("trainer.checkpointing", "block", "recomputation sets the random state, which a capture cannot"),
+            ("trainer.checkpointing", "stage", "recomputation sets the random state, which a capture cannot"),
+        ):
+            if given[path] == value:
+                shown = str(value).lower()
+                raise UserError(f"trainer.cuda_graph=true {path}={shown} contradict each other: {reason}")
     if given["data.val_fraction"] + given["data.test_fraction"] >= 1:
         raise UserError.value(
             "data.test_fraction",

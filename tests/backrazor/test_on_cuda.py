@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from backrazor.codecs import NormCodec, Pruned
 from backrazor.functional import common, conv
 from backrazor.functional.conv import ConvSpec, forward_chunks
 from backrazor.functional.layer_norm import group_norm, layer_norm
-from tests.backrazor.compare import LIMITS, assert_close
+from backrazor.kernels import mask_scale, topk_pack
+from backrazor.memory.predict import _Allocations
+from tests.backrazor.compare import LIMITS, assert_close, relative_rms
 
 HALVES = (torch.bfloat16, torch.float16)
 NORMS = {"layer_norm": lambda: nn.LayerNorm(24), "group_norm": lambda: nn.GroupNorm(2, 6)}
@@ -98,3 +101,64 @@ def test_the_forward_of_a_convolution_on_cuda_is_whole_unless_memory_demands(mon
         monkeypatch.setattr(conv, "_backend", lambda *_: None)
         monkeypatch.setattr(common, "CUDA_CHUNK_BYTES", x.numel())
         assert len(forward_chunks(x, weight, spec)) == 4
+
+
+@pytest.mark.parametrize(("layout", "copied"), [("contiguous", 0), ("channels_last", 32 << 20)])
+def test_what_packing_takes_in_passing_is_in_the_predicted_peak(layout: str, copied: int) -> None:
+    """On CUDA: counters of digits, float32 values on their way to int8, and samples copied from another layout."""
+    peaks = []
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), _Allocations() as seen:
+            x, flag = torch.empty(64, 8, 256, 256, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+            x = x if layout == "contiguous" else x.contiguous(memory_format=torch.channels_last)
+            seen.peak = seen.live = 0
+            packed = topk_pack(x, 52_429, "int8", "tile", flag)
+        assert seen.live == sum(part.untyped_storage().nbytes() for part in packed)
+        peaks.append(seen.peak - seen.live)
+    counters = 2048 + 2048 + 512 + 2 * 3 + 16 * (512 + 2)  # three digits; three slots; 16 chunks of 2^15 elements
+    assert peaks == [0, 64 * 4 * (52_429 + counters) + copied]
+
+
+class Chain(nn.Sequential):
+    """Two convolutions under frozen norms, the second by groups; a drop-in of its own finds no chain in Sequential."""
+
+    def __init__(self, act: nn.Module, affine: bool) -> None:
+        norms = [nn.BatchNorm2d(8, affine=affine) for _ in range(2)]
+        for norm in norms:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            norm.eval().requires_grad_(False)
+        first, second = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        super().__init__(first, norms[0], act, second, norms[1])
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.ReLU(), nn.SiLU()], ids=lambda act: type(act).__name__)
+@pytest.mark.parametrize(("dtype", "affine"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)])
+def test_mask_and_scale_at_once_have_the_gradients_of_one_after_the_other(
+    act: nn.Module, dtype: torch.dtype, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, x = Chain(act, affine).to(dtype), torch.randn(3, 3, 17, 15).to(dtype)
+    seen = []
+
+    def noted(*given):
+        seen.append(given[1] is None)
+        return mask_scale(*given)
+
+    def results(dtype: torch.dtype) -> dict[str, Tensor | None]:
+        model, leaf = copy.deepcopy(plain).to(dtype), x.to(dtype, copy=True).requires_grad_()
+        assert br.razor_(model, br.RazorConfig(0.5, values="float32")).fused
+        out = model(leaf)
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype))
+        return {"output": out, "input": leaf.grad} | {key: p.grad for key, p in model.named_parameters()}
+
+    exact, apart = results(torch.float32), results(dtype)
+    for name in ("conv_norm_act", "epilogue"):
+        monkeypatch.setattr(import_module(f"backrazor.functional.{name}"), "on_cuda", lambda device: True)
+    monkeypatch.setattr(import_module("backrazor.functional.conv_norm_act"), "mask_scale", noted)
+    found = results(dtype)
+    assert sorted(seen) == ([True] if isinstance(act, nn.SiLU) else [False, True])
+    assert torch.equal(found.pop("output"), apart["output"])
+    for key, gradient in found.items():
+        if gradient is not None:  # frozen norms have none
+            error, usual = (relative_rms(grads[key].float(), exact[key]) for grads in (found, apart))
+            assert error <= 2 * usual + 1e-5, key  # rounded before a sum instead of after it

@@ -64,6 +64,14 @@ def test_kernels_equal_their_references(dtype: torch.dtype, data: str) -> None:
         assert_same_bits("codes", kernels.level_encode(on_device, thresholds.cuda(), 4).cpu(), codes)
         product = kernels.level_apply(on_device, codes.cuda(), levels.cuda(), 4)
         assert_same_bits("product", product.cpu(), derivative.apply(x, codes, levels, 4))
+        clamped, expected = on_device.clone(), x.clone()
+        assert_same_bits("bits of clamping", kernels.mask_clamp_(clamped, 0.0, 6.0).cpu(), bits)
+        bitmask.clamp_(expected, 0.0, 6.0)
+        assert_same_bits("clamped", clamped.cpu(), expected)
+        scaled = kernels.mask_scale(on_device.view(2, 1, n), bits.cuda(), *torch.tensor([[0.7], [1.3]]).cuda(), 1e-3)
+        wanted = bitmask.scaled(x.view(2, 1, n), bits, torch.tensor([0.7]), torch.tensor([1.3]), 1e-3)
+        assert torch.equal(scaled.isfinite().cpu(), wanted.isfinite())
+        assert_close("scaled", scaled.cpu().nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0), LIMITS[dtype])
         mean, rstd = torch.randn(2), torch.rand(2) + 0.5
         found, wanted = kernels.row_encode(on_device, mean.cuda(), rstd.cuda(), 4), rowquant.encode(x, mean, rstd, 4)
         for name, a, b in zip(("row codes", "row scales"), found, wanted, strict=True):

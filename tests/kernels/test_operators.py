@@ -39,6 +39,8 @@ def arguments(device: str = "cpu") -> dict[str, tuple]:
         "topk_unpack_normalised": (*packed, normal(3, 10), normal(3, 10), 300, 30, "tile", torch.float32),
         "mask_encode": (x, 0.0, 6.0),
         "mask_apply": (x, kernels.mask_encode(x, 0.0, 6.0)),
+        "mask_clamp_": (x.clone(), 0.0, 1.0),
+        "mask_scale": (normal(2, 5, 3, 7), bits, x.std(1)[[0, 1, 2, 0, 1]], None, 1e-3),
         "level_encode": (x, thresholds, 4),
         "level_apply": (x, kernels.level_encode(x, thresholds, 4), levels, 4),
         "row_encode": (x, x.mean(1), x.std(1), 4),

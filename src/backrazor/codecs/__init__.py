@@ -1,5 +1,6 @@
 """What is stored for backward instead of an activation: codecs turn a tensor into a few small ones, and back."""
 
+from ..kernels.operators import scratch_of
 from .derivative import Bits, Derivative, Half, Levels, pack_derivative, smooth_codec, times
 from .normalised import AffineForm, NormCodec
 from .packed import NOTHING, Form, Packed, load, packed_of, save, save_outputs
@@ -36,6 +37,7 @@ __all__ = [
     "role_of",
     "save",
     "save_outputs",
+    "scratch_of",
     "smooth_codec",
     "times",
 ]

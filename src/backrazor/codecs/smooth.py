@@ -87,9 +87,9 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
 
 @_disable_dynamo  # it would trace through the caches
 def quantiser_on(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``quantiser`` on a device. On a GPU the tables are copied there once: a copy from the host waits for the device,
-    and a CUDA graph cannot hold one."""
-    if device.type != "cuda" or detect_fake_mode() is not None:
+    """``quantiser`` on a device, made there once: on a GPU a copy from the host waits for the device, and a CUDA graph
+    cannot hold one."""
+    if detect_fake_mode() is not None:
         thresholds, levels = quantiser(name, bits)
         return thresholds.to(device), levels.to(device)
     return _resident(name, bits, device)

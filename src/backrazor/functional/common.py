@@ -75,7 +75,8 @@ def with_product(total: Tensor | None, rows: Tensor, x_hat: Tensor, whole: bool)
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that matrix products run in under the autocast of x's device, None outside autocast."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    cast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if not cast or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     return torch.get_autocast_dtype(kind)
 

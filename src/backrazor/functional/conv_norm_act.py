@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import NOTHING, Form, Pruned, load, pack_shared, packed_of, save_outputs, times
-from .common import added, autocast_dtype, cast_to, needs_grad
+from ..codecs import NOTHING, Bits, Form, Pruned, load, pack_shared, packed_of, save_outputs, times
+from ..kernels import mask_scale
+from .common import added, autocast_dtype, cast_to, needs_grad, on_cuda
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
-from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
-from .transforms import RazorFunction, differentiable_once
+from .epilogue import Epilogue, activate_, encode_and_activate_, joined, packed_epilogue
+from .transforms import RazorFunction, differentiable_once, is_wrapped
 
 
 class Norm(NamedTuple):
@@ -43,7 +44,8 @@ def conv_norm_act(
     codec: Pruned,
     flag: Tensor,
 ) -> Tensor:
-    """act(batch_norm(conv2d(x))) of contiguous x (B, C, H, W), equal to the three operators bit for bit.
+    """act(batch_norm(conv2d(x))) of contiguous x (B, C, H, W), equal to the three operators: on the CPU bit for bit,
+    on CUDA to rounding where it runs in chunks.
 
     Keeps x pruned and the activation's bits. Gradients: of x exact, of the weight at x_hat = unpack(pack(x)).
     """
@@ -63,7 +65,7 @@ def _normalise_into(y: Tensor, norm: Norm, out: Tensor) -> None:
     """``_normalise`` into ``out``; without a copy where PyTorch runs an operator that can (it goes by the layout of y
     alone, which is channels_last where the weight lies so)."""
     plain = y.is_contiguous() and out.is_contiguous()
-    if y.device.type != "cpu" or y.dtype != norm.running_mean.dtype or not plain:
+    if on_cuda(y.device) or y.device.type != "cpu" or y.dtype != norm.running_mean.dtype or not plain:
         out.copy_(_normalise(y, norm))
         return
     unused = y.new_empty(0), y.new_empty(0)  # statistics of the batch
@@ -93,15 +95,19 @@ class _ConvNormAct(RazorFunction):
         norm = Norm(running_mean, running_var, norm_weight, norm_bias, eps)
         weight, bias = cast_to(cast, weight, bias)
         out, codes = None, []
-        for start, stop in forward_chunks(x, weight, spec) or [(0, 0)]:  # one for an empty batch, too
+        chunks = forward_chunks(x, weight, spec) or [(0, 0)]  # one for an empty batch, too
+        for start, stop in chunks:
             y = forward_of_chunk(x[start:stop], weight, bias, spec)
-            out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
-            part = out[start:stop]
-            _normalise_into(y, norm, part)
+            if len(chunks) == 1 and on_cuda(y.device):  # whose operator makes its output itself
+                out = part = _normalise(y, norm)
+            else:
+                out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
+                part = out[start:stop]
+                _normalise_into(y, norm, part)
             del y
-            if act is not None:
-                if keeps:
-                    codes.append(encode(part, act))
+            if act is not None and keeps:
+                codes.append(encode_and_activate_(part, act))
+            elif act is not None:
                 activate_(part, act)
         return (out, joined(codes, act)) if codes else (out,)
 
@@ -119,20 +125,31 @@ class _ConvNormAct(RazorFunction):
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         weight, norm_weight, running_var, derivative, packed = load(ctx)
         weight = weight.to(grad.dtype)
-        scale = torch.rsqrt(running_var + ctx.eps)
-        scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
-        # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if smaller.
-        # Not in float16, whose sums may overflow before they are scaled
-        folded = weight.numel() < grad.numel() and grad.dtype != torch.float16
-        scaled_weight = weight * scale if folded else weight
+        # On CUDA one kernel applies mask and scale to the gradient.
+        fused = (
+            on_cuda(grad.device)
+            and not is_wrapped(grad)
+            and (derivative is None or isinstance(derivative.form.codec, Bits))
+        )
+        folded, scale, scaled_weight = False, None, weight
+        if not fused:
+            scale = torch.rsqrt(running_var + ctx.eps)
+            scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
+            # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if
+            # smaller. Not in float16, whose sums may overflow before they are scaled
+            folded = weight.numel() < grad.numel() and grad.dtype != torch.float16
+            scaled_weight = weight * scale if folded else weight
         grad_bias = weight.new_zeros(weight.shape[0]) if need_bias and not len(grad) else None
 
         def part_of(start: int, stop: int) -> Tensor:
             nonlocal grad_bias
             part = grad[start:stop]
-            if derivative is not None:
+            if fused:
+                bits = None if derivative is None else derivative.tensors[0][start:stop]
+                part = mask_scale(part, bits, running_var, norm_weight, ctx.eps)
+            elif derivative is not None:
                 part = times(part, derivative, start, stop)
-            if not folded:
+            if not fused and not folded:
                 part = part * scale.view(1, -1, 1, 1)
             if need_bias:
                 wide = torch.float32 if part.element_size() == 2 else part.dtype

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..codecs import Bits, Levels, Packed, mark
 from ..codecs.derivative import DerivativeForm
 from ..codecs.smooth import ACTIVATIONS
+from ..kernels import mask_clamp_
+from .common import on_cuda
+from .transforms import is_wrapped
 
 Epilogue = Bits | Levels
 
@@ -27,6 +30,15 @@ def activate_(y: Tensor, act: Epilogue) -> None:
 def encode(y: Tensor, act: Epilogue) -> Tensor:
     """What the gradient at contiguous y (b, ...) needs: uint8 (b, bytes)."""
     return act.encode(y.reshape(y.shape[0], math.prod(y.shape[1:])))
+
+
+def encode_and_activate_(y: Tensor, act: Epilogue) -> Tensor:
+    """Both: ``encode(y, act)``, and the activation of contiguous y in its place."""
+    if isinstance(act, Bits) and on_cuda(y.device) and not is_wrapped(y):
+        return mask_clamp_(y.view(y.shape[0], math.prod(y.shape[1:])), act.low, act.high)
+    codes = encode(y, act)
+    activate_(y, act)
+    return codes
 
 
 def joined(codes: list[Tensor], act: Epilogue) -> Tensor:

@@ -19,7 +19,7 @@ The last two primitives exist to save passes over memory on a GPU, where ``fused
 their reference is the arithmetic that PyTorch's own operators do one after another.
 """
 
-from .bitmask.ops import mask_apply, mask_encode
+from .bitmask.ops import mask_apply, mask_clamp_, mask_encode, mask_scale
 from .derivative.ops import level_apply, level_encode
 from .layernorm.ops import fused_norm, norm_backward, norm_forward
 from .product.layout import Window, conv_fits, linear_fits
@@ -46,7 +46,9 @@ __all__ = [
     "level_encode",
     "linear_fits",
     "mask_apply",
+    "mask_clamp_",
     "mask_encode",
+    "mask_scale",
     "multiplies_packed",
     "norm_backward",
     "norm_forward",

@@ -12,12 +12,19 @@ from torch._compile import _disable_dynamo
 HOST_CODE: dict[
     str, Callable[..., Any]
 ] = {}  # what runs on real tensors, by the operator's name: to count its launches
+# what that takes on CUDA in passing, beside what it returns: bytes by the operator's arguments
+SCRATCH: dict[str, Callable[..., int]] = {}
 _library = torch.library.Library("backrazor", "DEF")
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define an operator: the decorated function runs on real tensors of any device, ``fake`` gives shapes."""
+def operator(
+    schema: str, fake: Callable[..., Any], scratch: Callable[..., int] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """Define an operator: the decorated function runs on real tensors of any device, ``fake`` gives shapes, ``scratch``
+    the bytes that it takes on CUDA in passing."""
     name = schema.split("(")[0]
+    if scratch is not None:
+        SCRATCH[name] = scratch
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(function: Callable[..., Any]) -> Any:
@@ -29,3 +36,10 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         return getattr(torch.ops.backrazor, name).default
 
     return register
+
+
+def scratch_of(function: torch._ops.OpOverload, args: tuple[Any, ...]) -> int:
+    """Bytes that a call of an operator, of this library or another, takes in passing where its first argument lies;
+    known of this library's on CUDA alone."""
+    scratch = SCRATCH.get(function._schema.name.removeprefix("backrazor::"))
+    return scratch(*args) if scratch is not None and args[0].device.type == "cuda" else 0

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..codecs import scratch_of
 from .ledger import LedgerRow, ledger
 
 
@@ -39,10 +40,10 @@ def predict(
     """Predict the memory of a training step of ``model``, razored or not, on an input of (batch_size, *input_size)
     float32.
 
-    No activation is allocated and the model is not changed. What kernels use in passing is not counted: a few MiB,
-    or a sample's gradient in float32 where that is more; on CUDA up to 64 MiB, or what one sample takes. ``loss_fn``
-    maps the model's output to a scalar; by default cross-entropy for logits (B, classes), the mean otherwise.
-    ``autocast`` gives the type of an autocast region around the forward.
+    No activation is allocated and the model is not changed. What packing takes in passing is counted for a model on
+    CUDA. On the CPU it is not: a few MiB, or a sample's gradient in float32 where that is more. ``loss_fn`` maps the
+    model's output to a scalar; by default cross-entropy for logits (B, classes), the mean otherwise. ``autocast`` gives
+    the type of an autocast region around the forward.
 
     Args:
         rule: "exact": equal to the ledger to the byte. There is no other.
@@ -121,6 +122,7 @@ class _Allocations(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in before and storage._cdata not in self._known:
                     self._add(storage)
+        self.peak = max(self.peak, self.live + scratch_of(function, args))
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:

@@ -64,9 +64,9 @@ class StepFactory:
                 part(x, y).backward()
             return part(*last)
 
-        return br.memory.Step(
-            network.model, forward, make_optimizer(network.model, network.backbone.head, self.config["optim"])
-        )
+        fused = settings.get("cuda_graph", False)
+        optimizer = make_optimizer(network.model, network.backbone.head, self.config["optim"], fused)
+        return br.memory.Step(network.model, forward, optimizer)
 
 
 def pick_device(name: str) -> torch.device:

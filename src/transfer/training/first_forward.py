@@ -11,13 +11,13 @@ import torch
 
 from transfer.errors import UserError, one_line
 from transfer.models import Backbone
+from transfer.training.full import LESS, is_full
 from transfer.training.network import Network
 from transfer.training.sampling import worker_death
 
 LONGEST = 200  # characters of the network's own words
 NO_COMPILER = re.compile("no working c\\+\\+ compiler|InvalidCxxCompiler", re.IGNORECASE)
 COMPILERS = "torch._dynamo", "torch._inductor"  # whose errors are none of the network's
-FULL = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 
 
 @contextmanager
@@ -48,8 +48,8 @@ def explained(backbone: Backbone, name: str, size: int) -> Iterator[None]:
 
 
 def _advice(backbone: Backbone, size: int, error: Exception, words: str) -> str:
-    if FULL.search(words):
-        return "lower trainer.batch_size or set trainer.micro_batch, raise razor.sparsity, or choose a smaller network"
+    if is_full(error):
+        return LESS
     if NO_COMPILER.search(words):
         return "trainer.compile=true needs a C++ compiler: install one, such as g++, or leave trainer.compile out"
     if type(error).__module__.startswith(COMPILERS):

@@ -20,6 +20,7 @@ from transfer.data import DataBundle
 from transfer.errors import Interrupted, UserError
 from transfer.training.distributed import World
 from transfer.training.evaluation import Scores, evaluate
+from transfer.training.full import LESS, OutOfMemory, fits
 from transfer.training.monitor import LOGGER, Monitor
 from transfer.training.network import Network
 from transfer.training.numerics import bad_tensors
@@ -112,7 +113,9 @@ class Trainer:
         )
         self.total_steps = settings["steps"] or settings["epochs"] * len(self.order)
         self.epochs = math.ceil(self.total_steps / len(self.order))
-        self.optimizer = make_optimizer(network.model, network.backbone.head, config["optim"])
+        self.optimizer = make_optimizer(
+            network.model, network.backbone.head, config["optim"], fused=settings["cuda_graph"]
+        )
         self.stepper = Stepper(network, self.optimizer, config, self.batch, self.world)
         self.schedule = Schedule(self.optimizer, config["optim"], self.total_steps)
         self.stop = StopSignals(announce=self.world.main)
@@ -149,7 +152,7 @@ class Trainer:
             FloatingPointError: loss, gradient or a kept activation is not finite; nothing of that step reaches the
                 weights.
             Interrupted: a signal asked for it; the state is saved.
-            UserError: a file of the data set or a data worker is gone, or nothing can be written.
+            UserError: a file of the data set or a data worker is gone, memory is full, or nothing can be written.
         """
         # None: silent only where there is no terminal
         silent = None if self.settings["progress"] and self.world.main else True
@@ -158,8 +161,8 @@ class Trainer:
             try:
                 while self.epoch < self.epochs:
                     self._one_epoch(monitor, bar)
-            except CannotWrite:
-                raise
+            except (CannotWrite, OutOfMemory):
+                raise  # what there is to save cannot be, or is not whole
             except RuntimeError as error:
                 if (death := worker_death(error)) is None:
                     raise
@@ -184,7 +187,8 @@ class Trainer:
         rate = self.schedule.set(self.step)
         stop = self.stop.received or 0
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
-        outcome = self.stepper.take(images, labels, stop)
+        with fits(f"step {self.step + 1}", f"else {LESS}, which starts a run of its own", self._goes_on()):
+            outcome = self.stepper.take(images, labels, stop)
         self._judge(outcome)
         self.step += 1
         seconds = time.perf_counter() - start
@@ -227,6 +231,11 @@ class Trainer:
             f"lower optim.lr={self.config['optim']['lr']}, set optim.grad_clip, or trainer.nonfinite=skip"
         )
 
+    def _goes_on(self) -> str:
+        """Where a run that memory cut off in the middle of a step goes on."""
+        there = "; with more memory free the same command goes on from there"
+        return self._last_good() + (there if self.checkpoints.last else "")
+
     def _last_good(self) -> str:
         return f"last good checkpoint {self.checkpoints.last}" if self.checkpoints.last else "no checkpoint yet"
 
@@ -250,7 +259,11 @@ class Trainer:
         self.world.same_statistics(self.network.model)
         # Several processes may not leave at different batches: they stop after the next step.
         check = self.stop.check if self.world.size == 1 else None
-        return evaluate(self.network, loader, self.device, self.settings["precision"], self.world, check)
+        advice = "else lower trainer.eval_batch_size, which starts a run of its own"
+        alone = self.world.size == 1
+        good = "the run is saved; with more memory free the same command goes on" if alone else self._goes_on()
+        with fits("evaluation", advice, good, UserError if alone else OutOfMemory):
+            return evaluate(self.network, loader, self.device, self.settings["precision"], self.world, check)
 
     def _keep_if_best(self, scores: Scores) -> None:
         """Keep the weights where validation accuracy is the highest so far; a tie goes to the lower loss."""

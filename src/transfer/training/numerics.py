@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import backrazor as br
+from backrazor.convert import status_of
 from transfer.training.network import Network
 
 
@@ -21,6 +22,13 @@ def bad_activation(network: Network) -> str | None:
     except FloatingPointError as error:
         return str(error)
     return None
+
+
+def activation_is_bad(network: Network) -> Tensor | None:
+    """Whether ``bad_activation`` has something to say: () bool, on the device, without a read. None where nothing
+    packs."""
+    status = status_of(network.model) if network.razored else None
+    return None if status is None else status != 0
 
 
 def gradient_is_bad(model: nn.Module) -> Tensor:

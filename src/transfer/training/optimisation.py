@@ -11,19 +11,27 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def make_optimizer(model: nn.Module, head: str, optim: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """Return the optimizer over the parameters that train; the head has a group of its own."""
+def make_optimizer(
+    model: nn.Module, head: str, optim: Mapping[str, Any], fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer over the parameters that train; the head has a group of its own.
+
+    Args:
+        fused: whether one kernel takes the step of many parameters; None is torch's choice. Only such a step takes a
+            learning rate that lies on the device.
+    """
+    fused = fused or None
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    rate = optim["lr"]
+    rate, decay = optim["lr"], optim["weight_decay"]
     groups = [
         {"params": [p for name, p in trained if not name.startswith(f"{head}.")], "lr": rate},
         {"params": [p for name, p in trained if name.startswith(f"{head}.")], "lr": rate * optim["head_lr_multiplier"]},
     ]
     groups = [group for group in groups if group["params"]]
     if optim["name"] == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=optim["momentum"], weight_decay=optim["weight_decay"])
+        return torch.optim.SGD(groups, lr=rate, momentum=optim["momentum"], weight_decay=decay, fused=fused)
     kind = torch.optim.AdamW if optim["name"] == "adamw" else torch.optim.Adam
-    return kind(groups, lr=rate, weight_decay=optim["weight_decay"])
+    return kind(groups, lr=rate, weight_decay=decay, fused=fused)
 
 
 class Schedule:

@@ -24,6 +24,7 @@ from transfer.settings import validate
 from transfer.training.costs import gpu_circumstances, pick_device
 from transfer.training.distributed import World, joined_world, own_gpu
 from transfer.training.first_forward import try_forward
+from transfer.training.graphs import check_graph
 from transfer.training.loop import Fitted, Trainer
 from transfer.training.measuring import columns_here, is_pending, measure_apart
 from transfer.training.monitor import LOGGER, Monitor, SilentMonitor
@@ -87,9 +88,10 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
         with Monitor(folder, trainer.step, trainer.epoch) if world.main else SilentMonitor() as monitor:
             if world.main:
                 _log_beginning(network, data, config, folder, trainer)
-            # Looking into a step's layers would have a compiled network compiled again at every step.
-            compiled = config["trainer"]["compile"]
-            with contextlib.nullcontext() if compiled else watched_layers(network.model, trainer, monitor):
+            # Looking into a step's layers would have a compiled network compiled again at every step, and a CUDA graph
+            # holds none of the Python that looks.
+            blind = config["trainer"]["compile"] or config["trainer"]["cuda_graph"]
+            with contextlib.nullcontext() if blind else watched_layers(network.model, trainer, monitor):
                 fitted = trainer.fit(monitor)
             if not world.main:
                 return {}
@@ -136,6 +138,7 @@ def _prepare(config: Mapping[str, Any], world: World) -> torch.device:
             raise UserError("trainer.device=cuda is not possible: torch sees no CUDA device; choose cpu or auto")
         if world.size > 1:
             device = own_gpu(world.local_rank)
+    check_graph(config, device, world.size)
     random.seed(config["seed"])
     np.random.seed(config["seed"] % 2**32)
     torch.manual_seed(config["seed"])

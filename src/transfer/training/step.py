@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from transfer.training.distributed import World
 from transfer.training.evaluation import correct_in_top
 from transfer.training.first_forward import explained
+from transfer.training.graphs import GraphedStep
 from transfer.training.network import Network, autocast
-from transfer.training.numerics import HeldStatistics, bad_activation, bad_step, gradient_is_bad
+from transfer.training.numerics import (
+    HeldStatistics,
+    activation_is_bad,
+    bad_activation,
+    bad_step,
+    gradient_is_bad,
+)
 
 MOST_OVERFLOWS = 20  # in a row: the scale has gone from 65,536 below one by then
 STOPS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -64,46 +71,72 @@ class Stepper:
         self.shared = world.share(network.model, self.device)
         self.forward = torch.compile(self.shared) if self.settings["compile"] else self.shared
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings["precision"] == "float16")
-        self.overflows = 0  # steps in a row that the scaler left out
+        self.overflows = 0  # steps in a row that were left out since scaled gradients overflowed
         self.first = True
         self.name, self.size = config["model"]["name"], config["data"]["image_size"]
+        self.halves = GraphedStep(self, optimizer) if self.settings["cuda_graph"] else self
 
     def take(self, images: Tensor, labels: Tensor, stop: int = 0) -> Outcome:
-        """Take one step.
+        """Take one step: two pieces of work for the device, and one read of it between them.
 
         Args:
             images, labels: this process's share of the batch, on its device: uint8 (n, 3, S, S) and classes (n,).
             stop: the signal that this process was stopped by, 0 for none.
+
+        Raises:
+            UserError: the step was to be captured as a CUDA graph and cannot be.
         """
         held = HeldStatistics(self.network.model) if self.settings["nonfinite"] == "skip" else None
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = images.split(self.settings["micro_batch"] or len(labels))
-        loss, correct = self._accumulate(parts, labels)
-        self.scaler.unscale_(self.optimizer)
-        fault = bad_activation(self.network)
-        overflow = gradient_is_bad(self.network.model)
-        bad = ~loss.isfinite() | (fault is not None)
-        if not self.scaler.is_enabled():  # a scaled gradient may overflow: the scaler leaves that step out
-            bad = bad | overflow
+        figures = self.halves.gradients(images, labels)
         votes = torch.zeros(len(STOPS), dtype=torch.float64, device=self.device)
         if stop:
             votes[STOPS.index(stop)] = 1
-        mine = torch.stack([loss, correct, bad.double(), overflow.double(), *votes])
-        mean, right, problems, overflows, *stopped = self.world.sum(mine)  # the step's one wait for what is logged
-        self.overflows = self.overflows + 1 if overflows and self.scaler.is_enabled() else 0
+        # the step's one wait
+        mean, right, problems, overflows, *stopped = self.world.sum(torch.cat([figures, votes]))
+        left_out = bool(overflows) and self.scaler.is_enabled()
+        self.overflows = self.overflows + 1 if left_out else 0
         problem = None
         if problems or self.overflows > MOST_OVERFLOWS:
-            problem = self._explain(float(loss), fault, parts)
+            problem = self._explain(float(figures[0]), images)
         if problem is not None and held is not None:
             held.restore()
-        self._update(problem is None)
+        if problem is None and not left_out:
+            self.halves.update()
         voted = [number for number, votes in zip(STOPS, stopped, strict=True) if votes]
         return Outcome(mean, int(right), problem, max(voted, default=0))
 
-    def _explain(self, loss: float, fault: str | None, parts: tuple[Tensor, ...]) -> str | None:
+    def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward and backward. Reads nothing: returns (4,) float64 on the device, this process's part of the batch's
+        mean loss, its right answers, whether a number is bad, and whether a gradient is not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, correct = self._accumulate(self._parts(images), labels)
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.update()  # by what unscale_ has seen
+        overflow = gradient_is_bad(self.network.model)
+        bad = ~loss.isfinite()
+        packed = activation_is_bad(self.network)
+        if packed is not None:
+            bad = bad | packed
+        if not self.scaler.is_enabled():  # a scaled gradient may overflow: that step is left out
+            bad = bad | overflow
+        return torch.stack([loss, correct, bad.double(), overflow.double()])
+
+    def update(self) -> None:
+        """Clip the gradients and take the optimizer's step. Reads nothing."""
+        if self.optim["grad_clip"] is not None:
+            trained = [p for p in self.network.model.parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(trained, self.optim["grad_clip"])
+        self.optimizer.step()
+
+    def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        return images.split(self.settings["micro_batch"] or len(images))
+
+    def _explain(self, loss: float, images: Tensor) -> str | None:
         """Say what is bad, in this process or in another; None where a gradient's norm alone is beyond float32."""
+        fault = bad_activation(self.network)
         if self.overflows > MOST_OVERFLOWS:
             return f"gradients overflowed float16 in {self.overflows} steps in a row; try trainer.precision=bfloat16"
+        parts = self._parts(images)
         problem = bad_step(self.network, loss, fault, lambda: (self._logits(self.network.model, x) for x in parts))
         return next((text for text in self.world.gather(problem) if text), None)
 
@@ -133,12 +166,3 @@ class Stepper:
 
     def _gradients_stay_here(self, more: bool) -> contextlib.AbstractContextManager[None]:
         return self.shared.no_sync() if more and self.world.size > 1 else contextlib.nullcontext()
-
-    def _update(self, good: bool) -> None:
-        """Take the optimizer's step where all is good, and let the scaler see it."""
-        if good:
-            if self.optim["grad_clip"] is not None:
-                trained = [p for p in self.network.model.parameters() if p.requires_grad]
-                torch.nn.utils.clip_grad_norm_(trained, self.optim["grad_clip"])
-            self.scaler.step(self.optimizer)
-        self.scaler.update()

@@ -39,7 +39,7 @@ from .._triton import (
 )
 from . import layout
 
-SLOTS: tl.constexpr = tl.constexpr(3)
+SLOTS: tl.constexpr = tl.constexpr(layout.SLOTS)
 TILE: tl.constexpr = tl.constexpr(layout.TILE)
 BITMAP: tl.constexpr = tl.constexpr(layout.BITMAP)
 TILES: tl.constexpr = tl.constexpr(layout.TILES)
@@ -205,6 +205,24 @@ def _write_kept(
 
 
 @triton.jit
+def _quantise_block(x, values, scales, keep, sample, first, RUNS: tl.constexpr):
+    """``RUNS`` whole runs of a sample, from run ``first`` (int64) on, to int8 and their scales; returns status bits."""
+    run = tl.arange(0, RUNS)
+    lane = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    inside = lane < lanes_left(keep, first * TILE, RUNS * TILE)
+    at = sample * keep + first * TILE
+    value = to_float32(tl.load(x + at + lane, mask=inside, other=0))
+    largest = tl.max(magnitude(value), axis=1)
+    scale, inverse = scale_of(largest, INT8_LIMIT, scales.dtype.element_ty)
+    quantised = quantise(value, inverse[:, None], INT8_LIMIT, 0.0)
+    tl.store(values + at + lane, quantised.to(tl.int8), mask=inside)
+    runs = (keep + TILE - 1) // TILE
+    owned = run < lanes_left(runs, first, RUNS)
+    tl.store(scales + (sample * runs + first) + run, scale, mask=owned)
+    return _status_of(largest.to(tl.float32, bitcast=True), scale, owned)
+
+
+@triton.jit
 def emit(
     x,  # (B, n)
     n,
@@ -261,19 +279,23 @@ def pack_sample(
     x,  # (B, n)
     n,
     keep,
-    values,  # (B, K)
+    values,  # (B, K); of INT8 those on their way, of x's type
     index,  # by INDEX, as ``Stored`` says; counts and full likewise
     counts,
     full,
+    quantised,  # (B, K) int8 and their scales, written if INT8
+    scales,
     flag,
     HIGH: tl.constexpr,
     MIDDLE: tl.constexpr,
     LOW: tl.constexpr,
+    INT8: tl.constexpr,
+    RUNS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Selection and compaction of a whole sample by one program, in one launch and without scratch. ``HIGH``,
-    ``MIDDLE`` and ``LOW`` are the bits of each digit, the highest first; 16-bit types have no middle one."""
+    """Selection, compaction and quantisation of a whole sample by one program, in one launch. ``HIGH``, ``MIDDLE`` and
+    ``LOW`` are the bits of each digit, the highest first; 16-bit types have no middle one."""
     sample = tl.program_id(0).to(tl.int64)
     threshold, rank = _next_digit(x, n, sample, 0, keep, True, MIDDLE + LOW, 1 << HIGH, BLOCK)
     if MIDDLE > 0:
@@ -281,6 +303,11 @@ def pack_sample(
     threshold, rank = _next_digit(x, n, sample, threshold, rank, False, 0, 1 << LOW, BLOCK)
     none = tl.full((), 0, tl.int32)
     _write_kept(x, n, keep, sample, 0, n, threshold, rank, none, values, index, counts, full, flag, INDEX, BLOCK)
+    if INT8:
+        tl.debug_barrier()  # what the program's other threads wrote is read below
+        for first in range(0, (keep + TILE - 1) // TILE, RUNS):
+            status = _quantise_block(values, quantised, scales, keep, sample, tl.full((), 0, tl.int64) + first, RUNS)
+            _raise_flag(flag, status)
 
 
 @triton.jit
@@ -302,16 +329,4 @@ def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     first = (program % blocks).to(tl.int64) * RUNS
-    run = tl.arange(0, RUNS)
-    lane = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = lane < lanes_left(keep, first * TILE, RUNS * TILE)
-    at = sample * keep + first * TILE
-    value = to_float32(tl.load(x + at + lane, mask=inside, other=0))
-    largest = tl.max(magnitude(value), axis=1)
-    scale, inverse = scale_of(largest, INT8_LIMIT, scales.dtype.element_ty)
-    quantised = quantise(value, inverse[:, None], INT8_LIMIT, 0.0)
-    tl.store(values + at + lane, quantised.to(tl.int8), mask=inside)
-    runs = (keep + TILE - 1) // TILE
-    owned = run < lanes_left(runs, first, RUNS)
-    tl.store(scales + (sample * runs + first) + run, scale, mask=owned)
-    _raise_flag(flag, _status_of(largest.to(tl.float32, bitcast=True), scale, owned))
+    _raise_flag(flag, _quantise_block(x, values, scales, keep, sample, first, RUNS))

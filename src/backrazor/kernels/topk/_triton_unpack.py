@@ -1,8 +1,9 @@
 """The Triton kernels that unpack: every element of the dense output is written once, by one program, so nothing races
 and nothing is cleared beforehand.
 
-    count    how many kept elements each chunk of a sample has, from the index alone
-    expand   where the chunk's values begin follows from the counts before it; an element's own place from a scan over
+    count    how many kept elements each chunk of a sample has, from the index alone; only where the index is so long
+             that ``expand`` had better not read all of it that lies before a chunk
+    expand   where the chunk's values begin follows from what is kept before it; an element's own place from a scan over
              the block
     decode   no index: values back to their type
 
@@ -33,6 +34,37 @@ def _tile_sizes(counts, full, sample, first, tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _ones(bits):
+    """Ones of each byte, int32."""
+    bits = bits - ((bits >> 1) & 0x55)  # in pairs, in fours, in the byte
+    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
+    return (bits + (bits >> 4)) & 0x0F
+
+
+@triton.jit
+def _kept_before(index, counts, full, sample, n, start, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """How many elements of a sample are kept before ``start``, a multiple of ``BLOCK``, int32: read from the index by
+    every program anew, which saves a launch of ``count``."""
+    total = tl.zeros((256,), tl.int32)
+    lane = tl.arange(0, 256)
+    if INDEX == BITMAP:
+        stop = (start // 8).to(tl.int32)
+        row = index + sample * ((n + 7) // 8)
+        for first in range(0, stop, 256):
+            total += _ones(tl.load(row + first + lane, mask=first + lane < stop, other=0).to(tl.int32))
+    else:
+        stop = (start // TILE).to(tl.int32)
+        tiles = (n + TILE - 1) // TILE
+        for first in range(0, stop, 256):
+            total += tl.load(counts + sample * tiles + first + lane, mask=first + lane < stop, other=0).to(tl.int32)
+        flags = (start // BLOCK).to(tl.int32)  # a block is eight tiles: one byte of flags
+        row = full + sample * ((tiles + 7) // 8)
+        for first in range(0, flags, 256):
+            total += _ones(tl.load(row + first + lane, mask=first + lane < flags, other=0).to(tl.int32)) * TILE
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def count(index, counts, full, n, chunk, chunks, chunk_counts, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     sample, number = (program // chunks).to(tl.int64), program % chunks
@@ -45,9 +77,7 @@ def count(index, counts, full, n, chunk, chunks, chunk_counts, INDEX: tl.constex
         for first in range(start, stop, BLOCK):
             inside = byte < lanes_left(length, first // 8, BLOCK // 8)
             bits = tl.load(index + (sample * length + first // 8) + byte, mask=inside, other=0).to(tl.int32)
-            bits = bits - ((bits >> 1) & 0x55)  # ones in pairs, in fours, in the byte
-            bits = (bits & 0x33) + ((bits >> 2) & 0x33)
-            total += (bits + (bits >> 4)) & 0x0F
+            total += _ones(bits)
         tl.store(chunk_counts + program, tl.sum(total, axis=0))
     else:
         total = tl.zeros((BLOCK // TILE,), tl.int32)
@@ -108,16 +138,20 @@ def expand(
     row,
     chunk,
     chunks,
-    chunk_counts,  # (B, C) int32
+    chunk_counts,  # (B, C) int32, read if COUNTED
+    COUNTED: tl.constexpr,
     NORMALISE: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     sample, number = (program // chunks).to(tl.int64), program % chunks
-    position = sum_before(chunk_counts + sample * chunks, number)
     runs = (keep + TILE - 1) // TILE
     start = number.to(tl.int64) * chunk
+    if COUNTED:
+        position = sum_before(chunk_counts + sample * chunks, number)
+    else:
+        position = _kept_before(index, counts, full, sample, n, start, INDEX, BLOCK)
     for first in range(start, tl.minimum(start + chunk, n), BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)

@@ -18,6 +18,16 @@ VALUE_KIND = KIND | {torch.int8: INT8}
 NO_INDEX, BITMAP, TILES = 0, 1, 2
 INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 
+# On CUDA. Of a sample up to this size one program packs all: its passes take less time than six launches.
+SAMPLE_ELEMENTS = 1 << 15
+DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
+SLOTS = 3  # of a sample's state, one for each digit
+LONGEST_CHUNK = 1 << 15
+# Counters and kept values on their way to int8 take about this at most, or one sample's worth; samples that do not lie
+# contiguous are copied that much at a time.
+SCRATCH_BYTES = 32 << 20
+COPIED_BYTES = 32 << 20
+
 
 class Stored(NamedTuple):
     """The packed form of a (B, n) tensor; unused parts are empty.
@@ -62,3 +72,23 @@ def allocate(batch: int, n: int, keep: int, values: torch.dtype, index: str, dev
         counts=new(batch, tiles) if index == "tile" else new(0),
         full=new(batch, -(-tiles // 8)) if index == "tile" else new(0),
     )
+
+
+def counter_bytes(n: int, element_bytes: int) -> int:
+    """Bytes of counters that the selection of one sample takes on CUDA; what a small batch adds to fill the device with
+    chunks is a few MiB."""
+    bins = [1 << bits for bits in DIGITS[element_bytes]]
+    return 4 * (sum(bins) + 2 * SLOTS + -(-n // LONGEST_CHUNK) * (bins[-1] + 2))
+
+
+def cuda_scratch(x: Tensor, keep: int, values: str, index: str) -> int:
+    """Bytes that packing x (B, ...) takes on CUDA in passing, beside what it returns."""
+    batch, n = x.shape[0], x[:1].numel()
+    if not x.numel() or x.element_size() not in DIGITS:
+        return 0
+    copied = 0 if x.is_contiguous() else min(batch * n * x.element_size(), max(COPIED_BYTES, n * x.element_size()))
+    if index == "none" and keep == n:
+        return copied
+    counters = counter_bytes(n, x.element_size()) if n > SAMPLE_ELEMENTS else 0
+    sample = counters + (keep * x.element_size() if values == "int8" else 0)
+    return copied + min(batch * sample, max(SCRATCH_BYTES, sample))

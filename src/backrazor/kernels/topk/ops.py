@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dispatch import implementation
 from ..operators import operator
 from . import reference
-from .layout import Stored, allocate
+from .layout import Stored, allocate, cuda_scratch
 
 
 def _pack_fake(x, keep, values, index, flag):
@@ -21,6 +21,7 @@ def _pack_fake(x, keep, values, index, flag):
 @operator(
     "topk_pack(Tensor x, int keep, str values, str index, Tensor(a!) flag) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pack_fake,
+    lambda x, keep, values, index, flag: cuda_scratch(x, keep, values, index),
 )
 def topk_pack(x: Tensor, keep: int, values: str, index: str, flag: Tensor) -> tuple[Tensor, ...]:
     """Keep the ``keep`` largest magnitudes of each sample of x (B, ...), any strides; see ``Stored``. Sets status bits

@@ -9,19 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import MAX_CHUNK, check_positions, chunks_of, launch
+from .._triton import check_positions, chunks_of, launch
 from . import _triton_pack, _triton_unpack
-from .layout import INDEX, TILE, Stored
+from .layout import COPIED_BYTES as COPIED_BYTES  # read by the operator
+from .layout import DIGITS, INDEX, SAMPLE_ELEMENTS, SCRATCH_BYTES, SLOTS, TILE, Stored, counter_bytes
 
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
 SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers per thread
 SCAN_REGISTERS = 128  # of the same: left to itself the assembler makes do with fewer and spills
 RUNS = 8  # runs of 256 that a program quantises
-SAMPLE_ELEMENTS = 1 << 15  # of a sample that one program packs: its passes take less time than six launches
-SCRATCH_BYTES = 32 << 20  # counters and kept values on their way to int8 take about this at most, or one sample's worth
-COPIED_BYTES = 32 << 20  # and samples that do not lie contiguous are copied that much at a time
-DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
+# Of a sample: up to here a program that unpacks a chunk counts what is kept before it from the index, at most 32 KiB.
+COUNTED_ELEMENTS = {"bitmap": 1 << 18, "tile": 1 << 22}
 _BITS = {4: torch.int32, 2: torch.int16}
 
 
@@ -46,7 +45,7 @@ def _select(x: Tensor, keep: int) -> _Selection:
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=x.device)
 
-    state, larger, equal = new(batch, _triton_pack.SLOTS.value, 2), new(batch, chunks), new(batch, chunks)
+    state, larger, equal = new(batch, SLOTS, 2), new(batch, chunks), new(batch, chunks)
     per_chunk = new(batch, chunks, 1 << digits[-1])
     bins = [1 << bits for bits in digits]
     counts = torch.zeros(batch * sum(bins), dtype=torch.int32, device=x.device).split([batch * size for size in bins])
@@ -79,37 +78,35 @@ def _select(x: Tensor, keep: int) -> _Selection:
     return _Selection(chunk, chunks, len(bins) - 1, state, larger, equal)
 
 
-def _scratch_of_sample(n: int, element_bytes: int) -> int:
-    """Bytes of counters that the selection of one sample takes; what a small batch adds to fill the device with chunks
-    is a few MiB."""
-    if n <= SAMPLE_ELEMENTS:
-        return 0
-    bins = [1 << bits for bits in DIGITS[element_bytes]]
-    return 4 * (sum(bins) + 2 * _triton_pack.SLOTS.value + -(-n // MAX_CHUNK) * (bins[-1] + 2))
+def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
+    """Samples that one program packs each, in one launch."""
+    int8 = stored.values.dtype == torch.int8
+    kept = x.new_empty(stored.values.shape) if int8 else stored.values
+    high, *middle, low = DIGITS[x.element_size()]
+    digits = {"HIGH": high, "MIDDLE": sum(middle), "LOW": low}
+    launch(
+        _triton_pack.pack_sample,
+        x.shape[0],
+        x,
+        x.shape[1],
+        keep,
+        kept,
+        *stored[2:],
+        stored.values,
+        stored.scales,
+        flag,
+        **digits,
+        INT8=int8,
+        RUNS=RUNS,
+        INDEX=INDEX[index_kind],
+        BLOCK=BLOCK,
+        warps=SCAN_WARPS,
+        registers=SCAN_REGISTERS,
+    )
 
 
 def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stored, flag: Tensor) -> None:
     """Select and write the kept values, as the type of ``values``, and their index."""
-    if x.shape[1] <= SAMPLE_ELEMENTS:
-        high, *middle, low = DIGITS[x.element_size()]
-        launch(
-            _triton_pack.pack_sample,
-            x.shape[0],
-            x,
-            x.shape[1],
-            keep,
-            values,
-            *stored[2:],
-            flag,
-            HIGH=high,
-            MIDDLE=sum(middle),
-            LOW=low,
-            INDEX=INDEX[index_kind],
-            BLOCK=BLOCK,
-            warps=SCAN_WARPS,
-            registers=SCAN_REGISTERS,
-        )
-        return
     chosen = _select(x, keep)
     launch(
         _triton_pack.emit,
@@ -170,9 +167,13 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
             )
         return
     staged = keep * x.element_size() if int8 else 0
-    together = max(SCRATCH_BYTES // max(_scratch_of_sample(n, x.element_size()) + staged, 1), 1)
+    counters = counter_bytes(n, x.element_size()) if n > SAMPLE_ELEMENTS else 0
+    together = max(SCRATCH_BYTES // max(counters + staged, 1), 1)
     for start in range(0, batch, together):
         rows = Stored(*(tensor[start : start + together] for tensor in stored))
+        if n <= SAMPLE_ELEMENTS:
+            _pack_samples(x[start : start + together], keep, index_kind, rows, flag)
+            continue
         # a run of 256 kept values spans chunks, so its scale is known only once they lie side by side
         kept = x.new_empty(rows.values.shape) if int8 else rows.values
         _compact(x[start : start + together], keep, index_kind, kept, rows, flag)
@@ -204,11 +205,13 @@ def _unpack(
         return
     small = n <= SAMPLE_ELEMENTS  # one chunk: nothing lies before it, so nothing has to be counted
     chunk, chunks = (SAMPLE_ELEMENTS, 1) if small else chunks_of(batch, n, BLOCK)
-    counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
+    counted = n > COUNTED_ELEMENTS[index_kind]
     constants = {"INDEX": INDEX[index_kind], "BLOCK": BLOCK}
-    if not small:
+    counts = stored.counts  # never read
+    if counted:
+        counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
         launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
     arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
     warps = 2 * SCAN_WARPS if normalise else SCAN_WARPS  # with eight the epilogue spills
-    constants |= {"NORMALISE": normalise, "warps": warps, "registers": SCAN_REGISTERS}
+    constants |= {"COUNTED": counted, "NORMALISE": normalise, "warps": warps, "registers": SCAN_REGISTERS}
     launch(_triton_unpack.expand, batch * chunks, *arguments, **constants)
