@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import RazorConfig
 from .nn import DropIn
+from .nn.netted import packs_the_rest
 from .rules import Configs
 
 _FULL = ("float32", "dense")
@@ -109,6 +110,8 @@ def lowered(model: nn.Module) -> list[str]:
         if isinstance(module, DropIn):
             for subject, stored in dict.fromkeys(_stored(module)):
                 found.setdefault(subject, Counter())[stored] += 1
+        if packs_the_rest(module):
+            found["what else autograd keeps is"] = Counter({"int8": 1})
     lines = []
     for subject, counts in found.items():
         for stored, count in counts.items():

@@ -42,12 +42,13 @@ class Gets:
 @dataclass(frozen=True)
 class Stays:
     """A module that stays as it is, and why. ``passed_over``: nobody asked for it to be dense, so that what an earlier
-    ``razor_`` made of it holds."""
+    ``razor_`` made of it holds. ``by_choice``: the caller left it out, so that nothing in it is to change."""
 
     name: str
     module: nn.Module
     reason: str
     passed_over: bool = False
+    by_choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ def decide(
         elif qualified_name(type(module)) in DROP_INS and not has_its_own_forward(type(module)):
             yield Stays(name, module, "the forward of its class is replaced by one that this library does not know")
         elif isinstance(config, Mapping) and pattern is None:
-            yield Stays(name, module, "no pattern matches it", passed_over=True)
+            yield Stays(name, module, "no pattern matches it", passed_over=True, by_choice=True)
         elif chosen is None:
-            yield Stays(name, module, f"left out by the pattern {pattern!r}")
+            yield Stays(name, module, f"left out by the pattern {pattern!r}", by_choice=True)
         elif filter_fn is not None and not filter_fn(name, module):
-            yield Stays(name, module, "left out by filter_fn", passed_over=True)
+            yield Stays(name, module, "left out by filter_fn", passed_over=True, by_choice=True)
         else:
             rules = layer_rules(chosen, name, module, surroundings)
             reason = _refusal(chosen, name, module, cls, rules, surroundings)

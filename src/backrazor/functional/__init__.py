@@ -6,7 +6,8 @@ needs no gradient.
 
 from ..codecs.smooth import ACTIVATIONS
 from .activation import piecewise_linear, smooth
-from .attention import AttentionCodec, attention
+from .attention import AttentionCodec, attention, sdpa
+from .attention import fits as fits_attention
 from .batch_norm import batch_norm
 from .conv import conv2d
 from .conv_norm_act import conv_norm_act
@@ -29,6 +30,7 @@ __all__ = [
     "conv2d",
     "conv_norm_act",
     "dropout",
+    "fits_attention",
     "group_norm",
     "layer_norm",
     "linear",
@@ -36,5 +38,6 @@ __all__ = [
     "max_pool2d",
     "piecewise_linear",
     "rms_norm",
+    "sdpa",
     "smooth",
 ]

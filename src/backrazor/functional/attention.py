@@ -72,8 +72,8 @@ def attention(
     flag: Tensor,
     scales_scores: bool = False,
 ) -> Tensor:
-    """The unfused formula on q (B, H, N, d), k (B, H, M, d), v (B, H, M, e), some samples at a time; returns (B, H, N,
-    e).
+    """The unfused formula on q (B, H, N, d), k (B, G, M, d), v (B, G, M, e), some samples at a time; returns (B, H, N,
+    e). Where there are fewer heads G of k and v than H, each serves H / G heads of q that follow one another.
 
     ``mask`` broadcasts to (B, H, N, M): bool (True takes part) or added to the scores, and may require a gradient.
     ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q.
@@ -87,6 +87,57 @@ def attention(
     scaled = _Scale(scale, scales_scores)
     out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
     return out
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> bool:
+    """Whether ``sdpa`` has a form for these arguments of ``F.scaled_dot_product_attention``: batches of one type whose
+    leading dimensions agree, but for grouped heads. What PyTorch refuses is not among them."""
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3 for x in (q, k, v)):
+        return False
+    if q.is_nested or len({x.dim() for x in (q, k, v)}) > 1 or len({x.dtype for x in (q, k, v)}) > 1:
+        return False
+    if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or not q.shape[0]:
+        return False
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() > q.dim()):
+        return False
+    if q.shape[:-2] == k.shape[:-2]:
+        return True
+    return grouped and q.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    codec: AttentionCodec,
+    flag: Tensor,
+    scales_scores: bool = False,
+) -> Tensor:
+    """``attention`` with the arguments of ``F.scaled_dot_product_attention`` that ``fits`` accepts: (B, *, N, d) with
+    any number of dimensions between."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lead = q.shape[:-2]
+    if q.dim() != 4:
+        heads = lead[-1] if q.dim() > 4 else 1
+        if mask is not None and mask.dim() > 2:
+            mask = mask.expand(*lead, *mask.shape[-2:]).reshape(-1, heads, *mask.shape[-2:])
+        q, k, v = (x.reshape(-1, heads, *x.shape[-2:]) for x in (q, k, v))
+    out = attention(q, k, v, mask, dropout_p, is_causal, scale, codec, flag, scales_scores)
+    return out if len(lead) == 2 else out.view(*lead, *out.shape[-2:])
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """x (b, G, ...) as (b, H, ...): each of its heads for those of q that it serves."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _per_group(grad: Tensor, groups: int) -> Tensor:
+    """The gradient of ``_per_head``'s input from that of its output."""
+    return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)
 
 
 def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
@@ -136,12 +187,13 @@ class _Attention(RazorFunction):
         packs_probabilities = keeps and codec.rule == "pruned"
         probabilities = []
         for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
-            p = _probabilities(q[start:stop], k[start:stop], scale, _of_samples(mask, start, stop), is_causal)
+            part_k, part_v = (_per_head(x[start:stop], heads) for x in (k, v))
+            p = _probabilities(q[start:stop], part_k, scale, _of_samples(mask, start, stop), is_causal)
             if packs_probabilities:
                 probabilities.append(pack(p, codec.pruned, flag))
             if noise is not None:
                 p = p * noise[start:stop]
-            out[start:stop] = p @ v[start:stop]
+            out[start:stop] = p @ part_v
         if not keeps:
             return (out,)
         dropped = () if noise is None else pack_derivative(noise, Bits()).tensors
@@ -178,12 +230,13 @@ class _Attention(RazorFunction):
         grad_mask = torch.zeros_like(mask) if need_mask else None
         for start, stop in sample_chunks(batch, heads * queries * keys * grad.element_size(), grad.device):
             q, k, v, *p = (packed.unpack(start, stop, grad.dtype) for packed in parts)
+            k, v = _per_head(k, heads), _per_head(v, heads)
             # P is recomputed where it is not kept
             p = p[0] if p else _probabilities(q, k, ctx.scale, _of_samples(mask, start, stop), ctx.is_causal)
             part = grad[start:stop]
             if need_v:
                 after = p if dropped is None else times(p, dropped, start, stop).mul_(keep_scale)
-                write(grads[2][start:stop], torch.matmul, after.transpose(-2, -1), part)
+                _write_grouped(grads[2][start:stop], after.transpose(-2, -1), part)
                 del after
             grad_p = part @ v.transpose(-2, -1)
             fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
@@ -203,8 +256,16 @@ class _Attention(RazorFunction):
             if need_q:
                 write(grads[0][start:stop], torch.matmul, grad_scores, k)
             if need_k:
-                write(grads[1][start:stop], torch.matmul, grad_scores.transpose(-2, -1), q)
+                _write_grouped(grads[1][start:stop], grad_scores.transpose(-2, -1), q)
         return *grads, grad_mask, *(None for _ in rest)
+
+
+def _write_grouped(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """a @ b (b, H, ...) into ``out`` (b, G, ...), summed over the heads that a group serves."""
+    if out.shape[1] == a.shape[1]:
+        write(out, torch.matmul, a, b)
+    else:
+        out.copy_(_per_group(a @ b, out.shape[1]))
 
 
 def _kept(

@@ -22,7 +22,8 @@ from ..functional.transforms import is_wrapped, refuse_script, refuse_tracing
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
 ORIGINAL, _GIVEN, _STATUS = "_backrazor_original", "_backrazor_given", "_backrazor_status"
-_OWN = (ORIGINAL, _GIVEN, _STATUS, "razor")  # what razor_ puts into the __dict__ of a module
+NET = "_backrazor_net"
+_OWN = (ORIGINAL, _GIVEN, _STATUS, NET, "razor")  # what razor_ puts into the __dict__ of a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +251,11 @@ def why_not_detached(module: nn.Module, base: type[nn.Module]) -> str | None:
             "its forward was replaced after razor_ and may call what unrazor_ removes: "
             "take the replacement off first (accelerate: remove_hook_from_module)"
         )
+    return why_not_rebased(module, base)
+
+
+def why_not_rebased(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """Why the class of a module cannot be turned back into one without ``base``; None where it can."""
     if not _can_be_rebased(type(module), base):
         return f"its class was changed to {type(module).__name__} after razor_: change it back first"
     return None

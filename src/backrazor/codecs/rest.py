@@ -1,0 +1,104 @@
+"""Any float tensor in 8 bits: what becomes of the tensors that autograd would keep densely beside the drop-ins.
+
+A tensor is cut into blocks of about 256 elements in the order in which they lie in memory. Each block is stored as
+int8 codes and a float16 scale, by the arithmetic of ``kernels/rowquant``. Sizes are known from the shape alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import row_decode, row_encode
+from .roles import QUANTISED, SCALES, mark
+
+SMALLEST = 1024  # elements: below it the note of what was packed weighs as much as what it saves
+FORMS = (torch.float32, torch.float16, torch.bfloat16)  # float64 stays dense, where it is asked for precision counts
+
+_BLOCK = 256
+# Blocks are multiplied by it first, so that float16 scales reach from 1e-7 to 130,000 of a block's largest magnitude.
+_GAIN = 64.0
+
+
+def block_width(n: int) -> int:
+    """Elements of a block for a tensor of n: 256, or the divisor of n between 64 and 512 that is nearest to it; 256
+    with a padded last block where there is none."""
+    if n % _BLOCK == 0:
+        return _BLOCK
+    return min((d for d in range(64, 513) if n % d == 0), key=lambda d: abs(d - _BLOCK), default=_BLOCK)
+
+
+def without_copies(x: Tensor) -> Tensor:
+    """x without the repetitions that ``expand`` makes: every dimension of stride 0 cut to one element."""
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def in_memory_order(x: Tensor) -> Tensor | None:
+    """x (n elements, at least one) as the flat view (n,) of its storage; None where it leaves gaps there or repeats
+    elements."""
+    if x.is_contiguous():
+        return x.view(-1)
+    order = sorted(range(x.dim()), key=lambda dim: (x.stride(dim), x.shape[dim]), reverse=True)
+    permuted = x.permute(order)
+    return permuted.view(-1) if permuted.is_contiguous() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a tensor is read from its blocks. ``strides`` are those of the tensor without repetitions."""
+
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]  # the shape with repetitions
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> Blocks:
+        """The form of x, which is read back with the strides that it has, or contiguous where it has gaps."""
+        compact = without_copies(x)
+        if in_memory_order(compact) is None:
+            return cls(tuple(compact.shape), tuple(x.shape), _contiguous_strides(compact.shape), x.dtype)
+        return cls(tuple(compact.shape), tuple(x.shape), tuple(compact.stride()), x.dtype)
+
+    @property
+    def numel(self) -> int:
+        """Elements that are stored."""
+        return math.prod(self.shape)
+
+    def read(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The tensor that stands for what was packed."""
+        width = codes.shape[1]
+        gain = torch.full((width,), 1 / _GAIN, dtype=self.dtype, device=codes.device)
+        flat = row_decode(codes, scales, width, 8, self.dtype, gain).view(-1)
+        return flat.as_strided(self.shape, self.strides).expand(self.whole)
+
+
+def pack_blocks(x: Tensor, reason: str) -> tuple[Tensor, Tensor]:
+    """(codes (R, width), scales (R,)) of a float tensor x; ``reason`` is what the ledger says of them.
+
+    A block that is not finite, or reaches 130,000, has a scale that is not.
+    """
+    compact = without_copies(x.detach())
+    flat = in_memory_order(compact)
+    flat = compact.reshape(-1) if flat is None else flat
+    width = block_width(flat.numel())
+    if flat.numel() % width:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % width))
+    rows = flat.view(-1, width)
+    zero = rows.new_zeros(len(rows), dtype=torch.float32)
+    codes, scales = row_encode(rows, zero, zero + _GAIN, 8)
+    return mark(codes, QUANTISED, reason), mark(scales, SCALES, reason)
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,298 @@
+"""Functions that a module under the net calls by itself, met by the razored operators whatever the module's class.
+
+A torch-function mode sees every call. ``_RAZORED`` lists the functions that have an operator here; the rules are those
+of the module under the net. ``_EXACT`` and ``_DIVIDING`` list the functions whose saved tensors do not bear 8 bits.
+Everything else runs as it is, and what it saves falls into the net.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .. import functional
+from ..functional.rest import dividing, exactly, running
+
+
+class _Depth(threading.local):
+    def __init__(self) -> None:
+        self.on = 0
+
+
+class Functions(TorchFunctionMode):
+    """Hands functions to the operators that take their place, by the rules of the module under the net that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depth = _Depth()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The mode, once per thread."""
+        if self._depth.on:
+            yield
+            return
+        self._depth.on += 1
+        try:
+            with self:
+                yield
+        finally:
+            self._depth.on -= 1
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        handler = None if torch.compiler.is_compiling() else _HANDLERS.get(function) or _foreign(function)
+        if handler is None or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        net = running()
+        if net is None or net.settings.net.rules is None:
+            return function(*args, **kwargs)
+        return handler(net.settings, function, *args, **kwargs)
+
+
+FUNCTIONS = Functions()
+
+
+def _foreign(function: Any) -> Callable | None:
+    """Operators of other libraries take coordinates and statistics, which do not bear 8 bits."""
+    if isinstance(function, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
+        name = str(function._qualified_op_name if hasattr(function, "_qualified_op_name") else function)
+        return None if name.startswith("aten") else _exactly
+    return None
+
+
+def _exactly(place: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    with exactly():
+        return function(*args, **kwargs)
+
+
+def _dividing(place: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    with dividing():
+        return function(*args, **kwargs)
+
+
+def _pow(place: Any, function: Callable, input: Any, exponent: Any, **kwargs: Any) -> Any:
+    whole = isinstance(exponent, (int, float)) and exponent >= 1
+    if whole:  # its gradient multiplies by a power of the input
+        return function(input, exponent, **kwargs)
+    return _dividing(place, function, input, exponent, **kwargs)
+
+
+def _smooth(place: Any, name: str, plain: Callable[[], Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+    word = place.net.rules.activation
+    if word == "dense" or not isinstance(x, Tensor) or x.dtype == torch.float64:
+        with exactly():
+            return plain()
+    return functional.smooth(x, name, word, place.flag(x), inplace)
+
+
+def _gelu(place: Any, function: Callable, input: Tensor, approximate: str = "none") -> Tensor:
+    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    if name is None:
+        return function(input, approximate=approximate)
+    return _smooth(place, name, lambda: function(input, approximate=approximate), input)
+
+
+def _silu(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return _smooth(place, "silu", lambda: F.silu(input, inplace), input, inplace)
+
+
+def _hardswish(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return _smooth(place, "hardswish", lambda: F.hardswish(input, inplace), input, inplace)
+
+
+def _relu(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return functional.piecewise_linear(input, lambda x: F.relu(x, inplace), 0.0, math.nan, inplace)
+
+
+def _relu_(place: Any, function: Callable, input: Tensor) -> Tensor:
+    return _relu(place, function, input, True)
+
+
+def _relu6(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return functional.piecewise_linear(input, lambda x: F.relu6(x, inplace), 0.0, 6.0, inplace)
+
+
+def _dropout(
+    place: Any, function: Callable, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    return functional.dropout(input, p, training, inplace)
+
+
+def _attention(
+    place: Any,
+    function: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    codec = place.net.rules.attention
+    fits = functional.fits_attention(query, key, value, attn_mask, enable_gqa)
+    if not fits or codec.rule == "dense" or (codec.rule == "pruned" and place.net.windowed):
+        with exactly():  # its backward reads inputs and sums that have to agree
+            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return functional.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, codec, place.flag(query))
+
+
+def _linear(place: Any, function: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if place.net.windowed or not _is_parameter(weight) or input.dim() < 2:
+        return function(input, weight, bias)
+    return functional.linear(input, weight, bias, place.net.rules.pruned, place.flag(input))
+
+
+def _addmm(
+    place: Any, function: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Tensor:
+    usual = beta == 1 and alpha == 1 and isinstance(input, Tensor) and input.dim() == 1 and _is_parameter(input)
+    if not usual or place.net.windowed or not _is_parameter(mat2) or mat1.dim() != 2:
+        return function(input, mat1, mat2, beta=beta, alpha=alpha)
+    return functional.linear(mat1, mat2.t(), input, place.net.rules.pruned, place.flag(mat1))
+
+
+def _is_parameter(x: Any) -> bool:
+    """Whether x is a parameter or a view of one."""
+    if not isinstance(x, Tensor):
+        return False
+    base = x if x._base is None else x._base
+    return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
+
+
+def _layer_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    codec = place.net.rules.norm
+    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+        return _exactly(place, function, input, normalized_shape, weight, bias, eps)
+    return functional.layer_norm(input, tuple(normalized_shape), weight, bias, eps, codec, place.flag(input))
+
+
+def _rms_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    codec = place.net.rules.norm
+    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+        return _exactly(place, function, input, normalized_shape, weight, eps)
+    return functional.rms_norm(input, tuple(normalized_shape), weight, eps, codec, place.flag(input))
+
+
+def _group_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    codec = place.net.rules.norm
+    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+        return _exactly(place, function, input, num_groups, weight, bias, eps)
+    return functional.group_norm(input, num_groups, weight, bias, eps, codec, place.flag(input))
+
+
+def _named(owner: Any, *names: str) -> list[Any]:
+    """The members of ``owner`` that this version of PyTorch has."""
+    return [getattr(owner, name) for name in names if hasattr(owner, name)]
+
+
+_DIVIDES = ("div", "true_divide", "divide", "log", "log2", "log10", "sqrt", "rsqrt", "reciprocal", "norm", "std")
+_DELICATE = (
+    "log_softmax",
+    "logsumexp",
+    "logaddexp",
+    "log1p",
+    "acos",
+    "arccos",
+    "asin",
+    "arcsin",
+    "acosh",
+    "atanh",
+    "erfinv",
+    "xlogy",
+    "logit",
+    "prod",
+    "cumprod",
+    "cdist",
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "lstm_cell",
+    "gru_cell",
+    "batch_norm",
+    "instance_norm",
+    "stft",
+    "istft",
+)
+
+
+def _handlers() -> dict[Any, Callable]:
+    table: dict[Any, Callable] = {}
+    for name in dir(F):
+        if name.endswith("_loss") or name in ("cross_entropy", "kl_div") or name.startswith("binary_cross_entropy"):
+            table[getattr(F, name)] = _exactly
+    exact = [
+        *_named(torch, *_DELICATE),
+        *_named(Tensor, *_DELICATE),
+        *_named(torch._VF, *_DELICATE),
+        *_named(F, *_DELICATE, "grid_sample", "affine_grid"),
+        *(getattr(torch.linalg, name) for name in dir(torch.linalg) if not name.startswith("_")),
+    ]
+    table.update((function, _exactly) for function in exact if callable(function))
+    divides = [
+        *_named(torch, *_DIVIDES, "_weight_norm", "cosine_similarity"),
+        *_named(Tensor, *_DIVIDES, *(f"{name}_" for name in _DIVIDES)),
+        *_named(Tensor, "__truediv__", "__rtruediv__", "__itruediv__", "__div__"),
+        *_named(torch.linalg, "norm", "vector_norm"),
+        *_named(F, "normalize", "cosine_similarity", "pairwise_distance", "local_response_norm"),
+    ]
+    table.update((function, _dividing) for function in divides)
+    powers = [*_named(torch, "pow", "float_power"), *_named(Tensor, "pow", "pow_", "float_power", "__pow__")]
+    table.update((function, _pow) for function in powers)
+    table |= {
+        F.gelu: _gelu,
+        F.silu: _silu,
+        F.hardswish: _hardswish,
+        F.relu: _relu,
+        torch.relu: _relu,
+        Tensor.relu: _relu,
+        torch.relu_: _relu_,
+        F.relu_: _relu_,
+        Tensor.relu_: _relu_,
+        F.relu6: _relu6,
+        F.dropout: _dropout,
+        F.scaled_dot_product_attention: _attention,
+        F.linear: _linear,
+        torch.addmm: _addmm,
+        F.layer_norm: _layer_norm,
+        F.group_norm: _group_norm,
+        F.rms_norm: _rms_norm,
+    }
+    return table
+
+
+_HANDLERS = _handlers()
