@@ -15,7 +15,7 @@ from .nets import nets
 from .nn import known_layers
 from .nn.base import DropIn, Earlier, attach, class_given_to, detach, status_flags, why_not_detached
 from .nn.fusion import Linked, link_chains, linked, unlink
-from .nn.netted import Netted, cast_net, netted, status_of_net, take_net, why_not_taken
+from .nn.netted import Netted, cast_net, status_of_net, take_net, why_not_taken
 from .report import Left, Replaced, Report, lowered
 from .rules import Configs, Gets, Stays, checked, decide
 
@@ -140,7 +140,11 @@ def check_finite(model: nn.Module) -> None:
         FloatingPointError: a packed activation held NaN or Inf, or a value too large for its stored type. Names the
             layers; the flags are cleared, so that the caller may skip the step and go on.
     """
-    flags = [(name, flag) for name, module in model.named_modules() for flag in (*status_flags(module), *status_of_net(module))]
+    flags = [
+        (name, flag)
+        for name, module in model.named_modules()
+        for flag in (*status_flags(module), *status_of_net(module))
+    ]
     if not flags:
         return
     known = NON_FINITE | OVERFLOW

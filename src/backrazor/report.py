@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .codecs.rest import SMALLEST
 from .config import RazorConfig
 from .nn import DropIn
 from .nn.netted import packs_the_rest
@@ -110,13 +111,13 @@ def lowered(model: nn.Module) -> list[str]:
         if isinstance(module, DropIn):
             for subject, stored in dict.fromkeys(_stored(module)):
                 found.setdefault(subject, Counter())[stored] += 1
-        if packs_the_rest(module):
-            found["what else autograd keeps is"] = Counter({"int8": 1})
     lines = []
     for subject, counts in found.items():
         for stored, count in counts.items():
             where = f" in {count} of {counts.total()} layers" if len(counts) > 1 else ""
             lines += [] if stored in _FULL else [f"{subject} stored in {stored}{where}"]
+    if any(map(packs_the_rest, model.modules())):
+        lines.append(f"what else autograd keeps is stored in int8, from {SMALLEST} elements on")
     return lines
 
 

@@ -18,7 +18,7 @@ from backrazor.nn.attention import RazorMultiheadAttention, SdpaDropIn
 
 from .compare import LIMITS, assert_close, assert_same_bits
 
-DENSE_LIMIT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="pruned")
+DENSE_LIMIT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="pruned", rest="dense")
 CONFIGS = {"compact": br.RazorConfig(0.9), "paper": br.RazorConfig.paper(0.9), "int8": br.RazorConfig.int8()}
 
 

@@ -89,7 +89,7 @@ def attention(
     return out
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> bool:
+def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
     """Whether ``sdpa`` has a form for these arguments of ``F.scaled_dot_product_attention``: batches of one type whose
     leading dimensions agree, but for grouped heads. What PyTorch refuses is not among them."""
     if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3 for x in (q, k, v)):
@@ -98,7 +98,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) ->
         return False
     if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or not q.shape[0]:
         return False
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() > q.dim()):
+    if mask is not None and (is_causal or not isinstance(mask, Tensor) or mask.dim() > q.dim()):
         return False
     if q.shape[:-2] == k.shape[:-2]:
         return True

@@ -140,7 +140,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     codec = place.net.rules.attention
-    fits = functional.fits_attention(query, key, value, attn_mask, enable_gqa)
+    fits = functional.fits_attention(query, key, value, attn_mask, is_causal, enable_gqa)
     if not fits or codec.rule == "dense" or (codec.rule == "pruned" and place.net.windowed):
         with exactly():  # its backward reads inputs and sums that have to agree
             return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -46,6 +46,7 @@ class Place:
         """The status bits for work on x."""
         return self.status.on(x.device)
 
+
 class Netted(nn.Module):
     """Mixin of the modules under the net."""
 
