@@ -132,7 +132,7 @@ _VIDEO = {
 
 def _floats(output: Any) -> list[Tensor]:
     """The float tensors of an output that depend on what is trained, each once."""
-    leaves = output.values() if isinstance(output, dict) else output
+    leaves = list(output.values()) if isinstance(output, dict) else output
     found = [x for x in tree_leaves(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
     return list({id(x): x for x in found}.values())
 

@@ -137,6 +137,11 @@ def decide(
                 yield Stays(name, module, reason)
 
 
+def _is_shipped(cls: type[nn.Module], drop_in: type[DropIn]) -> bool:
+    """Whether this library, and nobody else, says that ``drop_in`` takes the place of ``cls``."""
+    return qualified_name(cls) in DROP_INS or issubclass(drop_in, MadeDropIn)
+
+
 def _deciding(model: nn.Module, configs: Mapping[str, RazorConfig | None]) -> dict[int, str]:
     """The pattern that decides for each module that has a drop-in, by the module's id: the first that matches one of
     its names.

@@ -11,6 +11,7 @@ from .attention import fits as fits_attention
 from .batch_norm import batch_norm
 from .conv import conv2d
 from .conv_norm_act import conv_norm_act
+from .convnd import ConvNdSpec, conv_nd
 from .dropout import dropout
 from .layer_norm import group_norm, layer_norm
 from .linear import linear
@@ -22,12 +23,14 @@ from .scale import channel_scale
 __all__ = [
     "ACTIVATIONS",
     "AttentionCodec",
+    "ConvNdSpec",
     "adaptive_avg_pool2d",
     "attention",
     "avg_pool2d",
     "batch_norm",
     "channel_scale",
     "conv2d",
+    "conv_nd",
     "conv_norm_act",
     "dropout",
     "fits_attention",

@@ -38,8 +38,8 @@ def smooth(
     """A smooth activation of ``ACTIVATIONS``. ``kept``: "dense", "float16" (the input), or "int8", "int4", "int2" (the
     quantised derivative).
 
-    The forward is PyTorch's own, or ``dense``, another way to compute the same. Under "float16" the gradient is PyTorch's at the rounded input; otherwise grad times
-    the stored level.
+    The forward is PyTorch's own, or ``dense``, another way to compute the same. Under "float16" the gradient is
+    PyTorch's at the rounded input; otherwise grad times the stored level.
 
     Raises:
         TypeError: x is float64, whose derivative is not quantised.

@@ -91,7 +91,8 @@ def attention(
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
     """Whether ``sdpa`` has a form for these arguments of ``F.scaled_dot_product_attention``: batches of one type whose
-    leading dimensions agree, but for grouped heads. What PyTorch refuses is not among them."""
+    leading dimensions agree, but for grouped heads and a
+    single one. What PyTorch refuses is not among them."""
     if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3 for x in (q, k, v)):
         return False
     if q.is_nested or len({x.dim() for x in (q, k, v)}) > 1 or len({x.dtype for x in (q, k, v)}) > 1:
@@ -102,7 +103,9 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
         return False
     if q.shape[:-2] == k.shape[:-2]:
         return True
-    return grouped and q.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
+    if q.dim() != 4 or q.shape[0] != k.shape[0] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        return False
+    return grouped or k.shape[1] == 1  # one head for all is broadcast
 
 
 def sdpa(

@@ -131,6 +131,12 @@ class _Sourced:
         return Packed(self.small.tensors(), self.form).unpack()
 
 
+def _is_own(x: Tensor) -> bool:
+    """Whether a razored operator chose to keep x so. What has a history of its own, as a weight has that the model
+    computes, is none of its packed tensors."""
+    return calls.own > 0 and (x.grad_fn is None or role_of(x) != (DENSE, ""))
+
+
 def _unpack(kept: Any) -> Tensor:
     return kept.read()
 
@@ -192,7 +198,7 @@ class Net:
         return self._top is (None if top is None else top[0])
 
     def _pack(self, x: Tensor) -> Any:
-        if self.packs and not calls.own and not _thread.exact and x.dtype in FORMS and x.numel() >= SMALLEST:
+        if self.packs and not _thread.exact and x.dtype in FORMS and x.numel() >= SMALLEST and not _is_own(x):
             kept = self._packed(x)
             if kept is not None:
                 return kept

@@ -214,6 +214,72 @@ def _group_norm(
     return functional.group_norm(input, num_groups, weight, bias, eps, codec, place.flag(input))
 
 
+def _batch_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    codec, arguments = place.net.rules.norm, (running_mean, running_var, weight, bias, training, momentum, eps)
+    left = codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed)
+    if left or _is_parameter(input):  # of a weight that is standardised so
+        return _exactly(place, function, input, *arguments)
+    return functional.batch_norm(input, *arguments, codec, place.flag(input))
+
+
+def _numbers(value: Any, count: int) -> tuple[int, ...] | None:
+    """A setting of a convolution as one number per dimension; None for a word."""
+    if isinstance(value, int):
+        return (value,) * count
+    if isinstance(value, str) or not all(isinstance(part, int) for part in value):
+        return None
+    return tuple(value) * count if len(value) == 1 else tuple(value)
+
+
+def _convolution(dims: int, transposed: bool) -> Callable:
+    def handle(
+        place: Any,
+        function: Callable,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *settings: Any,
+        **named: Any,
+    ) -> Tensor:
+        order = ("stride", "padding", "output_padding", "groups", "dilation")
+        order = order if transposed else ("stride", "padding", "dilation", "groups")
+        given = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+        given.update(zip(order, settings, strict=False), **named)
+        if given["padding"] == "valid":
+            given["padding"] = 0
+
+        def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return function(x, weight, bias, *settings, **named)
+
+        names = ("stride", "padding", "dilation", "output_padding")
+        numbers = {name: _numbers(given[name], dims) for name in names}
+        usual = isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dim() == dims + 2
+        if place.net.windowed or not usual or None in numbers.values() or weight.is_complex():
+            return dense(input, weight, bias)
+        spec = functional.ConvNdSpec(
+            numbers["stride"],
+            numbers["padding"],
+            numbers["dilation"],
+            transposed,
+            numbers["output_padding"],
+            given["groups"],
+        )
+        return functional.conv_nd(input, weight, bias, spec, dense, place.net.rules.pruned, place.flag(input))
+
+    return handle
+
+
 def _named(owner: Any, *names: str) -> list[Any]:
     """The members of ``owner`` that this version of PyTorch has."""
     return [getattr(owner, name) for name in names if hasattr(owner, name)]
@@ -243,7 +309,6 @@ _DELICATE = (
     "rnn_relu",
     "lstm_cell",
     "gru_cell",
-    "batch_norm",
     "instance_norm",
     "stft",
     "istft",
@@ -291,7 +356,11 @@ def _handlers() -> dict[Any, Callable]:
         F.layer_norm: _layer_norm,
         F.group_norm: _group_norm,
         F.rms_norm: _rms_norm,
+        F.batch_norm: _batch_norm,
     }
+    for dims in (1, 2, 3):
+        table[getattr(F, f"conv{dims}d")] = _convolution(dims, transposed=False)
+        table[getattr(F, f"conv_transpose{dims}d")] = _convolution(dims, transposed=True)
     return table
 
 

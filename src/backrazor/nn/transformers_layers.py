@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from types import CodeType
 
@@ -89,7 +89,7 @@ class _Formula(RazorSmooth):
 
     @property
     def _dense(self) -> Callable[[Tensor], Tensor]:
-        return partial(self.original_forward, self)
+        return self.original_forward
 
 
 class RazorGELUActivation(_Formula, GELUActivation):
