@@ -36,7 +36,7 @@ from ..codecs.derivative import DerivativeForm
 from ..codecs.roles import DENSE
 from ..config import bits_of
 from ..kernels import fused_softmax, softmax_backward
-from .common import autocast_dtype, needs_grad, sample_chunks, write
+from .common import autocast_dtype, needs_grad, not_a_view, sample_chunks, write
 from .transforms import RazorFunction, differentiable_once
 
 
@@ -71,12 +71,14 @@ def attention(
     codec: AttentionCodec,
     flag: Tensor,
     scales_scores: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """The unfused formula on q (B, H, N, d), k (B, G, M, d), v (B, G, M, e), some samples at a time; returns (B, H, N,
     e). Where there are fewer heads G of k and v than H, each serves H / G heads of q that follow one another.
 
     ``mask`` broadcasts to (B, H, N, M): bool (True takes part) or added to the scores, and may require a gradient.
-    ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q.
+    ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q. ``fused``: the forward is
+    ``F.scaled_dot_product_attention`` where the scores are neither kept nor dropped.
     """
     cast = autocast_dtype(q)
     if cast is not None:
@@ -85,14 +87,14 @@ def attention(
         mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
     keeps = needs_grad(q, k, v, mask)
     scaled = _Scale(scale, scales_scores)
-    out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
+    fused = fused and dropout_p == 0 and codec.rule != "pruned"
+    out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
     return out
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
     """Whether ``sdpa`` has a form for these arguments of ``F.scaled_dot_product_attention``: batches of one type whose
-    leading dimensions agree, but for grouped heads and a
-    single one. What PyTorch refuses is not among them."""
+    leading dimensions agree, but for grouped heads and a single one. What PyTorch refuses is not among them."""
     if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3 for x in (q, k, v)):
         return False
     if q.is_nested or len({x.dim() for x in (q, k, v)}) > 1 or len({x.dtype for x in (q, k, v)}) > 1:
@@ -119,6 +121,7 @@ def sdpa(
     codec: AttentionCodec,
     flag: Tensor,
     scales_scores: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """``attention`` with the arguments of ``F.scaled_dot_product_attention`` that ``fits`` accepts: (B, *, N, d) with
     any number of dimensions between."""
@@ -129,7 +132,7 @@ def sdpa(
         if mask is not None and mask.dim() > 2:
             mask = mask.expand(*lead, *mask.shape[-2:]).reshape(-1, heads, *mask.shape[-2:])
         q, k, v = (x.reshape(-1, heads, *x.shape[-2:]) for x in (q, k, v))
-    out = attention(q, k, v, mask, dropout_p, is_causal, scale, codec, flag, scales_scores)
+    out = attention(q, k, v, mask, dropout_p, is_causal, scale, codec, flag, scales_scores, fused)
     return out if len(lead) == 2 else out.view(*lead, *out.shape[-2:])
 
 
@@ -143,11 +146,11 @@ def _per_group(grad: Tensor, groups: int) -> Tensor:
     return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)
 
 
-def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
-    """What is added to the scores. Masks are kept as they were given, so that layers share them, and a causal one is
-    made anew."""
+def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor, first: int = 0) -> Tensor | None:
+    """What is added to the scores, whose first row is that of query ``first``. Masks are kept as they were given, so
+    that layers share them, and a causal one is made anew."""
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(first)
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -159,12 +162,35 @@ def _of_samples(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[start:stop]
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_causal: bool) -> Tensor:
+class _Piece(NamedTuple):
+    """Heads and queries of some samples that are worked on at once."""
+
+    heads: slice
+    queries: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its part of x (b, H or 1, N or 1, *)."""
+        x = x if x.shape[1] == 1 else x[:, self.heads]
+        return x if x.shape[2] == 1 else x[:, :, self.queries]
+
+
+def _pieces(heads: int, queries: int, row_bytes: int, device: torch.device) -> list[_Piece]:
+    """All heads and queries of a sample at once where its scores are small, else some heads, or some queries of one.
+    ``row_bytes``: of one query's scores."""
+    pieces = []
+    for first, last in sample_chunks(heads, queries * row_bytes, device):
+        single = last - first == 1
+        rows = list(sample_chunks(queries, row_bytes, device)) if single else [(0, queries)]
+        pieces += [_Piece(slice(first, last), slice(start, stop)) for start, stop in rows]
+    return pieces
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_causal: bool, first: int = 0) -> Tensor:
     if scale.of_scores:
         scores = (q @ k.transpose(-2, -1)).mul_(scale.factor)
     else:
         scores = (q * scale.factor) @ k.transpose(-2, -1)
-    addend = _addend(mask, is_causal, scores)
+    addend = _addend(mask, is_causal, scores, first)
     return (scores if addend is None else scores + addend).softmax(dim=-1)
 
 
@@ -181,8 +207,13 @@ class _Attention(RazorFunction):
         codec: AttentionCodec,
         flag: Tensor,
         keeps: bool,
+        fused: bool,
     ) -> tuple[Tensor, ...]:
         batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+        if fused:
+            grouped = k.shape[1] not in (1, heads)
+            out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale.factor, enable_gqa=grouped)
+            return (not_a_view(out), *_kept(q, k, v, [], codec, flag)) if keeps else (not_a_view(out),)
         out = q.new_empty(batch, heads, queries, v.shape[3])
         noise = None
         if dropout_p > 0:  # drawn in one call, as the unfused formula draws it
@@ -204,7 +235,7 @@ class _Attention(RazorFunction):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        q, k, v, mask, ctx.is_causal, ctx.dropout_p, ctx.scale, ctx.codec, _, keeps = inputs
+        q, k, v, mask, ctx.is_causal, ctx.dropout_p, ctx.scale, ctx.codec, _, keeps, _ = inputs
         _, *kept = output
         ctx.shapes = [x.shape for x in (q, k, v)]
         if not keeps:
@@ -231,36 +262,83 @@ class _Attention(RazorFunction):
             for shape, need in zip(ctx.shapes, (need_q, need_k, need_v), strict=True)
         ]
         grad_mask = torch.zeros_like(mask) if need_mask else None
-        for start, stop in sample_chunks(batch, heads * queries * keys * grad.element_size(), grad.device):
+        row_bytes = keys * grad.element_size()
+        for start, stop in sample_chunks(batch, heads * queries * row_bytes, grad.device):
             q, k, v, *p = (packed.unpack(start, stop, grad.dtype) for packed in parts)
             k, v = _per_head(k, heads), _per_head(v, heads)
-            # P is recomputed where it is not kept
-            p = p[0] if p else _probabilities(q, k, ctx.scale, _of_samples(mask, start, stop), ctx.is_causal)
-            part = grad[start:stop]
-            if need_v:
-                after = p if dropped is None else times(p, dropped, start, stop).mul_(keep_scale)
-                _write_grouped(grads[2][start:stop], after.transpose(-2, -1), part)
-                del after
-            grad_p = part @ v.transpose(-2, -1)
-            fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
-            if fused:
-                bits = None if dropped is None else dropped.tensors[0][start:stop]
-                grad_scores = softmax_backward(grad_p, p, bits, keep_scale, ctx.scale.factor)
-            else:
-                if dropped is not None:
-                    grad_p = times(grad_p, dropped, start, stop).mul_(keep_scale)
-                grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-            del grad_p, p
-            if need_mask:
-                part_mask = _of_samples(grad_mask, start, stop)
-                part_mask.add_(grad_scores.sum_to_size(part_mask.shape))
-            if not fused:
-                grad_scores.mul_(ctx.scale.factor)
-            if need_q:
-                write(grads[0][start:stop], torch.matmul, grad_scores, k)
-            if need_k:
-                _write_grouped(grads[1][start:stop], grad_scores.transpose(-2, -1), q)
+            part, part_mask = grad[start:stop], _of_samples(mask, start, stop)
+            pieces = [_Piece(slice(None), slice(None))]
+            if not p and dropped is None and stop - start == 1:
+                pieces = _pieces(heads, queries, row_bytes, grad.device)
+            sums = _Sums(*(None if g is None else g[start:stop] for g in grads), heads, whole=len(pieces) == 1)
+            for piece in pieces:
+                piece_mask = None if part_mask is None else piece.of(part_mask)
+                piece_q, piece_grad, first = piece.of(q), piece.of(part), piece.queries.start or 0
+                piece_k, piece_v = k[:, piece.heads], v[:, piece.heads]
+                # P is recomputed where it is not kept
+                piece_p = p[0] if p else None
+                if piece_p is None:
+                    piece_p = _probabilities(piece_q, piece_k, ctx.scale, piece_mask, ctx.is_causal, first)
+                if need_v:
+                    after = piece_p if dropped is None else times(piece_p, dropped, start, stop).mul_(keep_scale)
+                    sums.add_value(piece, after, piece_grad)
+                    del after
+                grad_p = piece_grad @ piece_v.transpose(-2, -1)
+                fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
+                if fused:
+                    bits = None if dropped is None else dropped.tensors[0][start:stop]
+                    grad_scores = softmax_backward(grad_p, piece_p, bits, keep_scale, ctx.scale.factor)
+                else:
+                    if dropped is not None:
+                        grad_p = times(grad_p, dropped, start, stop).mul_(keep_scale)
+                    grad_scores = torch.ops.aten._softmax_backward_data(grad_p, piece_p, -1, piece_p.dtype)
+                del grad_p, piece_p
+                if need_mask:
+                    target = piece.of(_of_samples(grad_mask, start, stop))
+                    target.add_(grad_scores.sum_to_size(target.shape))
+                if not fused:
+                    grad_scores.mul_(ctx.scale.factor)
+                sums.add_scores(piece, grad_scores, piece_q, piece_k)
+            sums.close()
         return *grads, grad_mask, *(None for _ in rest)
+
+
+class _Sums:
+    """The gradients of q, k and v of some samples, written into where they belong. Those of k and v are added up over
+    pieces where there are several."""
+
+    def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, heads: int, whole: bool) -> None:
+        self._q, self._k, self._v, self._whole = q, k, v, whole
+        self._totals = [
+            None if whole or x is None else x.new_zeros(len(x), heads, *x.shape[2:], dtype=_wide(x)) for x in (k, v)
+        ]
+
+    def add_value(self, piece: _Piece, p: Tensor, grad: Tensor) -> None:
+        """P^T grad, the gradient of v."""
+        self._add(1, self._v, piece, p.transpose(-2, -1), grad)
+
+    def add_scores(self, piece: _Piece, scores: Tensor, q: Tensor, k: Tensor) -> None:
+        """The gradients of q and k from that of the scores."""
+        if self._q is not None:
+            write(piece.of(self._q), torch.matmul, scores, k)
+        if self._k is not None:
+            self._add(0, self._k, piece, scores.transpose(-2, -1), q)
+
+    def _add(self, which: int, out: Tensor, piece: _Piece, a: Tensor, b: Tensor) -> None:
+        if self._whole:
+            _write_grouped(out, a, b)
+        else:
+            self._totals[which][:, piece.heads].add_(a @ b)
+
+    def close(self) -> None:
+        """Write the sums over pieces."""
+        for out, total in zip((self._k, self._v), self._totals, strict=True):
+            if total is not None:
+                out.copy_(_per_group(total, out.shape[1]))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.element_size() == 2 else x.dtype
 
 
 def _write_grouped(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -34,9 +35,8 @@ from .transforms import calls
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 REASON = "rest: what autograd keeps beside the drop-ins"
-# Where compiled code keeps its tensors, razored ones among them, and where functions of somebody else's do: what those
-# are, codes or statistics or coordinates, nobody can tell.
-_OPAQUE = ("runtime_wrappers.py", os.path.join("autograd", "function.py"))
+# Where compiled code keeps its tensors, razored ones among them, and checkpointing the inputs that it computes from.
+_OPAQUE = ("runtime_wrappers.py", os.path.join("torch", "utils", "checkpoint.py"))
 
 
 class _Thread(threading.local):
@@ -86,13 +86,16 @@ class _Elsewhere:
 class _Small:
     """The stored tensors of one packed tensor: shared by all that keep it, as long as one of them lives."""
 
-    __slots__ = ("__weakref__", "parts")
+    __slots__ = ("__weakref__", "_read", "parts")
 
     def __init__(self, parts: tuple[_Dense | _Elsewhere, ...]) -> None:
         self.parts = parts
+        self._read: tuple[Tensor, ...] | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(part.read() for part in self.parts)
+        if self._read is None:  # activation checkpointing gives each of them once
+            self._read = tuple(part.read() for part in self.parts)
+        return self._read
 
 
 class _Packed:
@@ -135,6 +138,12 @@ def _is_own(x: Tensor) -> bool:
     """Whether a razored operator chose to keep x so. What has a history of its own, as a weight has that the model
     computes, is none of its packed tensors."""
     return calls.own > 0 and (x.grad_fn is None or role_of(x) != (DENSE, ""))
+
+
+def _is_opaque(caller: CodeType) -> bool:
+    """Whether compiled code, checkpointing, or an autograd Function of somebody else's saves the tensor: codes,
+    statistics or coordinates, nobody can tell. ``caller`` called what saved it; a Function is called by ``apply``."""
+    return "apply" in caller.co_names or caller.co_filename.endswith(_OPAQUE)
 
 
 def _unpack(kept: Any) -> Tensor:
@@ -212,7 +221,7 @@ class Net:
         plain = type(x) is Tensor or isinstance(x, FakeTensor)
         if not plain or x.layout != torch.strided or self._lives_anyway(x) or role_of(x)[0] != DENSE:
             return None
-        if sys._getframe(2).f_code.co_filename.endswith(_OPAQUE):
+        if _is_opaque(sys._getframe(2).f_code):
             return None
         if _thread.divides:
             if x.element_size() == 2:

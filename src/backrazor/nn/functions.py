@@ -144,7 +144,15 @@ def _attention(
     if not fits or codec.rule == "dense" or (codec.rule == "pruned" and place.net.windowed):
         with exactly():  # its backward reads inputs and sums that have to agree
             return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return functional.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, codec, place.flag(query))
+    flag = place.flag(query)
+    return functional.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, codec, flag, fused=True)
+
+
+def _multi_head(place: Any, function: Callable, *args: Any, need_weights: bool = True, **kwargs: Any) -> Any:
+    if need_weights:
+        return function(*args, need_weights=need_weights, **kwargs)
+    with exactly():  # it calls the fused attention where nobody sees it
+        return function(*args, need_weights=need_weights, **kwargs)
 
 
 def _linear(place: Any, function: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -351,6 +359,7 @@ def _handlers() -> dict[Any, Callable]:
         F.relu6: _relu6,
         F.dropout: _dropout,
         F.scaled_dot_product_attention: _attention,
+        F.multi_head_attention_forward: _multi_head,
         F.linear: _linear,
         torch.addmm: _addmm,
         F.layer_norm: _layer_norm,
