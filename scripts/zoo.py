@@ -194,30 +194,8 @@ def torchvision_cases() -> Iterator[Case]:
         yield Case(f"torchvision/{family}", network, video(network))
 
 
-_SIZES = [
-    "femto",
-    "atto",
-    "pico",
-    "nano",
-    "xxs",
-    "xxt",
-    "xx_small",
-    "x_small",
-    "xs",
-    "tiny",
-    "lite",
-    "050",
-    "xsmall",
-    "mini",
-    "small",
-    "_t",
-    "_s",
-    "b0",
-    "a0",
-    "18",
-    "16",
-    "26",
-]
+_SIZES = ("femto", "atto", "pico", "nano", "xxs", "xxt", "xx_small", "x_small", "xs", "tiny", "lite", "050", "xsmall")
+_SIZES += ("mini", "small", "_t", "_s", "b0", "a0", "18", "16", "26")
 
 
 def _smallest_first(name: str) -> tuple[int, int, str]:

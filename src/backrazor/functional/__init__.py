@@ -12,6 +12,7 @@ from .batch_norm import batch_norm
 from .conv import conv2d
 from .conv_norm_act import conv_norm_act
 from .convnd import ConvNdSpec, conv_nd
+from .cross_entropy import linear_cross_entropy
 from .dropout import dropout
 from .layer_norm import group_norm, layer_norm
 from .linear import linear
@@ -38,6 +39,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_act",
+    "linear_cross_entropy",
     "max_pool2d",
     "piecewise_linear",
     "rms_norm",
