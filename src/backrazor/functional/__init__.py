@@ -6,8 +6,7 @@ needs no gradient.
 
 from ..codecs.smooth import ACTIVATIONS
 from .activation import piecewise_linear, smooth
-from .attention import AttentionCodec, attention, sdpa
-from .attention import fits as fits_attention
+from .attention import AttentionCodec, attention
 from .batch_norm import batch_norm
 from .conv import conv2d
 from .conv_norm_act import conv_norm_act
@@ -20,6 +19,8 @@ from .linear_act import linear_act
 from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .rms_norm import rms_norm
 from .scale import channel_scale
+from .sdpa import fits as fits_attention
+from .sdpa import sdpa
 
 __all__ = [
     "ACTIVATIONS",

@@ -36,7 +36,8 @@ from ..codecs.derivative import DerivativeForm
 from ..codecs.roles import DENSE
 from ..config import bits_of
 from ..kernels import fused_softmax, softmax_backward
-from .common import autocast_dtype, needs_grad, not_a_view, sample_chunks, write
+from .attention_pieces import Piece, Sums, per_head, pieces
+from .common import autocast_dtype, needs_grad, not_a_view, sample_chunks
 from .transforms import RazorFunction, differentiable_once
 
 
@@ -92,60 +93,6 @@ def attention(
     return out
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
-    """Whether ``sdpa`` has a form for these arguments of ``F.scaled_dot_product_attention``: batches of one type whose
-    leading dimensions agree, but for grouped heads and a single one. What PyTorch refuses is not among them."""
-    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3 for x in (q, k, v)):
-        return False
-    if q.is_nested or len({x.dim() for x in (q, k, v)}) > 1 or len({x.dtype for x in (q, k, v)}) > 1:
-        return False
-    if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or not q.shape[0]:
-        return False
-    if mask is not None and (is_causal or not isinstance(mask, Tensor) or mask.dim() > q.dim()):
-        return False
-    if q.shape[:-2] == k.shape[:-2]:
-        return True
-    if q.dim() != 4 or q.shape[0] != k.shape[0] or not k.shape[1] or q.shape[1] % k.shape[1]:
-        return False
-    return grouped or k.shape[1] == 1  # one head for all is broadcast
-
-
-def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    codec: AttentionCodec,
-    flag: Tensor,
-    scales_scores: bool = False,
-    fused: bool = False,
-) -> Tensor:
-    """``attention`` with the arguments of ``F.scaled_dot_product_attention`` that ``fits`` accepts: (B, *, N, d) with
-    any number of dimensions between."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    lead = q.shape[:-2]
-    if q.dim() != 4:
-        heads = lead[-1] if q.dim() > 4 else 1
-        if mask is not None and mask.dim() > 2:
-            mask = mask.expand(*lead, *mask.shape[-2:]).reshape(-1, heads, *mask.shape[-2:])
-        q, k, v = (x.reshape(-1, heads, *x.shape[-2:]) for x in (q, k, v))
-    out = attention(q, k, v, mask, dropout_p, is_causal, scale, codec, flag, scales_scores, fused)
-    return out if len(lead) == 2 else out.view(*lead, *out.shape[-2:])
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """x (b, G, ...) as (b, H, ...): each of its heads for those of q that it serves."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _per_group(grad: Tensor, groups: int) -> Tensor:
-    """The gradient of ``_per_head``'s input from that of its output."""
-    return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)
-
-
 def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor, first: int = 0) -> Tensor | None:
     """What is added to the scores, whose first row is that of query ``first``. Masks are kept as they were given, so
     that layers share them, and a causal one is made anew."""
@@ -160,29 +107,6 @@ def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor, first: int = 0
 
 def _of_samples(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[start:stop]
-
-
-class _Piece(NamedTuple):
-    """Heads and queries of some samples that are worked on at once."""
-
-    heads: slice
-    queries: slice
-
-    def of(self, x: Tensor) -> Tensor:
-        """Its part of x (b, H or 1, N or 1, *)."""
-        x = x if x.shape[1] == 1 else x[:, self.heads]
-        return x if x.shape[2] == 1 else x[:, :, self.queries]
-
-
-def _pieces(heads: int, queries: int, row_bytes: int, device: torch.device) -> list[_Piece]:
-    """All heads and queries of a sample at once where its scores are small, else some heads, or some queries of one.
-    ``row_bytes``: of one query's scores."""
-    pieces = []
-    for first, last in sample_chunks(heads, queries * row_bytes, device):
-        single = last - first == 1
-        rows = list(sample_chunks(queries, row_bytes, device)) if single else [(0, queries)]
-        pieces += [_Piece(slice(first, last), slice(start, stop)) for start, stop in rows]
-    return pieces
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_causal: bool, first: int = 0) -> Tensor:
@@ -221,7 +145,7 @@ class _Attention(RazorFunction):
         packs_probabilities = keeps and codec.rule == "pruned"
         probabilities = []
         for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
-            part_k, part_v = (_per_head(x[start:stop], heads) for x in (k, v))
+            part_k, part_v = (per_head(x[start:stop], heads) for x in (k, v))
             p = _probabilities(q[start:stop], part_k, scale, _of_samples(mask, start, stop), is_causal)
             if packs_probabilities:
                 probabilities.append(pack(p, codec.pruned, flag))
@@ -265,13 +189,13 @@ class _Attention(RazorFunction):
         row_bytes = keys * grad.element_size()
         for start, stop in sample_chunks(batch, heads * queries * row_bytes, grad.device):
             q, k, v, *p = (packed.unpack(start, stop, grad.dtype) for packed in parts)
-            k, v = _per_head(k, heads), _per_head(v, heads)
+            k, v = per_head(k, heads), per_head(v, heads)
             part, part_mask = grad[start:stop], _of_samples(mask, start, stop)
-            pieces = [_Piece(slice(None), slice(None))]
+            parts_of_it = [Piece(slice(None), slice(None))]
             if not p and dropped is None and stop - start == 1:
-                pieces = _pieces(heads, queries, row_bytes, grad.device)
-            sums = _Sums(*(None if g is None else g[start:stop] for g in grads), heads, whole=len(pieces) == 1)
-            for piece in pieces:
+                parts_of_it = pieces(heads, queries, row_bytes, grad.device)
+            sums = Sums(*(None if g is None else g[start:stop] for g in grads), heads, whole=len(parts_of_it) == 1)
+            for piece in parts_of_it:
                 piece_mask = None if part_mask is None else piece.of(part_mask)
                 piece_q, piece_grad, first = piece.of(q), piece.of(part), piece.queries.start or 0
                 piece_k, piece_v = k[:, piece.heads], v[:, piece.heads]
@@ -301,52 +225,6 @@ class _Attention(RazorFunction):
                 sums.add_scores(piece, grad_scores, piece_q, piece_k)
             sums.close()
         return *grads, grad_mask, *(None for _ in rest)
-
-
-class _Sums:
-    """The gradients of q, k and v of some samples, written into where they belong. Those of k and v are added up over
-    pieces where there are several."""
-
-    def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, heads: int, whole: bool) -> None:
-        self._q, self._k, self._v, self._whole = q, k, v, whole
-        self._totals = [
-            None if whole or x is None else x.new_zeros(len(x), heads, *x.shape[2:], dtype=_wide(x)) for x in (k, v)
-        ]
-
-    def add_value(self, piece: _Piece, p: Tensor, grad: Tensor) -> None:
-        """P^T grad, the gradient of v."""
-        self._add(1, self._v, piece, p.transpose(-2, -1), grad)
-
-    def add_scores(self, piece: _Piece, scores: Tensor, q: Tensor, k: Tensor) -> None:
-        """The gradients of q and k from that of the scores."""
-        if self._q is not None:
-            write(piece.of(self._q), torch.matmul, scores, k)
-        if self._k is not None:
-            self._add(0, self._k, piece, scores.transpose(-2, -1), q)
-
-    def _add(self, which: int, out: Tensor, piece: _Piece, a: Tensor, b: Tensor) -> None:
-        if self._whole:
-            _write_grouped(out, a, b)
-        else:
-            self._totals[which][:, piece.heads].add_(a @ b)
-
-    def close(self) -> None:
-        """Write the sums over pieces."""
-        for out, total in zip((self._k, self._v), self._totals, strict=True):
-            if total is not None:
-                out.copy_(_per_group(total, out.shape[1]))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.element_size() == 2 else x.dtype
-
-
-def _write_grouped(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """a @ b (b, H, ...) into ``out`` (b, G, ...), summed over the heads that a group serves."""
-    if out.shape[1] == a.shape[1]:
-        write(out, torch.matmul, a, b)
-    else:
-        out.copy_(_per_group(a @ b, out.shape[1]))
 
 
 def _kept(
