@@ -535,6 +535,8 @@ def _run(model: nn.Module, run: Callable[[nn.Module], list[Tensor]], formula: bo
 def _compared(dense: dict[str, Tensor], razored: dict[str, Tensor]) -> tuple[float, float]:
     product = ours = theirs = 0.0
     for name, g in dense.items():
+        if not g.isfinite().all():  # as some networks have with random weights
+            continue
         h = razored.get(name)
         h = torch.zeros_like(g) if h is None else h
         product += float((g.double() * h.double()).sum())

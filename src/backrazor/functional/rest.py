@@ -45,7 +45,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.nets: list[Net] = []
         self.exact = 0
-        self.divides = 0
+        self.divisors = 0  # elements of the largest tensor that may be divided by
 
 
 _thread = _Thread()
@@ -223,7 +223,7 @@ class Net:
             return None
         if _is_opaque(sys._getframe(2).f_code):
             return None
-        if _thread.divides:
+        if x.numel() <= _thread.divisors:
             if x.element_size() == 2:
                 return None
             return _Halved(self._as_it_is(mark(x.detach().to(torch.bfloat16), QUANTISED, REASON)), x.dtype)
@@ -304,10 +304,11 @@ def exactly() -> Iterator[None]:
 
 
 @contextmanager
-def dividing() -> Iterator[None]:
-    """What is saved inside may be divided by in backward: 16 bits, which keep a small number from becoming zero."""
-    _thread.divides += 1
+def dividing(largest: int) -> Iterator[None]:
+    """What is saved inside may be divided by in backward, up to tensors of ``largest`` elements: these keep 16 bits,
+    which keep a small number from becoming zero."""
+    before, _thread.divisors = _thread.divisors, largest
     try:
         yield
     finally:
-        _thread.divides -= 1
+        _thread.divisors = before
