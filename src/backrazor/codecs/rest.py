@@ -6,7 +6,6 @@ int8 codes and a float16 scale, by the arithmetic of ``kernels/rowquant``. Sizes
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -66,17 +65,35 @@ class Blocks:
             return cls(tuple(compact.shape), tuple(x.shape), _contiguous_strides(compact.shape), x.dtype)
         return cls(tuple(compact.shape), tuple(x.shape), tuple(compact.stride()), x.dtype)
 
-    @property
-    def numel(self) -> int:
-        """Elements that are stored."""
-        return math.prod(self.shape)
-
     def read(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The tensor that stands for what was packed."""
         width = codes.shape[1]
         gain = torch.full((width,), 1 / _GAIN, dtype=self.dtype, device=codes.device)
         flat = row_decode(codes, scales, width, 8, self.dtype, gain).view(-1)
         return flat.as_strided(self.shape, self.strides).expand(self.whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """How a part of a packed tensor is read from its blocks: ``offset`` and ``strides`` count elements of it in memory
+    order."""
+
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]  # the shape with repetitions
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def read(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The part of the tensor that stands for what was packed."""
+        flat, width = codes.view(torch.int8).view(-1), codes.shape[1]
+        part = flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
+        places = torch.full((), self.offset, device=codes.device)
+        for dim, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
+            steps = torch.arange(size, device=codes.device) * stride
+            places = places + steps.view(-1, *(1,) * (len(self.shape) - dim - 1))
+        scale = scales.float()[places // width] / _GAIN
+        return (part.float() * scale).to(self.dtype).expand(self.whole)
 
 
 def pack_blocks(x: Tensor, reason: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ mean is not kept at all: it adds the same number to every score of a query, whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -72,14 +73,14 @@ def attention(
     codec: AttentionCodec,
     flag: Tensor,
     scales_scores: bool = False,
-    fused: bool = False,
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The unfused formula on q (B, H, N, d), k (B, G, M, d), v (B, G, M, e), some samples at a time; returns (B, H, N,
     e). Where there are fewer heads G of k and v than H, each serves H / G heads of q that follow one another.
 
     ``mask`` broadcasts to (B, H, N, M): bool (True takes part) or added to the scores, and may require a gradient.
-    ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q. ``fused``: the forward is
-    ``F.scaled_dot_product_attention`` where the scores are neither kept nor dropped.
+    ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q. ``fused`` computes
+    the same of q, k and v in another way: the forward is what it gives, where the scores are neither kept nor dropped.
     """
     cast = autocast_dtype(q)
     if cast is not None:
@@ -88,7 +89,7 @@ def attention(
         mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
     keeps = needs_grad(q, k, v, mask)
     scaled = _Scale(scale, scales_scores)
-    fused = fused and dropout_p == 0 and codec.rule != "pruned"
+    fused = fused if dropout_p == 0 and codec.rule != "pruned" else None
     out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
     return out
 
@@ -131,13 +132,12 @@ class _Attention(RazorFunction):
         codec: AttentionCodec,
         flag: Tensor,
         keeps: bool,
-        fused: bool,
+        fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         batch, heads, queries, keys = *q.shape[:3], k.shape[2]
-        if fused:
-            grouped = k.shape[1] not in (1, heads)
-            out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale.factor, enable_gqa=grouped)
-            return (not_a_view(out), *_kept(q, k, v, [], codec, flag)) if keeps else (not_a_view(out),)
+        if fused is not None:
+            out = not_a_view(fused(q, k, v))
+            return (out, *_kept(q, k, v, [], codec, flag)) if keeps else (out,)
         out = q.new_empty(batch, heads, queries, v.shape[3])
         noise = None
         if dropout_p > 0:  # drawn in one call, as the unfused formula draws it

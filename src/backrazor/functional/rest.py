@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..codecs import Packed, role_of
-from ..codecs.rest import FORMS, SMALLEST, Blocks, in_memory_order, pack_blocks, without_copies
+from ..codecs.rest import FORMS, SMALLEST, Blocks, Slice, in_memory_order, pack_blocks, without_copies
 from ..codecs.roles import DENSE, QUANTISED, mark
 from ..codecs.shared import source_of
 from ..kernels.topk.layout import NON_FINITE
@@ -98,12 +98,26 @@ class _Small:
         return self._read
 
 
+class _Known(NamedTuple):
+    """What is packed of a storage: elements ``start`` to ``stop`` of it. The reference to the storage tells it from one
+    that takes its address."""
+
+    storage: StorageWeakRef
+    small: weakref.ref[_Small]
+    start: int
+    stop: int
+
+
+def _living(known: _Known | None) -> _Small | None:
+    return None if known is None or known.storage.expired() else known.small()
+
+
 class _Packed:
     """A tensor in 8 bits."""
 
     __slots__ = ("form", "small")
 
-    def __init__(self, small: _Small, form: Blocks) -> None:
+    def __init__(self, small: _Small, form: Blocks | Slice) -> None:
         self.small, self.form = small, form
 
     def read(self) -> Tensor:
@@ -111,15 +125,15 @@ class _Packed:
 
 
 class _Halved:
-    """A tensor of 32 bits in bfloat16."""
+    """A tensor of 32 bits in bfloat16, repeated to ``shape`` where it is read."""
 
-    __slots__ = ("dtype", "part")
+    __slots__ = ("dtype", "part", "shape")
 
-    def __init__(self, part: _Dense | _Elsewhere, dtype: torch.dtype) -> None:
-        self.part, self.dtype = part, dtype
+    def __init__(self, part: _Dense | _Elsewhere, dtype: torch.dtype, shape: torch.Size) -> None:
+        self.part, self.dtype, self.shape = part, dtype, shape
 
     def read(self) -> Tensor:
-        return self.part.read().to(self.dtype)
+        return self.part.read().to(self.dtype).expand(self.shape)
 
 
 class _Sourced:
@@ -177,7 +191,8 @@ class Net:
         self.packs, self.settings = packs, settings
         self._flag, self._resident_tensors = flag, resident
         self._resident: set[int] | None = None
-        self._known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Small]]] = {}
+        self._known: dict[tuple, _Known] = {}
+        self._ranges: dict[tuple, _Known] = {}  # the largest part of each storage that is packed
         self._held: list[_Small] = []
         self._outer: Hooks | None = None
         self._pack_hook = self._pack
@@ -200,6 +215,7 @@ class Net:
         if self._pushes:
             torch._C._autograd._pop_saved_tensors_default_hooks()
         self._known.clear()
+        self._ranges.clear()
         self._held.clear()
 
     def _is_on_top(self) -> bool:
@@ -223,44 +239,47 @@ class Net:
             return None
         if _is_opaque(sys._getframe(2).f_code):
             return None
-        if x.numel() <= _thread.divisors:
+        compact = without_copies(x.detach())
+        if compact.numel() < SMALLEST:
+            return None
+        if compact.numel() <= _thread.divisors:
             if x.element_size() == 2:
                 return None
-            return _Halved(self._as_it_is(mark(x.detach().to(torch.bfloat16), QUANTISED, REASON)), x.dtype)
+            half = mark(compact.to(torch.bfloat16), QUANTISED, REASON)
+            return _Halved(self._as_it_is(half), x.dtype, x.shape)
         source = source_of(x)
         if source is not None:
             return _Sourced(_Small(tuple(map(self._as_it_is, source.tensors))), source)
-        form = Blocks.of(x)
-        if form.numel < SMALLEST:
-            return None
-        small = self._stored(x)
-        return None if small is None else _Packed(small, form)
+        return self._stored(x, compact)
 
-    def _stored(self, x: Tensor) -> _Small | None:
-        """What is stored of x: once for all views of the same elements, in whatever shape they are."""
-        key = self._key(x)
-        if key is not None and key in self._known:
-            storage, reference = self._known[key]
-            small = reference()
-            if small is not None and not storage.expired():
-                return small
+    def _stored(self, x: Tensor, compact: Tensor) -> _Packed | None:
+        """x in blocks: what is stored of it once for all views of the same elements, in whatever shape they are, and of
+        a part of something that is stored nothing more. ``compact``: x without repetitions."""
+        start, storage = compact.storage_offset(), compact.untyped_storage()
+        stop = (
+            start + sum((size - 1) * stride for size, stride in zip(compact.shape, compact.stride(), strict=True)) + 1
+        )
+        is_whole = in_memory_order(compact) is not None
+        content = storage._cdata, x.dtype, x._version
+        key = (*content, start, stop, () if is_whole else (*compact.shape, *compact.stride()))
+        small = _living(self._known.get(key))
+        if small is not None:
+            return _Packed(small, Blocks.of(x))
+        around = self._ranges.get(content)
+        small = _living(around)
+        if small is not None and around.start <= start and stop <= around.stop:
+            place = tuple(compact.shape), tuple(x.shape), tuple(compact.stride()), start - around.start
+            return _Packed(small, Slice(*place, x.dtype))
         codes, scales = pack_blocks(x, REASON)
         if not self._holds(scales):
             return None
         small = _Small((self._as_it_is(codes), self._as_it_is(scales)))
         if self._outer is not None:
             self._held.append(small)  # what hooks from before keep is asked for alike in a recomputation
-        if key is not None:
-            self._known[key] = StorageWeakRef(x.untyped_storage()), weakref.ref(small)
-        return small
-
-    def _key(self, x: Tensor) -> tuple | None:
-        compact = without_copies(x)
-        if in_memory_order(compact) is None:
-            place: tuple = (tuple(compact.shape), compact.stride())
-        else:
-            place = (compact.numel(),)
-        return x.untyped_storage()._cdata, x.storage_offset(), x.dtype, x._version, place
+        self._known[key] = known = _Known(StorageWeakRef(storage), weakref.ref(small), start, stop)
+        if is_whole and (_living(around) is None or stop - start > around.stop - around.start):
+            self._ranges[content] = known
+        return _Packed(small, Blocks.of(x))
 
     def _holds(self, scales: Tensor) -> bool:
         """Whether 8 bits hold what these are the scales of. On the CPU what they do not hold stays dense; elsewhere

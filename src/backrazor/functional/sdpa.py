@@ -5,6 +5,8 @@ Shape legend: B samples, * any dimensions between, N queries, d width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .attention import AttentionCodec, attention
@@ -39,16 +41,22 @@ def sdpa(
     codec: AttentionCodec,
     flag: Tensor,
     scales_scores: bool = False,
-    fused: bool = False,
+    dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``attention`` with the arguments of ``F.scaled_dot_product_attention`` that ``fits`` accepts: (B, *, N, d) with
-    any number of dimensions between."""
+    any number of dimensions between. ``dense`` is the call itself, of q, k and v: the forward is what it gives where
+    the rule allows."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    lead = q.shape[:-2]
+    lead, shapes = q.shape[:-2], [x.shape for x in (q, k, v)]
+
+    def fused(*inputs: Tensor) -> Tensor:
+        out = dense(*(x.view(shape) for x, shape in zip(inputs, shapes, strict=True)))
+        return out.view(*inputs[0].shape[:3], out.shape[-1])
+
     if q.dim() != 4:
         heads = lead[-1] if q.dim() > 4 else 1
         if mask is not None and mask.dim() > 2:
             mask = mask.expand(*lead, *mask.shape[-2:]).reshape(-1, heads, *mask.shape[-2:])
         q, k, v = (x.reshape(-1, heads, *x.shape[-2:]) for x in (q, k, v))
-    out = attention(q, k, v, mask, dropout_p, is_causal, scale, codec, flag, scales_scores, fused)
+    out = attention(q, k, v, mask, dropout_p, is_causal, scale, codec, flag, scales_scores, fused if dense else None)
     return out if len(lead) == 2 else out.view(*lead, *out.shape[-2:])

@@ -78,12 +78,16 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     codec = place.net.rules.attention
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return function(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
     fits = functional.fits_attention(query, key, value, attn_mask, is_causal, enable_gqa)
     if not fits or codec.rule == "dense" or (codec.rule == "pruned" and place.net.windowed):
         with exactly():  # its backward reads inputs and sums that have to agree
-            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    flag = place.flag(query)
-    return functional.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, codec, flag, fused=True)
+            return dense(query, key, value)
+    settings = attn_mask, dropout_p, is_causal, scale, codec, place.flag(query)
+    return functional.sdpa(query, key, value, *settings, dense=dense)
 
 
 def _multi_head(place: Any, function: Callable, *args: Any, need_weights: bool = True, **kwargs: Any) -> Any:
