@@ -43,7 +43,7 @@ class RazorConfig:
         attention: "pruned" prunes q, k, the softmax output and v, as the paper does. "int8" and "int4" quantise q, k
             and v row by row and recompute the softmax in backward. "dense" leaves attention alone.
         rest: what becomes of the other float tensors that autograd keeps while the model runs, from 1,024 elements on:
-            "int8" stores them in 8 bits with a float16 scale per block of about 256 elements, "dense" leaves them.
+            "int8" stores them in 8 bits with a float16 scale per block of 64 to 512 elements, "dense" leaves them.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the value and what is allowed.

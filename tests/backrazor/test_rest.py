@@ -122,8 +122,9 @@ def test_blocks_give_back_the_tensor(x: Tensor, dtype: torch.dtype) -> None:
     assert_close("x_hat", got.float(), x.float(), 0.01)
 
 
-def test_blocks_of_any_size_are_near_256() -> None:
-    assert [block_width(n) for n in (1024, 2 * 197 * 768, 5 * 7 * 123, 1031)] == [256, 256, 287, 256]
+def test_blocks_are_rows_where_that_goes() -> None:
+    sizes = {(1024, 64): 64, (2 * 197 * 768, 768): 256, (5 * 7 * 123, 123): 123, (8 * 49, 49): 196, (1031, 1031): 256}
+    assert {size: block_width(*size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e4])
@@ -145,7 +146,7 @@ def test_gradients_are_near_and_a_quarter_of_the_bytes_is_left(net: Net) -> None
         bytes_of[name] = book.total_bytes
         del loss
     gated = 2 * 2 * 4 * 64 * 64 * 4 + 4 * 64 * WIDTH * 4  # both factors in both blocks, and what exp gave
-    assert bytes_of["exact"] - bytes_of["rest"] == pytest.approx(gated * (3 / 4 - 2 / 4 / 256), rel=0.01)
+    assert bytes_of["exact"] - bytes_of["rest"] == pytest.approx(gated * (3 / 4 - 2 / 4 / 64), rel=0.02)
 
 
 def test_the_ledger_names_it_and_the_prediction_counts_it(net: Net) -> None:
@@ -173,7 +174,7 @@ def test_one_storage_is_kept_once() -> None:
 @pytest.mark.parametrize("part", [lambda x: x[:, 3:40], lambda x: x[5:60], lambda x: x.t()[::2], lambda x: x[::3, 7:]])
 def test_a_part_of_what_is_kept_costs_nothing_more(part) -> None:
     def function(a: Tensor, b: Tensor) -> Tensor:
-        e = (3 * a).exp()
+        e = a.sigmoid()
         return e + (part(e) * part(b.detach())).sum()
 
     torch.manual_seed(0)
@@ -196,10 +197,7 @@ def test_a_part_of_what_is_kept_costs_nothing_more(part) -> None:
         (lambda a, b: (b.sigmoid() + a.sigmoid()) ** 0.5, 1e-2),
         (lambda a, b: torch.rsqrt(b.sigmoid() + 1e-3) * a, 1e-2),
         (lambda a, b: F.normalize(a) * b, 1e-2),
-        (
-            lambda a, b: F.normalize((20 * b.repeat(40, 1)).detach().exp() * a.repeat(40, 1)),
-            1e-2,
-        ),  # norms from 1e-20 on
+        (lambda a, b: F.normalize(torch.logspace(-3, 3, 2560)[:, None] * a.repeat(40, 1)).sum() + b, 1e-2),
         (lambda a, b: F.softmax(a, -1) * b, 1e-2),
         (lambda a, b: F.cross_entropy(a + b, a.argmax(1)) * a.new_ones(1), 0),
         (lambda a, b: F.mse_loss(a, b) * a.new_ones(1), 0),

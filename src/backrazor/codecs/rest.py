@@ -1,7 +1,8 @@
 """Any float tensor in 8 bits: what becomes of the tensors that autograd would keep densely beside the drop-ins.
 
-A tensor is cut into blocks of about 256 elements in the order in which they lie in memory. Each block is stored as
-int8 codes and a float16 scale, by the arithmetic of ``kernels/rowquant``. Sizes are known from the shape alone.
+A tensor is cut into blocks of 64 to 512 elements in the order in which they lie in memory, by rows where that goes.
+Each block is stored as int8 codes and a float16 scale, by the arithmetic of ``kernels/rowquant``. Sizes are known from
+the shape alone.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ _BLOCK = 256
 _GAIN = 64.0
 
 
-def block_width(n: int) -> int:
-    """Elements of a block for a tensor of n: 256, or the divisor of n between 64 and 512 that is nearest to it; 256
-    with a padded last block where there is none."""
-    if n % _BLOCK == 0:
-        return _BLOCK
-    return min((d for d in range(64, 513) if n % d == 0), key=lambda d: abs(d - _BLOCK), default=_BLOCK)
+def block_width(n: int, row: int) -> int:
+    """Elements of a block for a tensor of n, ``row`` of them to the innermost dimension: 256, or a divisor between 64
+    and 512 that is near: of ``row`` if it has one, so that tokens of different magnitude share no scale, else of n.
+    Without one 256, with a padded last block."""
+    for size in (row, n):
+        divisors = [d for d in range(64, 513) if size % d == 0]
+        if divisors:
+            return min(divisors, key=lambda d: abs(d - _BLOCK))
+    return _BLOCK
 
 
 def without_copies(x: Tensor) -> Tensor:
@@ -103,8 +107,10 @@ def pack_blocks(x: Tensor, reason: str) -> tuple[Tensor, Tensor]:
     """
     compact = without_copies(x.detach())
     flat = in_memory_order(compact)
+    inner = range(compact.dim()) if flat is None else sorted(range(compact.dim()), key=compact.stride, reverse=True)
+    row = next((compact.shape[dim] for dim in reversed(inner) if compact.shape[dim] > 1), 1)
     flat = compact.reshape(-1) if flat is None else flat
-    width = block_width(flat.numel())
+    width = block_width(flat.numel(), row)
     if flat.numel() % width:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % width))
     rows = flat.view(-1, width)
