@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAMILY_BAR = 4.0
 MEDIAN_BARS = {"torchvision": 9.0, "timm": 8.0, "transformers": 8.0}
 OWN_BARS = {"transformers/llama": 8.0, "transformers/qwen3": 8.0, "transformers/gpt2": 8.0}
+LARGEST = 120_000_000  # parameters of a network that is tried
 COSINE_MEDIAN, COSINE_LOW = 0.9, 0.8
 
 
@@ -227,6 +228,10 @@ def timm_cases() -> Iterator[Case]:
 
     def make_of(network: str) -> Callable:
         def make() -> tuple:
+            with torch.device("meta"):
+                count = sum(p.numel() for p in timm.create_model(network).parameters())
+            if count > LARGEST:
+                raise ValueError(f"not tried: {count / 1e6:.0f} million parameters, more than {LARGEST / 1e6:.0f}")
             model = timm.create_model(network)
             x = torch.randn(2, *timm.data.resolve_data_config({}, model=model)["input_size"])
             return model, lambda model: _floats(model(x))
@@ -396,11 +401,22 @@ _AUDIO = ["wav2vec2", "hubert", "whisper", "audio-spectrogram-transformer"]
 _PAIRS = ["clip", "siglip", "vilt"]
 
 
+_OWN = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 16},
+    "codegen": {"rotary_dim": 16},
+    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 32},
+    "yolos": {"image_size": [96, 96], "num_detection_tokens": 10},
+}
+
+
 def _config(kind: str, **more: Any) -> Any:
     from transformers import AutoConfig
 
     known = AutoConfig.for_model(kind).to_dict()
-    chosen = {key: value for key, value in ({**_TINY, **more}).items() if key in known}
+    chosen = {key: value for key, value in ({**_TINY, **more, **_OWN.get(kind, {})}).items() if key in known}
+    if kind == "funnel":
+        del chosen["num_hidden_layers"]  # counted from the blocks
     if kind in _HIERARCHY:
         chosen = dict(_HIERARCHY[kind])
     return AutoConfig.for_model(kind, **chosen)
