@@ -82,3 +82,11 @@ def test_wrong_arguments(changes: dict, word: str) -> None:
     arguments = {"x": torch.randn(4, 8), "weight": torch.randn(5, 8), "target": torch.zeros(4).long()} | changes
     with pytest.raises(ValueError, match=word):
         functional.linear_cross_entropy(**arguments)
+
+
+def test_a_graph_that_is_kept_gives_the_same_again() -> None:
+    x, weight = torch.randn(9, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    loss = 3 * functional.linear_cross_entropy(x, weight, torch.arange(9) % 5)
+    first = [g.clone() for g in torch.autograd.grad(loss, (x, weight), retain_graph=True)]
+    for a, b in zip(torch.autograd.grad(loss, (x, weight)), first, strict=True):
+        assert torch.equal(a, b)

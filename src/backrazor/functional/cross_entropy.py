@@ -101,12 +101,18 @@ class _LinearCrossEntropy(RazorFunction):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept = iter(ctx.saved_tensors)
-        needs = ctx.needs_input_grad
+        kept, needs = iter(ctx.saved_tensors), ctx.needs_input_grad
+        # nobody reads them again where the graph is not kept, and the weight's would be the largest tensor of a step
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
         grads = [
-            (next(kept) * grad).to(dtype) if need else None for need, dtype in zip(needs[:3], ctx.dtypes, strict=True)
+            _scaled(next(kept), grad, in_place).to(dtype) if need else None
+            for need, dtype in zip(needs[:3], ctx.dtypes, strict=True)
         ]
         return *grads, *(None for _ in needs[3:])
+
+
+def _scaled(x: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    return x.mul_(factor) if in_place else x * factor
 
 
 def _sum_type(x: Tensor) -> torch.dtype:
