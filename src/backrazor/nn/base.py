@@ -18,6 +18,7 @@ from ..codecs import Pruned
 from ..codecs.normalised import NormCodec
 from ..functional.attention import AttentionCodec
 from ..functional.transforms import is_wrapped, refuse_script, refuse_tracing
+from .functions import FUNCTIONS
 
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
@@ -123,6 +124,12 @@ class DropIn(nn.Module):
                 f"it some: derive it from {original.__name__}"
             )
         self.__class__ = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of every module. Where nothing is called by way of the layer, functions need not be watched."""
+        if self._modules or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        return FUNCTIONS.paused(super().__call__, *args, **kwargs)
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:

@@ -47,6 +47,18 @@ class Functions(TorchFunctionMode):
         finally:
             self._depth.on -= 1
 
+    def paused(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``call(*args, **kwargs)`` without the mode, which would be asked for every attribute of every tensor. Where
+        another mode stands above, it stays."""
+        count = torch._C._len_torch_function_stack() if self._depth.on else 0
+        if not count or torch._C._get_function_stack_at(count - 1) is not self:
+            return call(*args, **kwargs)
+        torch._C._pop_torch_function_stack()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            torch._C._push_on_torch_function_stack(self)
+
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(function) or _foreign(function)
