@@ -12,6 +12,7 @@ _CHOICES = {
     "norm": ("dense", "pruned", "bfloat16", "int8", "int4"),
     "activation": ("dense", "float16", "int8", "int4", "int2"),
     "attention": ("dense", "pruned", "int8", "int4"),
+    "rest": ("dense", "int8"),
 }
 _BITS = {"int8": 8, "int4": 4, "int2": 2}
 
@@ -41,6 +42,8 @@ class RazorConfig:
             one bit per element.
         attention: "pruned" prunes q, k, the softmax output and v, as the paper does. "int8" and "int4" quantise q, k
             and v row by row and recompute the softmax in backward. "dense" leaves attention alone.
+        rest: what becomes of the other float tensors that autograd keeps while the model runs, from 1,024 elements on:
+            "int8" stores them in 8 bits with a float16 scale per block of 64 to 512 elements, "dense" leaves them.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the value and what is allowed.
@@ -53,6 +56,7 @@ class RazorConfig:
     norm: str = "int4"
     activation: str = "int2"
     attention: str = "int4"
+    rest: str = "int8"
 
     def __post_init__(self) -> None:
         _check_share("sparsity", self.sparsity)
@@ -73,7 +77,13 @@ class RazorConfig:
         """What the released code of the paper stores (Jiang et al., NeurIPS 2022,
         https://openreview.net/forum?id=mTXQIpXPDbh)."""
         preset = cls(
-            sparsity=sparsity, values="paper", index="bitmap", norm="pruned", activation="float16", attention="pruned"
+            sparsity=sparsity,
+            values="paper",
+            index="bitmap",
+            norm="pruned",
+            activation="float16",
+            attention="pruned",
+            rest="dense",
         )
         return replace(preset, **changes)
 

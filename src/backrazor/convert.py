@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.topk.layout import NON_FINITE, OVERFLOW
+from .nets import nets
 from .nn import known_layers
 from .nn.base import DropIn, Earlier, attach, class_given_to, detach, status_flags, why_not_detached
 from .nn.fusion import Linked, link_chains, linked, unlink
+from .nn.netted import Netted, cast_net, status_of_net, take_net, why_not_taken
 from .report import Left, Replaced, Report, lowered
 from .rules import Configs, Gets, Stays, checked, decide
 
@@ -50,7 +52,7 @@ def razor_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"razor_ takes a torch.nn.Module, not {type(model).__name__}")
     config = checked(config)
-    earlier = {name: Earlier.of(m) for name, m in model.named_modules() if isinstance(m, (DropIn, Linked))}
+    earlier = {name: Earlier.of(m) for name, m in model.named_modules() if isinstance(m, (DropIn, Linked, Netted))}
     unrazor_(model)  # the rules look at a plain model
     try:
         decisions = list(decide(model, config, filter_fn))
@@ -69,7 +71,10 @@ def razor_(
     for gets in decisions:
         if isinstance(gets, Gets):
             attach(gets.module, gets.drop_in, gets.rules)
+    under = list(nets(model, config, decisions, report.earlier_kept))
     report.fused = link_chains(model)
+    for module, rules in under:
+        cast_net(module, rules)
     report.lowered = lowered(model)
     return report
 
@@ -104,6 +109,7 @@ def unrazor_(model: nn.Module) -> int:
             and what to do, and nothing has been touched.
     """
     drop_ins = [module for module in model.modules() if isinstance(module, DropIn)]
+    under = [module for module in model.modules() if isinstance(module, Netted)]
     containers = [module for module in model.modules() if isinstance(module, Linked)]
     for name, module in model.named_modules():
         base: type[nn.Module] | None = None
@@ -112,8 +118,12 @@ def unrazor_(model: nn.Module) -> int:
         elif isinstance(module, Linked):
             base = linked(module._backrazor_linked)
         reason = None if base is None else why_not_detached(module, base)
+        if isinstance(module, Netted):
+            reason = reason or why_not_taken(module)
         if reason is not None:
             raise RuntimeError(f"{name or type(module).__name__} cannot be turned back: {reason}")
+    for module in under:
+        take_net(module)
     for module in drop_ins:
         detach(module)
     for module in containers:
@@ -139,7 +149,11 @@ def check_finite(model: nn.Module) -> None:
         FloatingPointError: a packed activation held NaN or Inf, or a value too large for its stored type. Names the
             layers; the flags are cleared, so that the caller may skip the step and go on.
     """
-    flags = [(name, flag) for name, module in model.named_modules() for flag in status_flags(module)]
+    flags = [
+        (name, flag)
+        for name, module in model.named_modules()
+        for flag in (*status_flags(module), *status_of_net(module))
+    ]
     if not flags:
         return
     known = NON_FINITE | OVERFLOW

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .codecs.rest import SMALLEST
 from .config import RazorConfig
 from .nn import DropIn
+from .nn.netted import packs_the_rest
 from .rules import Configs
 
 _FULL = ("float32", "dense")
@@ -114,6 +116,8 @@ def lowered(model: nn.Module) -> list[str]:
         for stored, count in counts.items():
             where = f" in {count} of {counts.total()} layers" if len(counts) > 1 else ""
             lines += [] if stored in _FULL else [f"{subject} stored in {stored}{where}"]
+    if any(map(packs_the_rest, model.modules())):
+        lines.append(f"what else autograd keeps is stored in int8, from {SMALLEST} elements on")
     return lines
 
 

@@ -17,7 +17,7 @@ from .config import RazorConfig
 from .functional import AttentionCodec
 from .nn import DROP_INS, STAYS, WINDOWED, DropIn, LayerRules, drop_in_for, qualified_name
 from .nn.attention import RazorMultiheadAttention, SdpaDropIn
-from .nn.base import has_its_own_forward, is_patched
+from .nn.base import MadeDropIn, has_its_own_forward, is_patched
 
 Configs: TypeAlias = RazorConfig | Mapping[str, RazorConfig | None]
 
@@ -42,12 +42,13 @@ class Gets:
 @dataclass(frozen=True)
 class Stays:
     """A module that stays as it is, and why. ``passed_over``: nobody asked for it to be dense, so that what an earlier
-    ``razor_`` made of it holds."""
+    ``razor_`` made of it holds. ``by_choice``: the caller left it out, so that nothing in it is to change."""
 
     name: str
     module: nn.Module
     reason: str
     passed_over: bool = False
+    by_choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,16 @@ def decide(
         chosen = config if isinstance(config, RazorConfig) else None if pattern is None else config[pattern]
         if is_patched(module):
             yield Stays(name, module, "its forward is replaced on the instance, so that of the drop-in would not run")
-        elif qualified_name(type(module)) in DROP_INS and not has_its_own_forward(type(module)):
+        elif (qualified_name(type(module)) in DROP_INS or issubclass(cls, MadeDropIn)) and not has_its_own_forward(
+            type(module)
+        ):
             yield Stays(name, module, "the forward of its class is replaced by one that this library does not know")
         elif isinstance(config, Mapping) and pattern is None:
-            yield Stays(name, module, "no pattern matches it", passed_over=True)
+            yield Stays(name, module, "no pattern matches it", passed_over=True, by_choice=True)
         elif chosen is None:
-            yield Stays(name, module, f"left out by the pattern {pattern!r}")
+            yield Stays(name, module, f"left out by the pattern {pattern!r}", by_choice=True)
         elif filter_fn is not None and not filter_fn(name, module):
-            yield Stays(name, module, "left out by filter_fn", passed_over=True)
+            yield Stays(name, module, "left out by filter_fn", passed_over=True, by_choice=True)
         else:
             rules = layer_rules(chosen, name, module, surroundings)
             reason = _refusal(chosen, name, module, cls, rules, surroundings)
@@ -132,6 +135,11 @@ def decide(
                 yield Gets(name, module, cls, rules, cls.keeps(module, rules), chosen, pattern)
             else:
                 yield Stays(name, module, reason)
+
+
+def _is_shipped(cls: type[nn.Module], drop_in: type[DropIn]) -> bool:
+    """Whether this library, and nobody else, says that ``drop_in`` takes the place of ``cls``."""
+    return qualified_name(cls) in DROP_INS or issubclass(drop_in, MadeDropIn)
 
 
 def _deciding(model: nn.Module, configs: Mapping[str, RazorConfig | None]) -> dict[int, str]:

@@ -155,6 +155,13 @@ KEYS: tuple[Key, ...] = (
         ("dense", "pruned", "int8", "int4"),
         optional=True,
     ),
+    Key(
+        "razor.rest",
+        str,
+        "how what autograd keeps beside the layers above is kept; null is the preset's",
+        ("dense", "int8"),
+        optional=True,
+    ),
     Key("method.name", str, "which parameters train besides the head", METHODS),
     Key("method.bn_affine", str, "batch norm's scale and shift", ("train", "frozen")),
     Key("method.bn_stats", str, "batch norm's mean and variance: of the batch, or as pretrained", ("batch", "frozen")),
@@ -283,7 +290,7 @@ def _check_conflicts(given: Mapping[str, Any]) -> None:
             )
         extra = [
             path
-            for path in ("values", "index", "norm", "activation", "attention", "head_sparsity")
+            for path in ("values", "index", "norm", "activation", "attention", "rest", "head_sparsity")
             if given[f"razor.{path}"] is not None
         ]
         if extra and preset == "none":

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "src" / "backrazor"
 # From the bottom to the top. A part imports itself and what stands before it.
-ORDER = ("config", "hooks", "kernels", "codecs", "functional", "nn", "rules", "report", "convert")
+ORDER = ("config", "hooks", "kernels", "codecs", "functional", "nn", "rules", "nets", "report", "convert")
 FOREIGN = {"transfer", "hydra", "omegaconf", "torchvision", "train", "scripts", "tests"}
 
 

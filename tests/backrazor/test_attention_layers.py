@@ -18,7 +18,7 @@ from backrazor.nn.attention import RazorMultiheadAttention, SdpaDropIn
 
 from .compare import LIMITS, assert_close, assert_same_bits
 
-DENSE_LIMIT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="pruned")
+DENSE_LIMIT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="pruned", rest="dense")
 CONFIGS = {"compact": br.RazorConfig(0.9), "paper": br.RazorConfig.paper(0.9), "int8": br.RazorConfig.int8()}
 
 
@@ -102,13 +102,19 @@ def test_the_switch_of_a_timm_layer_comes_back() -> None:
     assert copied[0].fused_attn is False
 
 
-def test_grouped_queries_stay_dense_and_are_named() -> None:
+def test_grouped_queries() -> None:
     layers = pytest.importorskip("timm.layers.attention")
-    model = layers.AttentionRope(48, num_heads=4, num_kv_heads=2, qkv_fused=False)
-    report = br.razor_(model, br.RazorConfig(0.9))
-    assert ("", "AttentionRope", "grouped-query attention has no pruned form") in [
-        (row.name, row.type, row.reason) for row in report.left
-    ]
+    plain = layers.AttentionRope(48, num_heads=4, num_kv_heads=2, qkv_fused=False)
+    ours, x = (
+        razored(plain, br.RazorConfig(0.0, values="float32", attention="int8", rest="dense")),
+        torch.randn(2, 9, 48),
+    )
+    assert_close("output", ours(x), plain(x), 1e-5)
+    for model in (plain, ours):
+        model(x).square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        if not name.startswith("k_proj.bias"):  # which softmax ignores
+            assert F.cosine_similarity(q.grad.flatten(), p.grad.flatten(), 0) > 0.999, name
 
 
 MHA_FORMS = {
@@ -215,7 +221,7 @@ def test_asking_for_weights_is_dense_and_said_so() -> None:
 def test_forms_without_a_pruned_one_are_left(settings: dict) -> None:
     model = nn.Sequential(nn.MultiheadAttention(16, 2, **settings))
     report = br.razor_(model, br.RazorConfig(0.9))
-    assert type(model[0]) is nn.MultiheadAttention
+    assert not isinstance(model[0], br.nn.DropIn)
     assert "add_bias_kv" in next(row.reason for row in report.left if row.name == "0")
 
 

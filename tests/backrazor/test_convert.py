@@ -49,14 +49,14 @@ def test_the_report() -> None:
     assert "0.5" in rows["4"].keeps
     assert "one bit" in rows["1"].keeps
     assert [(row.name, row.type) for row in report.left] == [("2", "Sigmoid")]
-    assert report.lowered == ["kept values are stored in int8"]
+    assert report.lowered == ["kept values are stored in int8", REST]
     for word in ("Conv2d", "left 2 (Sigmoid)", "precision:", "sparsity=0.9"):
         assert word in report.table()
     assert str(report) == report.table()
 
 
 def test_nothing_is_lowered_in_silence() -> None:
-    quiet = br.RazorConfig(0.9, values="float32", norm="dense", activation="dense", attention="dense")
+    quiet = br.RazorConfig(0.9, values="float32", norm="dense", activation="dense", attention="dense", rest="dense")
     assert br.razor_(mlp(), quiet).lowered == []
     assert len(br.razor_(mlp(), br.RazorConfig.paper(0.9)).lowered) == 2
     assert (
@@ -70,17 +70,18 @@ KEPT = "kept values are stored in int8"
 NORM = "the input of normalisation is stored in int4"
 SMOOTH = "the derivative of smooth activations is stored in int2"
 ATTENTION = "q, k and v of attention are stored in int4"
+REST = "what else autograd keeps is stored in int8, from 1024 elements on"
 
 
 @pytest.mark.parametrize(
     ("model", "lines"),
     [
-        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout()), [KEPT]),
-        (nn.Sequential(nn.Linear(4, 4), nn.GELU()), [KEPT, SMOOTH]),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), [KEPT, NORM]),
-        (freeze_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())), [KEPT]),
-        (nn.Sequential(nn.LayerNorm(4)), [NORM]),
-        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()), []),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout()), [KEPT, REST]),
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU()), [KEPT, SMOOTH, REST]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), [KEPT, NORM, REST]),
+        (freeze_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())), [KEPT, REST]),
+        (nn.Sequential(nn.LayerNorm(4)), [NORM, REST]),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()), [REST]),
         (nn.MultiheadAttention(8, 2), [KEPT, ATTENTION]),
         (nn.TransformerEncoderLayer(8, 2, 16, activation="relu"), [KEPT, ATTENTION, NORM]),
         (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"), [SMOOTH, KEPT, ATTENTION, NORM]),
@@ -93,8 +94,8 @@ def test_the_report_speaks_only_of_what_the_model_has(model: nn.Module, lines: l
 
 def test_the_report_of_a_frozen_norm_with_its_activation_inside() -> None:
     norm = pytest.importorskip("timm.layers").BatchNormAct2d(4)
-    assert br.razor_(nn.Sequential(norm)).lowered == [NORM]
-    assert br.razor_(freeze_norms(nn.Sequential(norm))).lowered == []
+    assert br.razor_(nn.Sequential(norm)).lowered == [NORM, REST]
+    assert br.razor_(freeze_norms(nn.Sequential(norm))).lowered == [REST]
 
 
 def test_the_report_counts_where_precisions_differ() -> None:
@@ -110,8 +111,9 @@ def test_filter_fn_selects() -> None:
     report = br.razor_(model, filter_fn=lambda name, module: isinstance(module, nn.Linear) and name != "3")
     assert [row.name for row in report.replaced] == ["0", "5"]
     assert ("3", "left out by filter_fn") in [(row.name, row.reason) for row in report.left]
-    assert type(model[3]) is nn.Linear
-    assert type(model[1]) is nn.GELU
+    for left, plain in ((model[3], nn.Linear), (model[1], nn.GELU)):  # under the net's name, nothing else is theirs
+        assert not isinstance(left, DropIn)
+        assert type(left).forward is plain.forward
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import backrazor as br
 from tests.backrazor.compare import assert_close, assert_same_bits, relative_rms
 from tests.backrazor.networks import Attention, convnet, freeze_norms, mlp
 
-DENSE_LIMIT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="dense")
+DENSE_LIMIT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="dense", rest="dense")
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: mlp(0.2), (6, 20)),

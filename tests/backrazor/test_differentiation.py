@@ -15,7 +15,7 @@ import backrazor as br
 from tests.backrazor.compare import assert_close, assert_same_bits
 from tests.backrazor.networks import convnet, freeze_norms, mlp
 
-EXACT = br.RazorConfig(0.0, values="float32", norm="int8", activation="int8", attention="int8")
+EXACT = br.RazorConfig(0.0, values="float32", norm="int8", activation="int8", attention="int8", rest="dense")
 
 # torch.jit says so, and PyTorch itself loads it for forward-mode differentiation
 JIT_IS_DEPRECATED = pytest.mark.filterwarnings(

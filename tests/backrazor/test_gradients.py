@@ -20,7 +20,7 @@ def _loss(logits: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, torch.arange(len(logits)) % 5)
 
 
-EXACT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="dense")
+EXACT = br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="dense", rest="dense")
 
 
 def test_nothing_lost_is_cosine_one():

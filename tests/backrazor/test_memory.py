@@ -30,7 +30,9 @@ from tests.backrazor.networks import (
     small_step,
 )
 
-PLAIN = br.RazorConfig(0.9, values="float32", index="bitmap", norm="dense", activation="dense", attention="dense")
+PLAIN = br.RazorConfig(
+    0.9, values="float32", index="bitmap", norm="dense", activation="dense", attention="dense", rest="dense"
+)
 
 
 def saved(model: nn.Module, x: torch.Tensor) -> br.memory.Ledger:

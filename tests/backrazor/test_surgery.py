@@ -25,7 +25,7 @@ from backrazor.nn.fusion import Linked
 from tests.backrazor.compare import assert_close, assert_same_bits
 from tests.backrazor.networks import freeze_norms
 
-EXACT = br.RazorConfig(0.0, values="float32", norm="dense", activation="int8", attention="dense")
+EXACT = br.RazorConfig(0.0, values="float32", norm="dense", activation="int8", attention="dense", rest="dense")
 
 
 class Residual(nn.Module):
@@ -933,7 +933,10 @@ def test_a_network_that_adds_in_place_trains() -> None:
         "naflexvit_base_patch16_gap", img_size=32, num_classes=3, embed_dim=48, num_heads=4, depth=1
     )
     razored = copy.deepcopy(plain)
-    br.razor_(razored, br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="dense"))
+    br.razor_(
+        razored,
+        br.RazorConfig(0.0, values="float32", norm="dense", activation="dense", attention="dense", rest="dense"),
+    )
     x = torch.randn(2, 3, 32, 32)
     for model in (plain, razored):
         model(x).square().sum().backward()

@@ -26,7 +26,8 @@ def remember_source(x: Tensor, packed: Packed) -> None:
         _SOURCES[x] = x._version, packed
 
 
-def _source(x: Tensor) -> Packed | None:
+def source_of(x: Tensor) -> Packed | None:
+    """What the norm that x comes from keeps of it, or None."""
     version, packed = _SOURCES.get(x, (None, None))
     return packed if version == x._version else None
 
@@ -49,7 +50,7 @@ def pack_shared(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
     all), what an earlier consumer with the same codec has packed, or else ``pack``."""
     if torch.compiler.is_compiling():
         return pack(x, codec, flag)
-    packed = _source(x) or _packed_before(x, codec)
+    packed = source_of(x) or _packed_before(x, codec)
     if packed is None:
         packed = pack(x, codec, flag)
         _remember_packed(x, codec, packed)

@@ -10,6 +10,8 @@ from .attention import AttentionCodec, attention
 from .batch_norm import batch_norm
 from .conv import conv2d
 from .conv_norm_act import conv_norm_act
+from .convnd import ConvNdSpec, conv_nd
+from .cross_entropy import linear_cross_entropy
 from .dropout import dropout
 from .layer_norm import group_norm, layer_norm
 from .linear import linear
@@ -17,24 +19,31 @@ from .linear_act import linear_act
 from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .rms_norm import rms_norm
 from .scale import channel_scale
+from .sdpa import fits as fits_attention
+from .sdpa import sdpa
 
 __all__ = [
     "ACTIVATIONS",
     "AttentionCodec",
+    "ConvNdSpec",
     "adaptive_avg_pool2d",
     "attention",
     "avg_pool2d",
     "batch_norm",
     "channel_scale",
     "conv2d",
+    "conv_nd",
     "conv_norm_act",
     "dropout",
+    "fits_attention",
     "group_norm",
     "layer_norm",
     "linear",
     "linear_act",
+    "linear_cross_entropy",
     "max_pool2d",
     "piecewise_linear",
     "rms_norm",
+    "sdpa",
     "smooth",
 ]

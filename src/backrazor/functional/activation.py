@@ -27,17 +27,24 @@ def piecewise_linear(
     return _apply(x, forward, pack_derivative(x.detach(), Bits(low, high)), inplace)
 
 
-def smooth(x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool = False) -> Tensor:
+def smooth(
+    x: Tensor,
+    name: str,
+    kept: str,
+    flag: Tensor,
+    inplace: bool = False,
+    dense: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """A smooth activation of ``ACTIVATIONS``. ``kept``: "dense", "float16" (the input), or "int8", "int4", "int2" (the
     quantised derivative).
 
-    The forward is PyTorch's own. Under "float16" the gradient is PyTorch's at the rounded input; otherwise grad times
-    the stored level.
+    The forward is PyTorch's own, or ``dense``, another way to compute the same. Under "float16" the gradient is
+    PyTorch's at the rounded input; otherwise grad times the stored level.
 
     Raises:
         TypeError: x is float64, whose derivative is not quantised.
     """
-    function, codec = ACTIVATIONS[name].forward, smooth_codec(name, kept)
+    function, codec = dense or ACTIVATIONS[name].forward, smooth_codec(name, kept)
 
     def forward(x: Tensor) -> Tensor:
         return x.copy_(function(x)) if inplace else function(x)

@@ -11,6 +11,7 @@ mean is not kept at all: it adds the same number to every score of a query, whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ from ..codecs.derivative import DerivativeForm
 from ..codecs.roles import DENSE
 from ..config import bits_of
 from ..kernels import fused_softmax, softmax_backward
-from .common import autocast_dtype, needs_grad, sample_chunks, write
+from .attention_pieces import Piece, Sums, per_head, pieces
+from .common import autocast_dtype, needs_grad, not_a_view, sample_chunks
 from .transforms import RazorFunction, differentiable_once
 
 
@@ -71,12 +73,14 @@ def attention(
     codec: AttentionCodec,
     flag: Tensor,
     scales_scores: bool = False,
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The unfused formula on q (B, H, N, d), k (B, H, M, d), v (B, H, M, e), some samples at a time; returns (B, H, N,
-    e).
+    """The unfused formula on q (B, H, N, d), k (B, G, M, d), v (B, G, M, e), some samples at a time; returns (B, H, N,
+    e). Where there are fewer heads G of k and v than H, each serves H / G heads of q that follow one another.
 
     ``mask`` broadcasts to (B, H, N, M): bool (True takes part) or added to the scores, and may require a gradient.
-    ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q.
+    ``scales_scores``: scale (q k^T), where the formula to be equal to does, instead of q. ``fused`` computes
+    the same of q, k and v in another way: the forward is what it gives, where the scores are neither kept nor dropped.
     """
     cast = autocast_dtype(q)
     if cast is not None:
@@ -85,15 +89,16 @@ def attention(
         mask = mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
     keeps = needs_grad(q, k, v, mask)
     scaled = _Scale(scale, scales_scores)
-    out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps)
+    fused = fused if dropout_p == 0 and codec.rule != "pruned" else None
+    out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
     return out
 
 
-def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
-    """What is added to the scores. Masks are kept as they were given, so that layers share them, and a causal one is
-    made anew."""
+def _addend(mask: Tensor | None, is_causal: bool, scores: Tensor, first: int = 0) -> Tensor | None:
+    """What is added to the scores, whose first row is that of query ``first``. Masks are kept as they were given, so
+    that layers share them, and a causal one is made anew."""
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(first)
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -105,12 +110,12 @@ def _of_samples(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[start:stop]
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_causal: bool) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_causal: bool, first: int = 0) -> Tensor:
     if scale.of_scores:
         scores = (q @ k.transpose(-2, -1)).mul_(scale.factor)
     else:
         scores = (q * scale.factor) @ k.transpose(-2, -1)
-    addend = _addend(mask, is_causal, scores)
+    addend = _addend(mask, is_causal, scores, first)
     return (scores if addend is None else scores + addend).softmax(dim=-1)
 
 
@@ -127,8 +132,12 @@ class _Attention(RazorFunction):
         codec: AttentionCodec,
         flag: Tensor,
         keeps: bool,
+        fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+        if fused is not None:
+            out = not_a_view(fused(q, k, v))
+            return (out, *_kept(q, k, v, [], codec, flag)) if keeps else (out,)
         out = q.new_empty(batch, heads, queries, v.shape[3])
         noise = None
         if dropout_p > 0:  # drawn in one call, as the unfused formula draws it
@@ -136,12 +145,13 @@ class _Attention(RazorFunction):
         packs_probabilities = keeps and codec.rule == "pruned"
         probabilities = []
         for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
-            p = _probabilities(q[start:stop], k[start:stop], scale, _of_samples(mask, start, stop), is_causal)
+            part_k, part_v = (per_head(x[start:stop], heads) for x in (k, v))
+            p = _probabilities(q[start:stop], part_k, scale, _of_samples(mask, start, stop), is_causal)
             if packs_probabilities:
                 probabilities.append(pack(p, codec.pruned, flag))
             if noise is not None:
                 p = p * noise[start:stop]
-            out[start:stop] = p @ v[start:stop]
+            out[start:stop] = p @ part_v
         if not keeps:
             return (out,)
         dropped = () if noise is None else pack_derivative(noise, Bits()).tensors
@@ -149,7 +159,7 @@ class _Attention(RazorFunction):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        q, k, v, mask, ctx.is_causal, ctx.dropout_p, ctx.scale, ctx.codec, _, keeps = inputs
+        q, k, v, mask, ctx.is_causal, ctx.dropout_p, ctx.scale, ctx.codec, _, keeps, _ = inputs
         _, *kept = output
         ctx.shapes = [x.shape for x in (q, k, v)]
         if not keeps:
@@ -176,34 +186,44 @@ class _Attention(RazorFunction):
             for shape, need in zip(ctx.shapes, (need_q, need_k, need_v), strict=True)
         ]
         grad_mask = torch.zeros_like(mask) if need_mask else None
-        for start, stop in sample_chunks(batch, heads * queries * keys * grad.element_size(), grad.device):
+        row_bytes = keys * grad.element_size()
+        for start, stop in sample_chunks(batch, heads * queries * row_bytes, grad.device):
             q, k, v, *p = (packed.unpack(start, stop, grad.dtype) for packed in parts)
-            # P is recomputed where it is not kept
-            p = p[0] if p else _probabilities(q, k, ctx.scale, _of_samples(mask, start, stop), ctx.is_causal)
-            part = grad[start:stop]
-            if need_v:
-                after = p if dropped is None else times(p, dropped, start, stop).mul_(keep_scale)
-                write(grads[2][start:stop], torch.matmul, after.transpose(-2, -1), part)
-                del after
-            grad_p = part @ v.transpose(-2, -1)
-            fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
-            if fused:
-                bits = None if dropped is None else dropped.tensors[0][start:stop]
-                grad_scores = softmax_backward(grad_p, p, bits, keep_scale, ctx.scale.factor)
-            else:
-                if dropped is not None:
-                    grad_p = times(grad_p, dropped, start, stop).mul_(keep_scale)
-                grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-            del grad_p, p
-            if need_mask:
-                part_mask = _of_samples(grad_mask, start, stop)
-                part_mask.add_(grad_scores.sum_to_size(part_mask.shape))
-            if not fused:
-                grad_scores.mul_(ctx.scale.factor)
-            if need_q:
-                write(grads[0][start:stop], torch.matmul, grad_scores, k)
-            if need_k:
-                write(grads[1][start:stop], torch.matmul, grad_scores.transpose(-2, -1), q)
+            k, v = per_head(k, heads), per_head(v, heads)
+            part, part_mask = grad[start:stop], _of_samples(mask, start, stop)
+            parts_of_it = [Piece(slice(None), slice(None))]
+            if not p and dropped is None and stop - start == 1:
+                parts_of_it = pieces(heads, queries, row_bytes, grad.device)
+            sums = Sums(*(None if g is None else g[start:stop] for g in grads), heads, whole=len(parts_of_it) == 1)
+            for piece in parts_of_it:
+                piece_mask = None if part_mask is None else piece.of(part_mask)
+                piece_q, piece_grad, first = piece.of(q), piece.of(part), piece.queries.start or 0
+                piece_k, piece_v = k[:, piece.heads], v[:, piece.heads]
+                # P is recomputed where it is not kept
+                piece_p = p[0] if p else None
+                if piece_p is None:
+                    piece_p = _probabilities(piece_q, piece_k, ctx.scale, piece_mask, ctx.is_causal, first)
+                if need_v:
+                    after = piece_p if dropped is None else times(piece_p, dropped, start, stop).mul_(keep_scale)
+                    sums.add_value(piece, after, piece_grad)
+                    del after
+                grad_p = piece_grad @ piece_v.transpose(-2, -1)
+                fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
+                if fused:
+                    bits = None if dropped is None else dropped.tensors[0][start:stop]
+                    grad_scores = softmax_backward(grad_p, piece_p, bits, keep_scale, ctx.scale.factor)
+                else:
+                    if dropped is not None:
+                        grad_p = times(grad_p, dropped, start, stop).mul_(keep_scale)
+                    grad_scores = torch.ops.aten._softmax_backward_data(grad_p, piece_p, -1, piece_p.dtype)
+                del grad_p, piece_p
+                if need_mask:
+                    target = piece.of(_of_samples(grad_mask, start, stop))
+                    target.add_(grad_scores.sum_to_size(target.shape))
+                if not fused:
+                    grad_scores.mul_(ctx.scale.factor)
+                sums.add_scores(piece, grad_scores, piece_q, piece_k)
+            sums.close()
         return *grads, grad_mask, *(None for _ in rest)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +17,14 @@ from .transforms import RazorFunction, differentiable_once
 
 
 def rms_norm(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None, codec: NormCodec, flag: Tensor
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    eps: float | None,
+    codec: NormCodec,
+    flag: Tensor,
+    dense: Callable[[Tensor], Tensor] | None = None,
+    offset: float = 0.0,
 ) -> Tensor:
     """``F.rms_norm`` of x (B, *, D...) over its last dimensions ``shape``; an ``eps`` of None is that of x's type.
 
@@ -22,12 +32,18 @@ def rms_norm(
     ``weight``, the gradient of x is rstd * (g - h * mean(g * h)), means over D (Zhang and Sennrich,
     https://arxiv.org/abs/1910.07467). Under int8 and int4 the output carries a note that layers reading it directly may
     use h * weight instead of packing it again.
+
+    ``dense`` is another way to compute the same, with roundings of its own: the forward is what it gives. ``offset`` is
+    added to ``weight`` first.
     """
+    if dense is None:
+        dense = partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
     if not needs_grad(x, weight) or codec.kind == "dense" or not has_rows(x, shape):
-        return F.rms_norm(x, shape, weight, eps)
-    out, rstd, *stored = _RMSNorm.run(x, weight, tuple(shape), eps, codec, flag)
+        return dense(x)
+    out, rstd, *stored = _RMSNorm.run(x, weight, tuple(shape), eps, codec, flag, dense, offset)
     if codec.bits is not None:
-        affine = () if weight is None else (weight,)
+        scale = weight.detach() + offset if offset else weight
+        affine = () if weight is None else (scale,)
         form = AffineForm(codec.form(x, rstd.numel()), out.dtype, weight is not None, False)
         remember_source(out, Packed((*stored, *affine), form))
     return out
@@ -36,18 +52,25 @@ def rms_norm(
 class _RMSNorm(RazorFunction):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, shape: tuple[int, ...], eps: float | None, codec: NormCodec, flag: Tensor
+        x: Tensor,
+        weight: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float | None,
+        codec: NormCodec,
+        flag: Tensor,
+        dense: Callable[[Tensor], Tensor],
+        offset: float,
     ) -> tuple[Tensor, ...]:
         dims = tuple(range(-len(shape), 0))
         square = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         count = x.numel() // max(square.numel(), 1)
         rstd = torch.rsqrt(square.square() / max(count, 1) + (torch.finfo(x.dtype).eps if eps is None else eps)).float()
         stored = codec.pack(x, torch.zeros_like(rstd).flatten(1), rstd.flatten(1), flag).tensors
-        return F.rms_norm(x, shape, weight, eps), mark(rstd, DENSE, "reciprocal root mean square"), *stored
+        return dense(x), mark(rstd, DENSE, "reciprocal root mean square"), *stored
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, weight, ctx.normalised_shape, _, codec, _ = inputs
+        x, weight, ctx.normalised_shape, _, codec, _, _, ctx.offset = inputs
         _, rstd, *stored = output
         save_outputs(ctx, output[1:], weight, rstd, packed_of(codec.form(x, rstd.numel()), stored))
 
@@ -64,7 +87,7 @@ class _RMSNorm(RazorFunction):
             if total is not None:
                 total.add_((part * h).sum_to_size(total.shape).to(total.dtype))
             if grad_x is not None:
-                g = part if weight is None else part * weight
+                g = part if weight is None else part * (weight + ctx.offset if ctx.offset else weight)
                 slope = (g * h).mean(dims, keepdim=True)
                 write(grad_x[start:stop], torch.mul, g - h.mul_(slope), rstd[start:stop].to(grad.dtype))
         grad_weight = None if total is None else total.to(grad.dtype if weight is None else weight.dtype)

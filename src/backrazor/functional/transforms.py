@@ -8,6 +8,7 @@ penalty would contribute nothing without a word.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -45,6 +46,16 @@ class _Refused(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
+class _Calls(threading.local):
+    """``own``: how many razored operators run in this thread. What they save is theirs to choose (see ``rest``)."""
+
+    def __init__(self) -> None:
+        self.own = 0
+
+
+calls = _Calls()
+
+
 class RazorFunction(torch.autograd.Function):
     """An autograd Function with ``setup_context``, as ``torch.func`` asks for. Called by ``run``.
 
@@ -70,7 +81,11 @@ class RazorFunction(torch.autograd.Function):
         """``apply``."""
         if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
             return cls.apply(*arguments)
-        return cls._direct.apply(*arguments)
+        calls.own += 1
+        try:
+            return cls._direct.apply(*arguments)
+        finally:
+            calls.own -= 1
 
 
 def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:

@@ -73,8 +73,13 @@ DROP_INS: dict[str, str] = {
     "timm.layers.squeeze_excite.SEModule": "timm_layers.RazorSqueezeExcite",
     "timm.models._efficientnet_blocks.SqueezeExcite": "timm_layers.RazorEfficientNetSqueezeExcite",
     "transformers.activations.GELUActivation": "transformers_layers.RazorGELUActivation",
+    "transformers.activations.NewGELUActivation": "transformers_layers.RazorNewGELUActivation",
+    "transformers.activations.FastGELUActivation": "transformers_layers.RazorFastGELUActivation",
+    "transformers.activations.AccurateGELUActivation": "transformers_layers.RazorAccurateGELUActivation",
+    "transformers.activations.GELUTanh": "transformers_layers.RazorGELUTanh",
     "transformers.activations.QuickGELUActivation": "transformers_layers.RazorQuickGELUActivation",
     "transformers.activations.SiLUActivation": "transformers_layers.RazorSiLUActivation",
+    "transformers.pytorch_utils.Conv1D": "transformers_layers.RazorConv1D",
     "transformers.models.bert.modeling_bert.BertSelfAttention": "transformers_layers.attention()",
     "transformers.models.bert.modeling_bert.BertCrossAttention": "transformers_layers.attention()",
     "transformers.models.vit.modeling_vit.ViTAttention": "transformers_layers.attention()",
@@ -146,6 +151,8 @@ def _shipped(cls: type[nn.Module]) -> type[DropIn] | None:
 
 def _resolve(cls: type[nn.Module]) -> type[DropIn] | None:
     path = DROP_INS.get(qualified_name(cls))
+    if path is None and cls.__module__.startswith("transformers.models."):
+        return import_module(f"{__name__}.transformers_layers").by_arithmetic(cls)
     if path is None:
         return None
     file, name = path.split(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,14 +92,16 @@ class RazorSmooth(_RazorActivation):
     def _function(self) -> str:
         """Its name in ``functional.ACTIVATIONS``."""
 
+    # The forward of the layer, where it computes the function by a formula of its own.
+    _dense: Callable[[Tensor], Tensor] | None = None
+
     def activate(self, x: Tensor) -> Tensor:
-        return functional.smooth(
-            x, self._function, self.razor.activation, self.flag_for(x), getattr(self, "inplace", False)
-        )
+        inplace = getattr(self, "inplace", False)
+        return functional.smooth(x, self._function, self.razor.activation, self.flag_for(x), inplace, self._dense)
 
     def epilogue(self) -> Epilogue | None:
         codec = smooth_codec(self._function, self.razor.activation)
-        return codec if isinstance(codec, Levels) else None
+        return codec if isinstance(codec, Levels) and self._dense is None else None
 
 
 class RazorGELU(RazorSmooth, nn.GELU):

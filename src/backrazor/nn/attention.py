@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
+from ..functional.rest import exactly
 from ..functional.transforms import refuse_tracing
 from .base import DropIn, LayerRules, MadeDropIn, made
 from .linear import RazorLinear
@@ -52,14 +53,14 @@ class _Replaced(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        shapes = {x.shape[:-2] for x in (query, key, value)}
-        if query.dim() != 4 or len(shapes) > 1 or (attn_mask is not None and attn_mask.dim() > 4):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        codec, flag, late = self._module.razor.attention, self._module.flag_for(query), self._module.scales_scores
-        return functional.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, codec, flag, late)
+        rules, late = self._module.razor.attention, self._module.scales_scores
+        if not functional.fits_attention(query, key, value, attn_mask, is_causal, enable_gqa):
+            with exactly():  # its backward reads inputs and sums that have to agree
+                return F.scaled_dot_product_attention(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
+        flag = self._module.flag_for(query)
+        return functional.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, rules, flag, late)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A class may hand a child's weight to F.linear by itself, with a bias of its own: the child's rules hold."""
@@ -79,12 +80,7 @@ class SdpaDropIn(MadeDropIn):
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
-        if rules.attention.rule == "dense":
-            return "attention=dense"
-        heads = getattr(module, "num_heads", None)
-        if getattr(module, "num_kv_heads", heads) != heads:
-            return "grouped-query attention has no pruned form"
-        return None
+        return "attention=dense" if rules.attention.rule == "dense" else None
 
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:

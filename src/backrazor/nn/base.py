@@ -18,11 +18,13 @@ from ..codecs import Pruned
 from ..codecs.normalised import NormCodec
 from ..functional.attention import AttentionCodec
 from ..functional.transforms import is_wrapped, refuse_script, refuse_tracing
+from .functions import FUNCTIONS
 
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
 ORIGINAL, _GIVEN, _STATUS = "_backrazor_original", "_backrazor_given", "_backrazor_status"
-_OWN = (ORIGINAL, _GIVEN, _STATUS, "razor")  # what razor_ puts into the __dict__ of a module
+NET = "_backrazor_net"
+_OWN = (ORIGINAL, _GIVEN, _STATUS, NET, "razor")  # what razor_ puts into the __dict__ of a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,12 @@ class DropIn(nn.Module):
                 f"it some: derive it from {original.__name__}"
             )
         self.__class__ = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of every module. Where nothing is called by way of the layer, functions need not be watched."""
+        if self._modules or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        return FUNCTIONS.paused(super().__call__, *args, **kwargs)
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
@@ -250,6 +258,11 @@ def why_not_detached(module: nn.Module, base: type[nn.Module]) -> str | None:
             "its forward was replaced after razor_ and may call what unrazor_ removes: "
             "take the replacement off first (accelerate: remove_hook_from_module)"
         )
+    return why_not_rebased(module, base)
+
+
+def why_not_rebased(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """Why the class of a module cannot be turned back into one without ``base``; None where it can."""
     if not _can_be_rebased(type(module), base):
         return f"its class was changed to {type(module).__name__} after razor_: change it back first"
     return None

@@ -58,6 +58,7 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     "transformers.models.vit.modeling_vit.ViTMLP": (("fc1", "activation_fn"),),
 }
 
+_CALLS = (nn.Module.__call__, DropIn.__call__)
 _FITTING = (("conv", "norm"), ("conv", "norm", "activation"), ("linear", "activation"))
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -301,7 +302,7 @@ def _is_own(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of the class that ``razor_`` gave it and nothing of anybody else."""
     cls = type(module)
     given = class_given_to(module) if isinstance(module, DropIn) else cls
-    if is_patched(module) or cls.forward is not given.forward or cls.__call__ is not nn.Module.__call__:
+    if is_patched(module) or cls.forward is not given.forward or cls.__call__ not in _CALLS:
         return False
     if module._backward_hooks or module._backward_pre_hooks or module._compiled_call_impl is not None:
         return False

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from torch import nn
-from transformers.activations import GELUActivation, QuickGELUActivation, SiLUActivation
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import CodeType
 
+from torch import Tensor, nn
+from transformers.activations import (
+    AccurateGELUActivation,
+    FastGELUActivation,
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    QuickGELUActivation,
+    SiLUActivation,
+)
+from transformers.pytorch_utils import Conv1D
+
+from .. import functional
 from .activation import RazorSmooth
 from .attention import SdpaDropIn, sdpa_drop_in
-from .base import LayerRules, MadeDropIn
+from .base import DropIn, LayerRules, MadeDropIn, made
+from .norm import RazorLayerNorm
 
 
 class _AsksForSdpa:
@@ -68,16 +84,51 @@ def attention(original: type[nn.Module]) -> type[MadeDropIn]:
     return sdpa_drop_in(original, TransformersAttention)
 
 
-class RazorGELUActivation(RazorSmooth, GELUActivation):
-    """transformers' GELU."""
+class _Formula(RazorSmooth):
+    """An activation whose class writes the function out, or may: its own forward computes."""
+
+    @property
+    def _dense(self) -> Callable[[Tensor], Tensor]:
+        return self.original_forward
+
+
+class RazorGELUActivation(_Formula, GELUActivation):
+    """transformers' GELU, by PyTorch's function or written out."""
 
     _function = "gelu"
+    original_forward = GELUActivation.forward
 
-    @classmethod
-    def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
-        if module.act is not nn.functional.gelu:
-            return "GELU written out in Python"
-        return super().refusal(module, rules)
+    @property
+    def _dense(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self.act is nn.functional.gelu else super()._dense
+
+
+class RazorNewGELUActivation(_Formula, NewGELUActivation):
+    """GELU by tanh, as GPT-2 writes it."""
+
+    _function = "gelu_tanh"
+    original_forward = NewGELUActivation.forward
+
+
+class RazorFastGELUActivation(_Formula, FastGELUActivation):
+    """GELU by tanh, written another way."""
+
+    _function = "gelu_tanh"
+    original_forward = FastGELUActivation.forward
+
+
+class RazorAccurateGELUActivation(_Formula, AccurateGELUActivation):
+    """GELU by tanh, written a third way."""
+
+    _function = "gelu_tanh"
+    original_forward = AccurateGELUActivation.forward
+
+
+class RazorGELUTanh(_Formula, GELUTanh):
+    """GELU by tanh, by PyTorch's function or written out."""
+
+    _function = "gelu_tanh"
+    original_forward = GELUTanh.forward
 
 
 class RazorQuickGELUActivation(RazorSmooth, QuickGELUActivation):
@@ -90,3 +141,90 @@ class RazorSiLUActivation(RazorSmooth, SiLUActivation):
     """transformers' SiLU."""
 
     _function = "silu"
+
+
+class RazorConv1D(DropIn, Conv1D):
+    """GPT-2's Linear, whose weight is (inputs, outputs)."""
+
+    prunes = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1] != self.weight.shape[0]:
+            return super().forward(x)
+        return functional.linear(x, self.weight.t(), self.bias, self.razor.pruned, self.flag_for(x))
+
+
+class TransformersRMSNorm(MadeDropIn):
+    """An RMSNorm of transformers, which each model writes out for itself: its own forward computes."""
+
+    refusal = RazorLayerNorm.refusal
+    keeps = RazorLayerNorm.keeps
+    rules_used = RazorLayerNorm.rules_used
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+        offset = _arithmetic(vars(type(self))["_made_for"]) or 0.0
+        return functional.rms_norm(
+            x,
+            x.shape[-1:],
+            getattr(self, "weight", None),
+            eps,
+            self.razor.norm,
+            self.flag_for(x),
+            super().forward,
+            offset,
+        )
+
+
+# Classes whose arithmetic is known, and what they add to their weight. Most models hold a copy of one of them.
+_RMS_NORMS = {
+    "llama.modeling_llama.LlamaRMSNorm": 0.0,
+    "olmo2.modeling_olmo2.Olmo2RMSNorm": 0.0,
+    "gpt_oss.modeling_gpt_oss.GptOssRMSNorm": 0.0,
+    "gemma.modeling_gemma.GemmaRMSNorm": 1.0,
+    "gemma2.modeling_gemma2.Gemma2RMSNorm": 1.0,
+    "gemma3.modeling_gemma3.Gemma3RMSNorm": 1.0,
+    "t5.modeling_t5.T5LayerNorm": 0.0,
+    "nanochat.modeling_nanochat.NanoChatRMSNorm": 0.0,
+}
+
+
+@cache
+def _arithmetic(cls: type[nn.Module]) -> float | None:
+    """What a class adds to its weight, if its functions are compiled to the code of a class in ``_RMS_NORMS``; else
+    None."""
+    own = _code(cls)
+    if own is None:
+        return None
+    for path, offset in _RMS_NORMS.items():
+        file, _, name = path.rpartition(".")
+        try:
+            known = getattr(import_module(f"transformers.models.{file}"), name)
+        except (ImportError, AttributeError):  # another version
+            continue
+        if own == _code(known):
+            return offset
+    return None
+
+
+def _code(cls: type[nn.Module]) -> tuple | None:
+    """The code that runs when a norm of this class is called, comparable; None for classes that are no such norm."""
+    functions = [vars(cls).get("forward"), vars(cls).get("_norm")]
+    if functions[0] is None or cls.__base__ is not nn.Module:
+        return None
+    codes = [getattr(function, "__code__", None) for function in functions if function is not None]
+    if any(code is None for code in codes):
+        return None
+    return tuple((code.co_code, code.co_names, code.co_argcount, _constants(code)) for code in codes)
+
+
+def _constants(code: CodeType) -> tuple:
+    return tuple(constant for constant in code.co_consts if not isinstance(constant, str))
+
+
+def by_arithmetic(cls: type[nn.Module]) -> type[DropIn] | None:
+    """The drop-in of a class of transformers that the table does not name, by what it computes; None where that is
+    not known."""
+    if "Norm" not in cls.__name__ or _arithmetic(cls) is None:
+        return None
+    return made(TransformersRMSNorm, cls)

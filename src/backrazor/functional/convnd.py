@@ -1,0 +1,96 @@
+"""Convolutions of one and three dimensions, and transposed ones, with a pruned input.
+
+``conv.py`` holds the two-dimensional one, which has kernels of its own. Shape legend: B samples, C/D input/output
+channels, * positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codecs import NOTHING, Form, Pruned, load, pack_shared, packed_of, save
+from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks
+from .transforms import RazorFunction, differentiable_once
+
+
+class ConvNdSpec(NamedTuple):
+    """The settings of a convolution, numbers per dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+def conv_nd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: ConvNdSpec,
+    dense: Callable[..., Tensor],
+    codec: Pruned,
+    flag: Tensor,
+) -> Tensor:
+    """``dense(x, weight, bias)``, the convolution that ``spec`` describes, of x (B, C, *) with weight (D, C / groups,
+    *), transposed (C, D / groups, *); backward uses x_hat = unpack(pack(x)) for the weight's gradient.
+
+    The gradient of x is exact.
+    """
+    channels = weight.shape[0] if spec.transposed else weight.shape[1] * spec.groups
+    if not needs_grad(x, weight, bias) or x.dim() != weight.dim() or x.shape[1] != channels or not x.numel():
+        return dense(x, weight, bias)
+    cast = autocast_dtype(x)
+    packed = pack_shared(x, codec, flag).arguments if weight.requires_grad else NOTHING
+    (x,) = cast_to(cast, x)
+    return _ConvNd.run(x, weight, bias, spec, dense, cast, *packed)
+
+
+class _ConvNd(RazorFunction):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: ConvNdSpec,
+        dense: Callable[..., Tensor],
+        cast: torch.dtype | None,
+        form: Form | None,
+        *stored: Tensor,
+    ) -> Tensor:
+        return not_a_view(dense(x, *cast_to(cast, weight, bias)))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, ctx.spec, _, _, form, *stored = inputs
+        ctx.shape = tuple(x.shape)
+        save(ctx, weight, packed_of(form, stored))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, packed = load(ctx)
+        weight = weight.to(grad.dtype)
+        need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
+        batch, grad_x, grad_weight = len(grad), None, None
+        larger = max(math.prod(ctx.shape[1:]), grad[:1].numel()) * grad.element_size()
+        for start, stop in sample_chunks(batch, larger, grad.device) if need_x or need_weight else ():
+            x_hat = grad.new_empty(()).expand(stop - start, *ctx.shape[1:])  # its shape is enough for grad_x
+            if need_weight:
+                x_hat = packed.unpack(start, stop, grad.dtype)
+            part_x, part_weight, _ = torch.ops.aten.convolution_backward(
+                grad[start:stop], x_hat, weight, None, *ctx.spec, (need_x, need_weight, False)
+            )
+            if need_x:
+                grad_x = placed(grad_x, part_x, start, batch)
+            if need_weight:
+                grad_weight = added(grad_weight, part_weight, stop - start == batch)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = grad.sum((0, *range(2, grad.dim()))) if need_bias else None
+        return grad_x, grad_weight, grad_bias, *(None for _ in rest)

@@ -1,0 +1,136 @@
+"""Cross-entropy of a Linear's output without the output: for vocabularies whose logits are a step's largest tensor.
+
+Logits are made some rows at a time, and their gradient is made beside them and multiplied out at once, as Liger-Kernel
+does (Hsu et al., https://arxiv.org/abs/2410.10989). Between forward and backward nothing of the size of the logits
+exists: the gradients of x and of the weight do. Shape legend: N rows, D features, V classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .common import autocast_dtype, cast_to, needs_grad, sample_chunks
+from .transforms import RazorFunction, differentiable_once
+
+_REDUCTIONS = ("mean", "sum")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """``F.cross_entropy(F.linear(x, weight, bias), target, ...)`` of x (*, D), weight (V, D) and target (*) of class
+    indices; a scalar of float32, or float64 of such an x.
+
+    Equal to the two operators up to the order of sums; softmax and sums are at least float32. Gradients are exact.
+
+    Raises:
+        ValueError: ``reduction`` is neither "mean" nor "sum", or shapes do not fit.
+    """
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is not known: use one of {', '.join(_REDUCTIONS)}")
+    if x.shape[:-1] != target.shape or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and target {tuple(target.shape)} do not fit: "
+            "they are (*, D), (V, D) and (*)"
+        )
+    settings = ignore_index, label_smoothing, reduction, autocast_dtype(x)
+    loss, *_ = _LinearCrossEntropy.run(x, weight, bias, target, needs_grad(x, weight, bias), *settings)
+    return loss
+
+
+class _LinearCrossEntropy(RazorFunction):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        differentiates: bool,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: str,
+        cast: torch.dtype | None,
+    ) -> tuple[Tensor, ...]:
+        rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+        rows, matrix, offset = cast_to(cast, rows, weight, bias)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        counted = labels != ignore_index
+        # no gradient where nothing counts, as cross_entropy's mean of nothing is NaN and its gradient zero
+        share = 1 / counted.sum().to(wide) if reduction == "mean" else torch.ones((), dtype=wide, device=x.device)
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        keeps = [differentiates and t is not None and t.requires_grad for t in (x, weight, bias)]
+        grads = [
+            torch.zeros_like(t, dtype=_sum_type(t)) if keep else None
+            for t, keep in zip((x, weight, bias), keeps, strict=True)
+        ]
+        grad_rows = None if grads[0] is None else grads[0].view(rows.shape)
+        for start, stop in sample_chunks(len(rows), len(weight) * wide.itemsize, x.device):
+            logits = F.linear(rows[start:stop], matrix, offset).to(wide)
+            part = labels[start:stop]
+            loss += F.cross_entropy(
+                logits, part, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+            )
+            if not any(keeps):
+                continue
+            slope = _slope_(logits, part, counted[start:stop], label_smoothing).mul_(share.nan_to_num(posinf=0.0))
+            slope = slope.to(rows.dtype)
+            if grad_rows is not None:
+                grad_rows[start:stop] = slope @ matrix
+            if grads[1] is not None:
+                _add_product(grads[1], slope, rows[start:stop])
+            if grads[2] is not None:
+                grads[2] += slope.sum(0, dtype=grads[2].dtype)
+            del logits, slope
+        return loss * share, *(g for g in grads if g is not None)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, needs = iter(ctx.saved_tensors), ctx.needs_input_grad
+        # nobody reads them again where the graph is not kept, and the weight's would be the largest tensor of a step
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = [
+            _scaled(next(kept), grad, in_place).to(dtype) if need else None
+            for need, dtype in zip(needs[:3], ctx.dtypes, strict=True)
+        ]
+        return *grads, *(None for _ in needs[3:])
+
+
+def _scaled(x: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    return x.mul_(factor) if in_place else x * factor
+
+
+def _sum_type(x: Tensor) -> torch.dtype:
+    """Sums over chunks are at least float32; a row's gradient is made whole, and is small beside them."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.t(), rows)
+    else:
+        total += slope.t() @ rows
+
+
+def _slope_(logits: Tensor, labels: Tensor, counted: Tensor, smoothing: float) -> Tensor:
+    """The gradient of the summed loss, in the place of ``logits``: softmax less the target's distribution."""
+    slope = torch.softmax(logits, -1, out=logits) if not logits.requires_grad else logits.softmax(-1)
+    slope.scatter_add_(1, torch.where(counted, labels, 0).unsqueeze(1), slope.new_full((len(labels), 1), smoothing - 1))
+    if smoothing:
+        slope -= smoothing / logits.shape[1]
+    return slope.mul_(counted.unsqueeze(1))

@@ -1,0 +1,259 @@
+"""Functions of PyTorch by the razored operators: ``RAZORED`` maps each to what takes its place.
+
+A handler is called as ``handler(place, function, *args, **kwargs)``; ``place`` has the rules of the module under the
+net that runs, and its status bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import functional
+from ..functional.rest import exactly
+
+
+def run_exactly(place: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The function as it is, and what it saves too."""
+    with exactly():
+        return function(*args, **kwargs)
+
+
+def _smooth(place: Any, name: str, plain: Callable[[], Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+    word = place.net.rules.activation
+    if word == "dense" or not isinstance(x, Tensor) or x.dtype == torch.float64:
+        with exactly():
+            return plain()
+    return functional.smooth(x, name, word, place.flag(x), inplace)
+
+
+def _gelu(place: Any, function: Callable, input: Tensor, approximate: str = "none") -> Tensor:
+    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    if name is None:
+        return function(input, approximate=approximate)
+    return _smooth(place, name, lambda: function(input, approximate=approximate), input)
+
+
+def _silu(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return _smooth(place, "silu", lambda: F.silu(input, inplace), input, inplace)
+
+
+def _hardswish(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return _smooth(place, "hardswish", lambda: F.hardswish(input, inplace), input, inplace)
+
+
+def _relu(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return functional.piecewise_linear(input, lambda x: F.relu(x, inplace), 0.0, math.nan, inplace)
+
+
+def _relu_(place: Any, function: Callable, input: Tensor) -> Tensor:
+    return _relu(place, function, input, True)
+
+
+def _relu6(place: Any, function: Callable, input: Tensor, inplace: bool = False) -> Tensor:
+    return functional.piecewise_linear(input, lambda x: F.relu6(x, inplace), 0.0, 6.0, inplace)
+
+
+def _dropout(
+    place: Any, function: Callable, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    return functional.dropout(input, p, training, inplace)
+
+
+def _attention(
+    place: Any,
+    function: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    codec = place.net.rules.attention
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return function(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    fits = functional.fits_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    if not fits or codec.rule == "dense" or (codec.rule == "pruned" and place.net.windowed):
+        with exactly():  # its backward reads inputs and sums that have to agree
+            return dense(query, key, value)
+    settings = attn_mask, dropout_p, is_causal, scale, codec, place.flag(query)
+    return functional.sdpa(query, key, value, *settings, dense=dense)
+
+
+def _multi_head(place: Any, function: Callable, *args: Any, need_weights: bool = True, **kwargs: Any) -> Any:
+    if need_weights:
+        return function(*args, need_weights=need_weights, **kwargs)
+    with exactly():  # it calls the fused attention where nobody sees it
+        return function(*args, need_weights=need_weights, **kwargs)
+
+
+def _linear(place: Any, function: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if place.net.windowed or not _is_parameter(weight) or input.dim() < 2:
+        return function(input, weight, bias)
+    return functional.linear(input, weight, bias, place.net.rules.pruned, place.flag(input))
+
+
+def _addmm(
+    place: Any, function: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Tensor:
+    usual = beta == 1 and alpha == 1 and isinstance(input, Tensor) and input.dim() == 1 and _is_parameter(input)
+    if not usual or place.net.windowed or not _is_parameter(mat2) or mat1.dim() != 2:
+        return function(input, mat1, mat2, beta=beta, alpha=alpha)
+    return functional.linear(mat1, mat2.t(), input, place.net.rules.pruned, place.flag(mat1))
+
+
+def _is_parameter(x: Any) -> bool:
+    """Whether x is a parameter or a view of one."""
+    if not isinstance(x, Tensor):
+        return False
+    base = x if x._base is None else x._base
+    return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
+
+
+def _layer_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    codec = place.net.rules.norm
+    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+        return run_exactly(place, function, input, normalized_shape, weight, bias, eps)
+    return functional.layer_norm(input, tuple(normalized_shape), weight, bias, eps, codec, place.flag(input))
+
+
+def _rms_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    codec = place.net.rules.norm
+    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+        return run_exactly(place, function, input, normalized_shape, weight, eps)
+    return functional.rms_norm(input, tuple(normalized_shape), weight, eps, codec, place.flag(input))
+
+
+def _group_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    codec = place.net.rules.norm
+    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+        return run_exactly(place, function, input, num_groups, weight, bias, eps)
+    return functional.group_norm(input, num_groups, weight, bias, eps, codec, place.flag(input))
+
+
+def _batch_norm(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    codec, arguments = place.net.rules.norm, (running_mean, running_var, weight, bias, training, momentum, eps)
+    left = codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed)
+    if left or _is_parameter(input):  # of a weight that is standardised so
+        return run_exactly(place, function, input, *arguments)
+    return functional.batch_norm(input, *arguments, codec, place.flag(input))
+
+
+def _numbers(value: Any, count: int) -> tuple[int, ...] | None:
+    """A setting of a convolution as one number per dimension; None for a word."""
+    if isinstance(value, int):
+        return (value,) * count
+    if isinstance(value, str) or not all(isinstance(part, int) for part in value):
+        return None
+    return tuple(value) * count if len(value) == 1 else tuple(value)
+
+
+def _convolution(dims: int, transposed: bool) -> Callable:
+    def handle(
+        place: Any,
+        function: Callable,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *settings: Any,
+        **named: Any,
+    ) -> Tensor:
+        order = ("stride", "padding", "output_padding", "groups", "dilation")
+        order = order if transposed else ("stride", "padding", "dilation", "groups")
+        given = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+        given.update(zip(order, settings, strict=False), **named)
+        if given["padding"] == "valid":
+            given["padding"] = 0
+
+        def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return function(x, weight, bias, *settings, **named)
+
+        names = ("stride", "padding", "dilation", "output_padding")
+        numbers = {name: _numbers(given[name], dims) for name in names}
+        usual = isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dim() == dims + 2
+        if place.net.windowed or not usual or None in numbers.values() or weight.is_complex():
+            return dense(input, weight, bias)
+        spec = functional.ConvNdSpec(
+            numbers["stride"],
+            numbers["padding"],
+            numbers["dilation"],
+            transposed,
+            numbers["output_padding"],
+            given["groups"],
+        )
+        return functional.conv_nd(input, weight, bias, spec, dense, place.net.rules.pruned, place.flag(input))
+
+    return handle
+
+
+RAZORED: dict[Any, Callable] = {
+    F.gelu: _gelu,
+    F.silu: _silu,
+    F.hardswish: _hardswish,
+    F.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
+    torch.relu_: _relu_,
+    F.relu_: _relu_,
+    Tensor.relu_: _relu_,
+    F.relu6: _relu6,
+    F.dropout: _dropout,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head,
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.rms_norm: _rms_norm,
+    F.batch_norm: _batch_norm,
+    F.conv1d: _convolution(1, transposed=False),
+    F.conv2d: _convolution(2, transposed=False),
+    F.conv3d: _convolution(3, transposed=False),
+    F.conv_transpose1d: _convolution(1, transposed=True),
+    F.conv_transpose2d: _convolution(2, transposed=True),
+    F.conv_transpose3d: _convolution(3, transposed=True),
+}
