@@ -43,7 +43,7 @@ def _ones(bits):
 
 @triton.jit
 def _kept_before(index, counts, full, sample, n, start, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    """How many elements of a sample are kept before ``start``, a multiple of ``BLOCK``, int32: read from the index by
+    """How many elements of a sample are kept before ``start``, a multiple of ``BLOCK``: read from the index by
     every program anew, which saves a launch of ``count``."""
     total = tl.zeros((256,), tl.int32)
     lane = tl.arange(0, 256)
@@ -59,9 +59,11 @@ def _kept_before(index, counts, full, sample, n, start, INDEX: tl.constexpr, BLO
             total += tl.load(counts + sample * tiles + first + lane, mask=first + lane < stop, other=0).to(tl.int32)
         flags = (start // BLOCK).to(tl.int32)  # a block is eight tiles: one byte of flags
         row = full + sample * ((tiles + 7) // 8)
+        whole = tl.zeros((256,), tl.int32)
         for first in range(0, flags, 256):
-            total += _ones(tl.load(row + first + lane, mask=first + lane < flags, other=0).to(tl.int32)) * TILE
-    return tl.sum(total, axis=0)
+            whole += _ones(tl.load(row + first + lane, mask=first + lane < flags, other=0).to(tl.int32))
+        return tl.sum(total, axis=0) + tl.sum(whole, axis=0).to(tl.int64) * TILE
+    return tl.sum(total, axis=0).to(tl.int64)
 
 
 @triton.jit
