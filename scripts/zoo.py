@@ -416,7 +416,7 @@ def _config(kind: str, **more: Any) -> Any:
     known = AutoConfig.for_model(kind).to_dict()
     chosen = {key: value for key, value in ({**_TINY, **more, **_OWN.get(kind, {})}).items() if key in known}
     if kind == "funnel":
-        del chosen["num_hidden_layers"]  # counted from the blocks
+        chosen.pop("num_hidden_layers", None)  # counted from the blocks
     if kind in _HIERARCHY:
         chosen = dict(_HIERARCHY[kind])
     return AutoConfig.for_model(kind, **chosen)

@@ -170,7 +170,10 @@ def test_in_place_operations(name: str) -> None:
                 if isinstance(got, str):
                     assert got == wanted, words
                     continue
-                assert not getattr(plain.layer[0], "inplace", False), f"{words} was accepted"
+                if getattr(plain.layer[0], "inplace", False):
+                    # relu_ is met as a function: it has kept bits, not the result that was changed since
+                    assert "relu_" in words, f"{words} was accepted"
+                    continue
                 wanted = out_of_place(plain, x, before, after)
             assert not isinstance(got, str), f"{words} raised in {got}"
             accepted += 1

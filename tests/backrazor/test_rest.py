@@ -199,6 +199,7 @@ def test_a_part_of_what_is_kept_costs_nothing_more(part) -> None:
         (lambda a, b: F.normalize(a) * b, 1e-2),
         (lambda a, b: F.normalize(torch.logspace(-3, 3, 2560)[:, None] * a.repeat(40, 1)).sum() + b, 1e-2),
         (lambda a, b: F.softmax(a, -1) * b, 1e-2),
+        (lambda a, b: a.amax(1, keepdim=True) + b.amin(0) + torch.max(a + b), 0),
         (lambda a, b: F.cross_entropy(a + b, a.argmax(1)) * a.new_ones(1), 0),
         (lambda a, b: F.mse_loss(a, b) * a.new_ones(1), 0),
         (lambda a, b: torch.logsumexp(a + b, 1), 0),

@@ -79,6 +79,7 @@ DROP_INS: dict[str, str] = {
     "transformers.activations.GELUTanh": "transformers_layers.RazorGELUTanh",
     "transformers.activations.QuickGELUActivation": "transformers_layers.RazorQuickGELUActivation",
     "transformers.activations.SiLUActivation": "transformers_layers.RazorSiLUActivation",
+    "transformers.models.bloom.modeling_bloom.BloomGelu": "transformers_layers.tanh_gelu()",
     "transformers.pytorch_utils.Conv1D": "transformers_layers.RazorConv1D",
     "transformers.models.bert.modeling_bert.BertSelfAttention": "transformers_layers.attention()",
     "transformers.models.bert.modeling_bert.BertCrossAttention": "transformers_layers.attention()",

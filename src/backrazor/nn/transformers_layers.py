@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import CodeType
 
@@ -129,6 +129,21 @@ class RazorGELUTanh(_Formula, GELUTanh):
 
     _function = "gelu_tanh"
     original_forward = GELUTanh.forward
+
+
+class TanhGELU(MadeDropIn, RazorSmooth):
+    """GELU by tanh in a class of a model's own."""
+
+    _function = "gelu_tanh"
+
+    @property
+    def _dense(self) -> Callable[[Tensor], Tensor]:
+        return partial(vars(type(self))["_made_for"].forward, self)
+
+
+def tanh_gelu(original: type[nn.Module]) -> type[MadeDropIn]:
+    """The drop-in of a class that computes GELU by tanh."""
+    return made(TanhGELU, original)
 
 
 class RazorQuickGELUActivation(RazorSmooth, QuickGELUActivation):
