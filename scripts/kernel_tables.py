@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 import backrazor as br
 from backrazor.kernels import dispatch
-from transfer import ahead
+from transfer import ahead, binaries
 from transfer.bench.rows import CLASSES
 from transfer.launches import Launches, as_on_cuda
 from transfer.models import build_backbone
@@ -137,7 +137,7 @@ def _seconds(row: Row, gpu: Gpu) -> float:
     return max(arithmetic, row.moved / gpu.bandwidth, issue, row.launches * LAUNCH_SECONDS)
 
 
-_issued = functools.cache(ahead.issued)
+_issued = functools.cache(binaries.issued)
 
 
 def warp_instructions(launch: ahead.Launch) -> int:
@@ -217,7 +217,7 @@ def resources() -> None:
     capabilities = (80, 90, 100)
     binaries = []
     for capability in capabilities:
-        binaries += ahead.compile_all(wanted, capability, os.cpu_count() or 1)
+        binaries += binaries.compile_all(wanted, capability, os.cpu_count() or 1)
         print(f"sm_{capability}: {len(wanted)} binaries", file=sys.stderr)
     kernels = dict.fromkeys((b.configuration.family, b.configuration.kernel) for b in binaries)
     print("| kernel | binaries | spilled bytes | registers | shared bytes | occupancy sm_80 | sm_90 | sm_100 |")

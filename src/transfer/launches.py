@@ -40,7 +40,7 @@ def computes(function: torch._ops.OpOverload) -> bool:
 def as_on_cuda() -> Iterator[None]:
     """Work on fake tensors of any device takes the path of CUDA: its chunks, its kernels."""
     with ExitStack() as patches:
-        for name in ("common", "conv", "conv_norm_act", "epilogue"):
+        for name in ("common", "conv", "conv_norm_act", "epilogue", "rest"):
             module = import_module(f"backrazor.functional.{name}")
             patches.enter_context(mock.patch.object(module, "on_cuda", lambda device: True))
         patches.enter_context(mock.patch.object(dispatch, "_choice", lambda device: "triton"))

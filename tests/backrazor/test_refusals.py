@@ -23,8 +23,8 @@ def _timm(path: str, *arguments: Any, **settings: Any) -> Callable[[], nn.Module
     return lambda: getattr(pytest.importorskip(f"timm.{module}"), name)(*arguments, **settings)
 
 
-def _transformers(name: str) -> Callable[[], nn.Module]:
-    return lambda: getattr(pytest.importorskip("transformers.activations"), name)()
+def _transformers(name: str, *arguments: int, module: str = "activations") -> Callable[[], nn.Module]:
+    return lambda: getattr(pytest.importorskip(f"transformers.{module}"), name)(*arguments)
 
 
 # A layer of each class, and a call that is right for it. Blocks and attention of the libraries have tests of their own.
@@ -70,6 +70,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "timm Attention": (_timm("layers.attention.Attention", 8, num_heads=2), (2, 5, 8)),
     "transformers GELU": (_transformers("GELUActivation"), (3, 6)),
     "transformers QuickGELU": (_transformers("QuickGELUActivation"), (3, 6)),
+    "transformers NewGELU": (_transformers("NewGELUActivation"), (3, 6)),
+    "transformers FastGELU": (_transformers("FastGELUActivation"), (3, 6)),
+    "transformers AccurateGELU": (_transformers("AccurateGELUActivation"), (3, 6)),
+    "transformers GELUTanh": (_transformers("GELUTanh"), (3, 6)),
+    "transformers BloomGelu": (_transformers("BloomGelu", module="models.bloom.modeling_bloom"), (3, 6)),
+    "transformers Conv1D": (_transformers("Conv1D", 4, 6, module="pytorch_utils"), (3, 6)),
     "transformers SiLU": (_transformers("SiLUActivation"), (3, 6)),
 }
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tests.kernels.addresses import narrow_products
-from transfer import ahead
+from transfer import ahead, binaries
 
 CAPABILITIES = (80, 90, 100)
 MOST_CONFIGURATIONS = 4
@@ -74,7 +74,7 @@ def test_at_most_four_configurations(family: str, configurations: list[ahead.Con
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_binaries_keep_to_their_limits(capability: int, configurations: list[ahead.Configuration]) -> None:
-    for binary in ahead.compile_all(configurations, capability, workers=os.cpu_count() or 1):
+    for binary in binaries.compile_all(configurations, capability, workers=os.cpu_count() or 1):
         where = f"{binary.name} for sm_{capability}"
         assert binary.local_bytes == 0, f"{where} spills {binary.local_bytes} bytes a thread"
         assert 0 < binary.registers <= MOST_REGISTERS, f"{where} needs {binary.registers} registers"
@@ -92,13 +92,13 @@ def test_recording_leaves_the_modules_as_they_were() -> None:
 def test_a_refused_kernel_is_named(configurations: list[ahead.Configuration]) -> None:
     broken = configurations[0].__class__(**(vars(configurations[0]) | {"constants": ()}))
     with pytest.raises(RuntimeError, match=r"topk.count_digits.* does not compile for sm_90"):
-        ahead.compile_one(broken, 90)
+        binaries.compile_one(broken, 90)
 
 
 def test_no_32_bit_product_feeds_an_address(configurations: list[ahead.Configuration]) -> None:
     """A tensor of 2^31 elements, or a sample of as many, is found like any other."""
     for configuration in configurations:
-        found = narrow_products(ahead.intermediate(configuration))
+        found = narrow_products(binaries.intermediate(configuration))
         assert not found, f"{configuration.name}: {found}"
 
 
@@ -108,8 +108,8 @@ def test_a_program_waits_for_its_own_values_before_it_quantises_them(configurati
     packing = [c for c in configurations if c.kernel == "pack_sample" and dict(c.constants)["INT8"]]
     assert packing
     for configuration in packing:
-        assert "barrier" in ahead.intermediate(configuration)
-    assert "ld.global.nc" not in ahead._compiled(packing[0], 90).asm["ptx"]
+        assert "barrier" in binaries.intermediate(configuration)
+    assert "ld.global.nc" not in binaries.compiled_of(packing[0], 90).asm["ptx"]
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def test_a_32_bit_product_is_seen(kernel: triton.JITFunction, products: int) -> 
     configuration = ahead.Configuration(
         "test", __name__, kernel.fn.__name__, signature, (("BLOCK", 64),), (0,), 4, None
     )
-    assert len(narrow_products(ahead.intermediate(configuration))) == products
+    assert len(narrow_products(binaries.intermediate(configuration))) == products
 
 
 def test_the_host_asks_nothing_of_the_default_device(configurations: list[ahead.Configuration]) -> None:

@@ -12,7 +12,7 @@ import torch
 import backrazor as br
 from backrazor import kernels
 from scripts.kernel_tables import GPUS, Traffic, kernel_bytes, traffic_of
-from transfer import ahead
+from transfer import binaries
 from transfer.launches import Launches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ SASS = """
 
 
 def test_instructions_are_counted_outside_and_inside_of_loops() -> None:
-    assert ahead.count_instructions(SASS) == (4, 4)
+    assert binaries.count_instructions(SASS) == (4, 4)
 
 
 def test_a_launch_says_how_often_its_loop_runs() -> None:

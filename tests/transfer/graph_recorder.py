@@ -156,4 +156,5 @@ def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
         patch.setattr(torch.cuda, "Stream", lambda: Stream(calls))
         patch.setattr(torch.cuda, "stream", on)
         patch.setattr(torch.cuda, "current_stream", lambda: default)
+        patch.setattr("backrazor.functional.rest.on_cuda", lambda device: True)
         yield graphs, calls

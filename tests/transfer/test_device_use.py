@@ -63,6 +63,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_step_reads_its_device_once(
     monkeypatch: pytest.MonkeyPatch, razor: tuple[str, ...], micro: tuple[str, ...]
 ) -> None:
+    monkeypatch.setattr("backrazor.functional.rest.on_cuda", lambda device: True)
     trained, lists = stepper(*razor, *micro), []
     trained.take(*batch())  # makes the constants
     tolist = torch.Tensor.tolist

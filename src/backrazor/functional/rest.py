@@ -30,6 +30,7 @@ from ..codecs.rest import FORMS, SMALLEST, Blocks, Slice, in_memory_order, pack_
 from ..codecs.roles import DENSE, QUANTISED, mark
 from ..codecs.shared import source_of
 from ..kernels.topk.layout import NON_FINITE
+from .common import on_cuda
 from .transforms import calls
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -282,11 +283,11 @@ class Net:
         return _Packed(small, Blocks.of(x))
 
     def _holds(self, scales: Tensor) -> bool:
-        """Whether 8 bits hold what these are the scales of. On the CPU what they do not hold stays dense; elsewhere
-        asking would wait for the device, so a flag is raised, which ``check_finite`` reads."""
+        """Whether 8 bits hold what these are the scales of. What they do not hold stays dense; but on CUDA asking
+        would wait for the device, so a flag is raised there, which ``check_finite`` reads."""
         if isinstance(scales, FakeTensor):
             return True
-        if scales.device.type == "cpu":
+        if scales.device.type == "cpu" and not on_cuda(scales.device):
             return bool(scales.isfinite().all())
         self._flag(scales.device).bitwise_or_(NON_FINITE * (~scales.isfinite()).any().to(torch.int32))
         return True
