@@ -114,6 +114,7 @@ def test_softmax_backward_is_autograds() -> None:
     assert_close("scores", kernels.softmax_backward(grad, p.detach(), bits, 1 / 0.7, 0.5), wanted, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 @pytest.mark.parametrize("preset", ["compact", "paper"])
 @pytest.mark.parametrize(("build", "shape"), [(mlp, (6, 5, 20)), (convnet, (4, 3, 33, 33))], ids=["mlp", "convnet"])

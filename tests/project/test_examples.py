@@ -33,6 +33,7 @@ def test_own_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(Path(own_layer.__file__).read_text(encoding="utf-8").splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_transformers_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     assert transformers_trainer.main(["--steps", "60"]) > 40
     assert "x Linear" in capsys.readouterr().out

@@ -146,6 +146,7 @@ def test_a_finished_run_leaves_no_activation_behind(tmp_path: Path, razor: str) 
     assert tensors_in_a_graph() <= before, "a sweep would pile them up"
 
 
+@pytest.mark.slow
 def test_rows_are_measured_in_turn_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = [text for text in TINY if not text.startswith(("razor=", "trainer.measure"))]
     for razor in ("none", "compact"):

@@ -60,6 +60,7 @@ def test_two_processes_have_the_losses_of_one_and_count_every_image_once(tmp_pat
     assert sum("epoch 1/2" in line for line in printed) == 1, "one log"
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_one_step_and_go_on(tmp_path: Path) -> None:
     arguments = (*TINY, *SHARED, "trainer.epochs=40", "model.drop_rate=0.2")
     jobs = start_ranks(tmp_path / "cut", 2, *arguments)

@@ -65,6 +65,7 @@ def test_a_measured_step_in_micro_batches_has_the_gradients_of_the_whole() -> No
         assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_missing_comes_first_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["table1", "--data", "pets", "--seeds", "0", f"paths.data={tmp_path}", f"paths.pretrain={tmp_path}"]
     small = ["data.image_size=32", "trainer.batch_size=2", "trainer.threads=1"]
@@ -125,6 +126,7 @@ def test_a_sweep_that_was_interrupted_goes_on_with_what_is_missing(
     assert len(pd.read_csv(folder / "table.csv")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_sweep_runs_under_every_launcher(launcher: str, tmp_path: Path) -> None:
     pytest.importorskip({"joblib": "joblib", "submitit_local": "submitit"}[launcher])
@@ -185,6 +187,7 @@ def test_the_pareto_front_holds_what_nothing_beats() -> None:
     assert list(pareto_front(points).index) == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_table_3_goes_on_and_fills_every_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(table3, "SMOKE", {"models": ("resnet18",), "sparsities": (0.0, 0.9), "image_size": 32})
     settings = ["--preset", "smoke", "--outputs", str(tmp_path)]
