@@ -134,10 +134,22 @@ def unrazor_(model: nn.Module) -> int:
 def status_of(model: nn.Module) -> Tensor | None:
     """What ``check_finite`` would stop on, without reading the device: () int32, 0 where all is well, on the device of
     the first flag. None where nothing in the model packs. For steps that must not wait, such as a CUDA graph's."""
-    flags = [flag for module in model.modules() for flag in status_flags(module)]
-    if not flags:
-        return None
-    return torch.cat([flag.to(flags[0].device) for flag in flags]).bitwise_and(NON_FINITE | OVERFLOW).amax()
+    flags = _flags(model)
+    return None if not flags else _together(flags).bitwise_and(NON_FINITE | OVERFLOW).amax()
+
+
+def _flags(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The status bits of everything in a model that packs, drop-ins and modules under the net, by name."""
+    return [
+        (name, flag)
+        for name, module in model.named_modules()
+        for flag in (*status_flags(module), *status_of_net(module))
+    ]
+
+
+def _together(flags: list[tuple[str, Tensor]]) -> Tensor:
+    """All of them on the device of the first."""
+    return torch.cat([flag.to(flags[0][1].device) for _, flag in flags])
 
 
 def check_finite(model: nn.Module) -> None:
@@ -149,15 +161,11 @@ def check_finite(model: nn.Module) -> None:
         FloatingPointError: a packed activation held NaN or Inf, or a value too large for its stored type. Names the
             layers; the flags are cleared, so that the caller may skip the step and go on.
     """
-    flags = [
-        (name, flag)
-        for name, module in model.named_modules()
-        for flag in (*status_flags(module), *status_of_net(module))
-    ]
+    flags = _flags(model)
     if not flags:
         return
     known = NON_FINITE | OVERFLOW
-    status = [bits & known for bits in torch.cat([flag.to(flags[0][1].device) for _, flag in flags]).tolist()]
+    status = [bits & known for bits in _together(flags).tolist()]
     if not any(status):
         return
     for _, flag in flags:

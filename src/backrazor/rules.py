@@ -118,9 +118,7 @@ def decide(
         chosen = config if isinstance(config, RazorConfig) else None if pattern is None else config[pattern]
         if is_patched(module):
             yield Stays(name, module, "its forward is replaced on the instance, so that of the drop-in would not run")
-        elif (qualified_name(type(module)) in DROP_INS or issubclass(cls, MadeDropIn)) and not has_its_own_forward(
-            type(module)
-        ):
+        elif _is_shipped(type(module), cls) and not has_its_own_forward(type(module)):
             yield Stays(name, module, "the forward of its class is replaced by one that this library does not know")
         elif isinstance(config, Mapping) and pattern is None:
             yield Stays(name, module, "no pattern matches it", passed_over=True, by_choice=True)

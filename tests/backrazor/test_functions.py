@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import backrazor as br
 from backrazor import functional
 from backrazor.codecs import Pruned, pack
+from backrazor.convert import status_of
 from tests.backrazor.compare import assert_close, assert_same_bits
 
 # as exact as each rule can be, and no net, so that what is met is met by an operator
@@ -211,3 +212,15 @@ def test_not_a_number_is_not_hidden() -> None:
     x[3, 2] = math.nan
     model(x).sum().backward()
     assert model.first.weight.grad.isnan().any()
+
+
+def test_bad_numbers_that_a_function_packs_stop_the_step() -> None:
+    """Both ways to ask see them: the one that reads the device, and the one for steps that must not."""
+    model = Calls(lambda x, w: F.linear(x * math.inf, *w), (5, 16), (5,))
+    br.razor_(model, NEAR)
+    assert status_of(model).item() == 0
+    model(torch.rand(8, 16) + 1).sum().backward()
+    assert status_of(model).item() != 0
+    with pytest.raises(FloatingPointError, match="NaN or Inf in the input of Calls"):
+        br.check_finite(model)
+    assert status_of(model).item() == 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
+from ..codecs import NormCodec
 from ..functional.rest import exactly
 
 
@@ -120,6 +121,12 @@ def _is_parameter(x: Any) -> bool:
     return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
 
 
+def _norm_codec(place: Any) -> NormCodec | None:
+    """What a norm keeps of its input; None where that stays dense."""
+    codec = place.net.rules.norm
+    return None if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed) else codec
+
+
 def _layer_norm(
     place: Any,
     function: Callable,
@@ -129,8 +136,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    codec = place.net.rules.norm
-    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+    codec = _norm_codec(place)
+    if codec is None:
         return run_exactly(place, function, input, normalized_shape, weight, bias, eps)
     return functional.layer_norm(input, tuple(normalized_shape), weight, bias, eps, codec, place.flag(input))
 
@@ -143,8 +150,8 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    codec = place.net.rules.norm
-    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+    codec = _norm_codec(place)
+    if codec is None:
         return run_exactly(place, function, input, normalized_shape, weight, eps)
     return functional.rms_norm(input, tuple(normalized_shape), weight, eps, codec, place.flag(input))
 
@@ -158,8 +165,8 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    codec = place.net.rules.norm
-    if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed):
+    codec = _norm_codec(place)
+    if codec is None:
         return run_exactly(place, function, input, num_groups, weight, bias, eps)
     return functional.group_norm(input, num_groups, weight, bias, eps, codec, place.flag(input))
 
@@ -176,9 +183,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    codec, arguments = place.net.rules.norm, (running_mean, running_var, weight, bias, training, momentum, eps)
-    left = codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed)
-    if left or _is_parameter(input):  # of a weight that is standardised so
+    codec, arguments = _norm_codec(place), (running_mean, running_var, weight, bias, training, momentum, eps)
+    if codec is None or _is_parameter(input):  # of a weight that is standardised so
         return run_exactly(place, function, input, *arguments)
     return functional.batch_norm(input, *arguments, codec, place.flag(input))
 
