@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import Stored, index_bytes, topk_pack, topk_unpack, topk_unpack_normalised
+from ..kernels import Stored, index_bytes, stored_dtype, topk_pack, topk_unpack, topk_unpack_normalised
 from .packed import Form, Packed
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
+
+INTEGERS = ("int8", "int4")
 
 
 def kept_count(n: int, sparsity: float) -> int:
@@ -24,7 +26,7 @@ def kept_count(n: int, sparsity: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """sparsity in [0, 1); values: "float32", "float16", "bfloat16" or "int8"; index: "auto", "bitmap" or "tile"."""
+    """sparsity in [0, 1); values: "float32", "float16", "bfloat16", "int8" or "int4"; index: "auto", "bitmap" or "tile"."""
 
     sparsity: float
     values: str
@@ -48,7 +50,7 @@ class Pruned:
 def _stored_type(values: str, dtype: torch.dtype) -> str:
     """Never wider than the input, and a 16-bit input is not re-rounded: "float32" is lossless for every type."""
     name = str(dtype).removeprefix("torch.")
-    if values == "int8" or (values != "float32" and dtype in (torch.float32, torch.float64)):
+    if values in INTEGERS or (values != "float32" and dtype in (torch.float32, torch.float64)):
         return values
     return name
 
@@ -74,7 +76,7 @@ class PrunedForm(Form):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        return getattr(torch, self.values)
+        return stored_dtype(self.values)
 
     @property
     def count(self) -> int:
@@ -82,7 +84,7 @@ class PrunedForm(Form):
 
     @property
     def _present(self) -> tuple[bool, ...]:
-        return (True, self.values == "int8", self.index != "none", self.index == "tile", self.index == "tile")
+        return (True, self.values in INTEGERS, self.index != "none", self.index == "tile", self.index == "tile")
 
     def pack(self, x: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
         """What is stored of x."""

@@ -29,7 +29,7 @@ from .product.layout import sums_shape as product_sums_shape
 from .product.ops import add_conv_product, add_linear_product, multiplies_packed, product_transposed
 from .rowquant.ops import row_decode, row_encode
 from .softmax.ops import fused_softmax, softmax_backward
-from .topk.layout import TILE, Stored, index_bytes
+from .topk.layout import TILE, Stored, index_bytes, stored_dtype
 from .topk.ops import topk_pack, topk_unpack, topk_unpack_normalised
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "row_decode",
     "row_encode",
     "softmax_backward",
+    "stored_dtype",
     "topk_pack",
     "topk_unpack",
     "topk_unpack_normalised",
