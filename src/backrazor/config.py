@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 _CHOICES = {
-    "values": ("float32", "float16", "bfloat16", "int8", "paper"),
+    "values": ("float32", "float16", "bfloat16", "int8", "int4", "paper"),
+    "fill": ("zero", "mean", "known"),
     "index": ("auto", "bitmap", "tile"),
     "norm": ("dense", "pruned", "bfloat16", "int8", "int4"),
-    "activation": ("dense", "float16", "int8", "int4", "int2"),
+    "activation": ("dense", "float16", "int8", "int4", "int2", "auto"),
     "attention": ("dense", "pruned", "int8", "int4"),
     "rest": ("dense", "int8"),
 }
@@ -51,10 +52,11 @@ class RazorConfig:
 
     sparsity: float = 0.9
     head_sparsity: float | None = None
-    values: str = "int8"
+    values: str = "int4"
     index: str = "auto"
+    fill: str = "known"
     norm: str = "int4"
-    activation: str = "int2"
+    activation: str = "auto"
     attention: str = "int4"
     rest: str = "int8"
 
@@ -80,6 +82,7 @@ class RazorConfig:
             sparsity=sparsity,
             values="paper",
             index="bitmap",
+            fill="zero",
             norm="pruned",
             activation="float16",
             attention="pruned",

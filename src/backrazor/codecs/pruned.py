@@ -7,6 +7,7 @@ released code keeps where no magnitudes tie. It depends on the shape alone, so b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from .packed import Form, Packed
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
 
 INTEGERS = ("int8", "int4")
+# Differences from a guess exist for so many samples that they take no more than this, or for one per thread.
+DIFFERENCES_BYTES = 4 << 20
 
 
 def kept_count(n: int, sparsity: float) -> int:
@@ -26,11 +29,13 @@ def kept_count(n: int, sparsity: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """sparsity in [0, 1); values: "float32", "float16", "bfloat16", "int8" or "int4"; index: "auto", "bitmap" or "tile"."""
+    """sparsity in [0, 1); values: "float32", "float16", "bfloat16", "int8" or "int4"; index: "auto", "bitmap" or "tile";
+    fill: what stands for the dropped in the input of a weight (see ``inputs``): "zero", "mean" or "known"."""
 
     sparsity: float
     values: str
     index: str = "auto"
+    fill: str = "zero"
 
     def form(self, x: Tensor) -> PrunedForm:
         """How x (B, ...) is going to be stored."""
@@ -88,7 +93,21 @@ class PrunedForm(Form):
 
     def pack(self, x: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
         """What is stored of x."""
-        parts = topk_pack(x.detach(), self.keep, self.values, self.index, flag)
+        return self._marked(topk_pack(x.detach(), self.keep, self.values, self.index, flag))
+
+    def pack_differences(
+        self, x: Tensor, flag: Tensor, without: Callable[[Tensor, Tensor], Tensor], guess: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What is stored of ``without(x, guess)`` for x (B, n) and a guess per sample (B, R), some samples at a
+        time."""
+        together = max(DIFFERENCES_BYTES // max(self.sample_numel * x.element_size(), 1), torch.get_num_threads())
+        parts = [
+            topk_pack(without(some, rows), self.keep, self.values, self.index, flag)
+            for some, rows in zip(x.split(together), guess.split(together), strict=True)
+        ]
+        return self._marked(parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)])
+
+    def _marked(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         roles = (PRUNED if self.index != "none" else QUANTISED, SCALES, INDEX, INDEX, INDEX)
         return tuple(
             mark(part, role) for part, role, present in zip(parts, roles, self._present, strict=True) if present
@@ -102,7 +121,11 @@ class PrunedForm(Form):
 
     def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         dense = topk_unpack(*self.stored(tensors, start, stop), self.sample_numel, self.index, dtype)
-        dense = dense.view(stop - start, *self.shape[1:])
+        return self.shaped(dense)
+
+    def shaped(self, dense: Tensor) -> Tensor:
+        """Samples (b, n) as the activation lay."""
+        dense = dense.view(len(dense), *self.shape[1:])
         return dense.contiguous(memory_format=torch.channels_last) if self.channels_last else dense
 
     def read_normalised(
