@@ -211,6 +211,8 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
             values = "int8"
     if is_head and surroundings.is_cnn and config.fill != "zero" and config.head_sparsity is None:
         sparsity, values = 0.0, "int8"  # a vector per image, and most of the gradient (docs/gradients.md)
+    elif name in surroundings.ends and values == "int4":
+        values = "int8"
     pruned = Pruned(sparsity, values, config.index, config.fill)
     norm_values = "float32" if config.values == "paper" else values
     norm = NormCodec(config.norm, replace(pruned, values=norm_values))

@@ -131,10 +131,17 @@ KEYS: tuple[Key, ...] = (
         "razor.values",
         str,
         "type of kept values; null is the preset's",
-        ("float32", "float16", "bfloat16", "int8", "paper"),
+        ("float32", "float16", "bfloat16", "int8", "int4", "paper"),
         optional=True,
     ),
     Key("razor.index", str, "index format; null is the preset's", ("bitmap", "tile", "auto"), optional=True),
+    Key(
+        "razor.fill",
+        str,
+        "what is read for a dropped element; null is the preset's",
+        ("zero", "mean", "known"),
+        optional=True,
+    ),
     Key(
         "razor.norm",
         str,
@@ -146,7 +153,7 @@ KEYS: tuple[Key, ...] = (
         "razor.activation",
         str,
         "how smooth activations keep their derivative; null is the preset's",
-        ("dense", "float16", "int8", "int4", "int2"),
+        ("dense", "float16", "int8", "int4", "int2", "auto"),
         optional=True,
     ),
     Key(

@@ -2,8 +2,8 @@
 
 from ..kernels.operators import scratch_of
 from .derivative import Bits, Derivative, Half, Levels, pack_derivative, smooth_codec, smooth_word, times
-from .normalised import AffineForm, NormCodec
 from .inputs import CHANNELS, FEATURES, Use
+from .normalised import AffineForm, NormCodec
 from .packed import NOTHING, Form, Packed, load, packed_of, save, save_outputs
 from .products import ConvProduct, LinearProduct, Window
 from .pruned import Pruned, PrunedForm, kept_count, pack

@@ -29,8 +29,8 @@ def kept_count(n: int, sparsity: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """sparsity in [0, 1); values: "float32", "float16", "bfloat16", "int8" or "int4"; index: "auto", "bitmap" or "tile";
-    fill: what stands for the dropped in the input of a weight (see ``inputs``): "zero", "mean" or "known"."""
+    """sparsity in [0, 1); values: "float32", "float16", "bfloat16", "int8" or "int4"; index: "auto", "bitmap" or
+    "tile"; fill: what stands for the dropped in the input of a weight (see ``inputs``): "zero", "mean" or "known"."""
 
     sparsity: float
     values: str

@@ -7,7 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..codecs import Bits, Form, Half, Packed, load, pack_derivative, packed_of, remember_activation, save, smooth_codec, times
+from ..codecs import (
+    Bits,
+    Form,
+    Half,
+    Packed,
+    load,
+    pack_derivative,
+    packed_of,
+    remember_activation,
+    save,
+    smooth_codec,
+    times,
+)
 from ..codecs.smooth import ACTIVATIONS
 from ..kernels.topk.layout import OVERFLOW
 from .common import needs_grad, raise_flag

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import NOTHING, Bits, Form, Pruned, Use, load, pack_shared, packed_of, remember_activation, save_outputs, times
+from ..codecs import (
+    NOTHING,
+    Bits,
+    Form,
+    Pruned,
+    Use,
+    load,
+    pack_shared,
+    packed_of,
+    remember_activation,
+    save_outputs,
+    times,
+)
 from ..kernels import mask_scale
 from .common import added, autocast_dtype, cast_to, needs_grad, on_cuda
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk

@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import NOTHING, Form, LinearProduct, Pruned, Use, load, pack_shared, packed_of, remember_activation, save_outputs, times
+from ..codecs import (
+    NOTHING,
+    Form,
+    LinearProduct,
+    Pruned,
+    Use,
+    load,
+    pack_shared,
+    packed_of,
+    remember_activation,
+    save_outputs,
+    times,
+)
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product, write
 from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
 from .transforms import RazorFunction, differentiable_once

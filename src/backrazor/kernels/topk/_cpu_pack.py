@@ -39,7 +39,7 @@ from ..cpu.scalars import (
 )
 from ._cpu_form import Form, sample_form
 from ._cpu_select import BUFFER_AT, SPARE_AT, STAGE_AT, threshold_of
-from .layout import BITMAP, INT4, INT4_LIMIT, INT8, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, TILES
+from .layout import BITMAP, INT4_LIMIT, INT8, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, TILES
 
 
 @arguments
@@ -77,7 +77,7 @@ def _store_values(value_kind, stage, count, values, scales, position):
         largest_finite = max(largest_finite, bits if bits < 0x7F800000 else 0)
     if largest >= 0x7F800000:
         status |= NON_FINITE
-    if value_kind == INT8 or value_kind == INT4:
+    if value_kind >= INT8:  # or INT4
         limit = numpy.float32(INT8_LIMIT) if value_kind == INT8 else numpy.float32(INT4_LIMIT)
         put_f32(spare, bits_float(largest) / limit)
         cast_store(BF16, spare, spill)

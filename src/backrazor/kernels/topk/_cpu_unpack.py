@@ -25,7 +25,7 @@ from ..cpu.scalars import (
 )
 from ._cpu_form import Form, sample_form
 from ._cpu_select import STAGE_AT
-from .layout import BITMAP, INT4, INT8, NO_INDEX, TILE
+from .layout import BITMAP, INT8, NO_INDEX, TILE
 
 
 @arguments
@@ -40,7 +40,7 @@ class Unpack(Form):
 @njit(forceinline=True)
 def decode_values(kind, value_kind, values, scales, position, count, stage):
     """Values position .. position + count (at most a tile) as ``kind`` at ``stage``."""
-    if value_kind == INT8 or value_kind == INT4:
+    if value_kind >= INT8:  # or INT4
         spare = stage + (TILE + 32) * 4
         put_u16(spare + 64, get_u16(scales + (position // TILE) * 2))
         cast_load(BF16, spare + 64, spare)

@@ -96,7 +96,7 @@ def _pitch(values, keep):
 
 @triton.jit
 def _decoded(values, scales, position, mask, dtype: tl.constexpr):
-    """The stored value at ``position`` as ``dtype``, zero where the mask is off; 256 of them share one of ``scales``."""
+    """The stored value at ``position`` as ``dtype``, zero where the mask is off; 256 values share one of ``scales``."""
     if values.dtype.element_ty == tl.uint8:  # int4
         codes = tl.load(values + position // 2, mask=mask, other=0).to(tl.int32) >> (position % 2 * 4).to(tl.int32)
         exact = (((codes & 15) ^ 8) - 8).to(tl.float32)

@@ -23,8 +23,8 @@ SAMPLE_ELEMENTS = 1 << 15
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
 SLOTS = 3  # of a sample's state, one for each digit
 LONGEST_CHUNK = 1 << 15
-# Counters and kept values on their way to integers take about this at most, or one sample's worth; samples that do not lie
-# contiguous are copied that much at a time.
+# Counters and kept values on their way to integers take about this at most, or one sample's worth; samples that do not
+# lie contiguous are copied that much at a time.
 SCRATCH_BYTES = 32 << 20
 COPIED_BYTES = 32 << 20
 
