@@ -87,7 +87,7 @@ def predict(
         stepping = None if optimizer is None else _on_fakes(optimizer, model, state)
         if stepping is not None:
             stepping.step()  # makes its state
-        if release_gradients:
+        if stepping is not None and release_gradients:
             GradientRelease(stepping)
             for tensor in trained:
                 tensor.grad = None

@@ -32,7 +32,7 @@ def row_label(config: Mapping[str, Any]) -> str:
     if micro and micro < trainer["batch_size"]:
         parts.append(f"micro-batches of {micro}")
     if trainer.get("release_gradients"):
-        parts.append("released gradients")
+        parts.append("released")
     if config.get("optim", {}).get("state_bits"):
         parts.append(f"{config['optim']['state_bits']}-bit state")
     return f"{config['method']['name']}, " + " + ".join(parts)

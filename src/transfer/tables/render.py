@@ -16,11 +16,11 @@ HEADINGS = {
     "step_s": ("Step, s", 3),
 }
 PARTS = {
-    "weights_mb": ("Weights, MB", 1),
-    "gradients_mb": ("Gradients, MB", 1),
-    "optimizer_mb": ("Optimizer, MB", 1),
-    "peak_mb": ("Peak, MB", 1),
-    "total_mb": ("In all, MB", 1),
+    "weights_mb": ("Weights", 1),
+    "gradients_mb": ("Gradients", 1),
+    "optimizer_mb": ("Optimizer", 1),
+    "peak_mb": ("Peak", 1),
+    "total_mb": ("In all", 1),
 }
 
 
@@ -32,7 +32,7 @@ def parts(summary: pd.DataFrame) -> pd.DataFrame | None:
     if not summary["total_mb"].notna().any():
         return None
     alone = {f"{name}_{what}": float("nan") for name in PARTS for what in ("std", "ratio") if name != "total_mb"}
-    return cells(summary.assign(**alone), PARTS)
+    return cells(summary.assign(**alone), PARTS).rename(columns={"Method": "A step holds, MB"})
 
 
 def cells(summary: pd.DataFrame, headings: Mapping[str, tuple[str, int]] = HEADINGS) -> pd.DataFrame:
