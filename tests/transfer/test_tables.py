@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from scripts import make_tables
 from transfer.records import write_record
-from transfer.tables import load_runs, summarise, to_terminal, write_tables
+from transfer.tables import load_runs, render, summarise, to_terminal, write_tables
 
 RESULTS = {  # experiment: razor, sparsity, checkpointing, accuracies by seed, saved, peak, seconds
     "t/dense": ("none", 0.0, "none", (98.0, 99.0), 600e6, 700e6, 0.5),
@@ -39,7 +40,10 @@ def make_records(root: Path) -> None:
                 "memory": {"batch_size": 8, "image_size": 224, "saved_bytes": saved},
             }
             if seed == 0:  # one seed is measured, as scripts/measure_runs.py does
+                gradients = 0 if razor == "compact" else 20e6
                 record["memory"] |= {"peak_bytes": peak, "step_seconds": seconds}
+                record["memory"] |= {"weight_bytes": 20e6, "gradient_bytes": gradients, "optimizer_bytes": 10e6}
+                record["memory"] |= {"total_bytes": peak + gradients + 30e6}
             path = root / name / str(seed) / "record.json"
             path.parent.mkdir(parents=True)
             write_record(path, record)
@@ -54,6 +58,27 @@ def test_mean_spread_and_ratio_to_the_dense_row(tmp_path: Path) -> None:
     assert compact["seeds"] == 2 and compact["peak_mb"] == 140 and compact["saved_mb"] == 30
     assert compact["saved_mb_ratio"] == pytest.approx(0.05) and compact["step_s_ratio"] == pytest.approx(1.2)
     assert (summary.loc["full, dense", [c for c in summary if c.endswith("_ratio")]] == 1).all()
+
+
+def test_a_second_table_has_the_four_parts_and_their_sum(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    runs = load_runs(tmp_path)
+    summary = summarise(runs)
+    shown = to_terminal(summary).split("\n\n")[1].splitlines()
+    assert re.split(r"  +", shown[0].strip())[1:] == [heading for heading, _ in render.PARTS.values()]
+    assert re.split(r"  +", shown[-1].strip()) == [
+        "full, compact 0.9",
+        "20.0",
+        "0.0",
+        "10.0",
+        "140.0",
+        "170.0 (0.227x)",
+    ]
+    text = [path.read_text() for path in write_tables(summary, runs, tmp_path / "out")]
+    assert "total_mb" in text[0] and all("170.0 (0.227x)" in part for part in text[1:])
+    assert text[2].count("\\toprule") == 2
+    older = summary.assign(total_mb=float("nan"))
+    assert "In all" not in to_terminal(older), "records from before the parts have the first table alone"
 
 
 def test_a_row_that_was_not_run_is_there_and_says_so(tmp_path: Path) -> None:
@@ -82,7 +107,7 @@ def test_the_terminal_table_fits_a_hundred_columns(tmp_path: Path) -> None:
     make_records(tmp_path)
     runs = load_runs(tmp_path)
     runs["test_top1"] *= 1.0123 - 0.003 * runs.index  # ratios of three digits everywhere
-    runs[["saved_bytes", "peak_bytes"]] *= 3.777
+    runs[["saved_bytes", "peak_bytes", "total_bytes", "gradient_bytes"]] *= 3.777
     runs["step_seconds"] *= 37.77
     shown = to_terminal(summarise(runs[runs["seed"] == 0]))
     assert max(map(len, shown.splitlines())) <= 100

@@ -1,7 +1,13 @@
 """Tables and figures from run records alone. No torch, no hydra."""
 
 from transfer.tables.collect import load_runs
-from transfer.tables.figures import accuracy_against_peak, memory_by_layer, memory_by_role, memory_curves
+from transfer.tables.figures import (
+    accuracy_against_peak,
+    memory_by_layer,
+    memory_by_part,
+    memory_by_role,
+    memory_curves,
+)
 from transfer.tables.grid import cells, pivot, title, to_latex, write_grid
 from transfer.tables.render import to_terminal, write_tables
 from transfer.tables.summary import summarise
@@ -11,6 +17,7 @@ __all__ = [
     "cells",
     "load_runs",
     "memory_by_layer",
+    "memory_by_part",
     "memory_by_role",
     "memory_curves",
     "pivot",

@@ -13,6 +13,12 @@ from matplotlib import pyplot as plt
 
 SMALLEST_SPAN = 4.0  # points of accuracy that the vertical axis shows at least
 DPI = 150
+PART_COLUMNS = {  # of a summary, from the bottom of a bar to its top: the legend
+    "weights_mb": "weights",
+    "gradients_mb": "gradients",
+    "optimizer_mb": "optimizer state",
+    "peak_mb": "peak above these",
+}
 
 
 def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
@@ -78,6 +84,26 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     axes.set_xlabel("measured peak of a step above weights, gradients and optimizer state, MB")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return _save(figure, path)
+
+
+def memory_by_part(rows: Mapping[str, Mapping[str, float]], path: Path, title: str = "") -> Path | None:
+    """Draw all that a step holds, one bar a row, stacked by its four parts, the sum at its end; None without rows.
+
+    Args:
+        rows: label of the row -> the columns of ``PART_COLUMNS``, MB.
+    """
+    if not rows:
+        return None
+    table = pd.DataFrame(rows).T[list(PART_COLUMNS)].rename(columns=PART_COLUMNS).iloc[::-1]
+    figure, axes = plt.subplots(figsize=(7.2, 1.4 + 0.4 * len(table)), layout="constrained")
+    table.plot.barh(stacked=True, ax=axes, width=0.7, title=title or None)
+    for place, total in enumerate(table.sum(axis=1)):
+        axes.text(total, place, f" {total:.0f} MB", va="center", fontsize="small")
+    axes.margins(x=0.12)
+    axes.set_xlabel("held by a training step, MB")
+    axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small")
     return _save(figure, path)
 
