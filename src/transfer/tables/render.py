@@ -42,7 +42,7 @@ def _cell(row: pd.Series, name: str, digits: int) -> str:
 
 
 def to_terminal(summary: pd.DataFrame) -> str:
-    """Return the table as text of at most 100 columns for one seed a row."""
+    """Return the table as text of at most 100 columns for one seed per row."""
     return cells(summary).to_markdown(index=False, tablefmt="simple", disable_numparse=True)
 
 

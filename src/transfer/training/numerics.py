@@ -43,7 +43,7 @@ def bad_step(network: Network, loss: float, found: str | None, forwards: Callabl
     Args:
         loss: of this process's share of the batch.
         found: as ``bad_activation`` says.
-        forwards: runs the step's forwards once more, one an item, to look for the layer.
+        forwards: runs the step's forwards once more, one per item, to look for the layer.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}, {first_bad_layer(network.model, forwards) or found or 'though no layer is bad'}"
