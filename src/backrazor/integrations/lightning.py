@@ -64,7 +64,7 @@ class RazorCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the ledger at the first micro-batch of a step that is going to be logged."""
-        every = self.every or max(1, trainer.log_every_n_steps)
+        every = self.every or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         step = trainer.global_step + 1
         if step // every > self._seen // every:  # with several optimizers the count may jump over a multiple
             self._seen, self._looking = step, StepFigures(pl_module, self.layers)

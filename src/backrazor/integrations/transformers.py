@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 try:
@@ -79,40 +78,38 @@ class RazorCallback(TrainerCallback):
         callbacks.insert(0, self)
         return self
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Razor the model before anything wraps it."""
-        self.report = razor_once(model, self.config)
+        self.report = razor_once(kwargs["model"], self.config)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Razor a model that was made since, by ``model_init``, or a Trainer that was given this callback late."""
         self._stop_looking()  # what a training before left open when its forward failed: no event tells of that
-        self.report = razor_once(model, self.config) or self.report
-        self._hook = model.register_forward_hook(passive(lambda *_: self._after_forward()))
+        self.report = razor_once(kwargs["model"], self.config) or self.report
+        self._hook = kwargs["model"].register_forward_hook(passive(lambda *_: self._after_forward()))
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the ledger at the steps that are going to be logged."""
         step, every = state.global_step + 1, self.every
         if every is None:
             every = max(1, int(state.logging_steps)) if args.logging_strategy == "steps" else 50
         if step % every == 0 or (step == 1 and args.logging_first_step):
-            self._looking = StepFigures(model, self.layers)
+            self._looking = StepFigures(kwargs["model"], self.layers)
 
     def _after_forward(self) -> None:
         if self._looking is not None:
             self._looking.take()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the ledger, and stop on bad numbers before the weights change."""
         self._close()
-        check_finite(model)
+        check_finite(kwargs["model"])
 
     def on_log(
         self,
@@ -120,14 +117,16 @@ class RazorCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
         """Add the latest figures to what is logged of a training step."""
         if logs is not None and "loss" in logs:
             logs.update(self.figures)
             state.log_history[-1].update(self.figures)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the hook off."""
         self._stop_looking()
 
