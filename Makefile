@@ -14,7 +14,7 @@ TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SE
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits report test test-all lint tensorboard clean
+.PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits report test test-all lint docs docs-serve tensorboard clean
 
 help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
@@ -58,6 +58,12 @@ lint: $(VENV)/.installed-dev ## Check style, and the types of the public interfa
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.installed-dev ## Build the site into build/site, without network; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.installed-dev ## Show the site in the browser, built anew when a page changes
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve --watch src --watch README.md
 
 tensorboard: $(VENV)/.installed ## Show the runs below outputs/ in the browser
 	$(VENV)/bin/tensorboard --logdir outputs

@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --seeds 0 --configs dense
 
 A ViT of 2.7 M parameters (32 pixels, patch 8) is trained from scratch on 797 of scikit-learn's digits, then fine-tuned,
-all of it, to the same images turned by 90 degrees: once a configuration, from the same weights, in the same order of
+all of it, to the same images turned by 90 degrees: once per configuration, from the same weights, in the same order of
 batches. Every accuracy is of the same 1,000 test images. Writes docs/accuracy.md from the CSV.
 """
 
@@ -54,7 +54,7 @@ def tune(seed: int, name: str, digits: Digits) -> dict[str, object]:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The page: a row a configuration, mean and spread over seeds, and the difference to dense seed by seed."""
+    """The page: one row per configuration, mean and spread over seeds, and the difference to dense seed by seed."""
     dense = table[table.configuration == "dense"].set_index("seed").turned_after
     rows = []
     for name, part in table.groupby("configuration", sort=False):

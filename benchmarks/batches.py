@@ -2,7 +2,7 @@
 
     python benchmarks/batches.py            # MobileNetV2 and ResNet-50: batch 1 to 64, and what fits into 2 GiB
 
-Each point is measured in fresh processes (one file a point below outputs/batches; what exists is not measured again).
+Each point is measured in fresh processes (one file per point below outputs/batches; what exists is not measured again).
 Slopes are least squares over all batches. The largest batch is searched by measuring: the batch given is the largest
 found to fit, the next column the smallest found not to, at most ``TOLERANCE`` apart. Peaks need no idle machine.
 Written: results/batches.csv (points), results/batches_slopes.csv, results/batches_fits.csv.
@@ -80,7 +80,7 @@ def point(row: Row, batch: int, predicted: br.memory.Prediction, folder: Path) -
 
 
 def slopes(points: pandas.DataFrame) -> pandas.DataFrame:
-    """MB an image by least squares, measured and predicted, and the ratios of dense to the row."""
+    """MB per image by least squares, measured and predicted, and the ratios of dense to the row."""
     lines = []
     for (backbone, label), part in points.groupby(["backbone", "row"], sort=False):
         line = {"backbone": backbone, "row": label}

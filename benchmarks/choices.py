@@ -4,7 +4,7 @@ freed memory; and how steady the machine itself is.
     python benchmarks/choices.py            # appends to benchmarks/results/choices.csv
 
 Every variant is a fresh process; they take turns step by step with a dense one, and the ratio is the median over turns.
-``steadiness`` rows time one PyTorch operator alone, twenty calls a point over half a minute: what they spread is the
+``steadiness`` rows time one PyTorch operator alone, twenty calls per point over half a minute: what they spread is the
 machine's, not ours.
 """
 

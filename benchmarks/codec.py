@@ -3,8 +3,8 @@
     python benchmarks/codec.py            # appends to benchmarks/results/codec.csv
 
 Every repetition times all candidates in turn; the row holds medians and the ratio's quartiles over the repetitions.
-``scaling`` rows hold nanoseconds an element over n and over the batch. glibc is told to keep freed memory: otherwise
-outputs beyond its threshold pay the system for fresh pages, in every candidate (2 ns an element of ``clone()``).
+``scaling`` rows hold nanoseconds per element over n and over the batch. glibc is told to keep freed memory: otherwise
+outputs beyond its threshold pay the system for fresh pages, in every candidate (2 ns per element of ``clone()``).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def configurations() -> dict[tuple[str, float], br.RazorConfig]:
 
 
 def compare(model: nn.Module, batches: dict[str, tuple[Tensor, Tensor]]) -> pd.DataFrame:
-    """A row a configuration, batch and layer, the whole gradient as layer "overall"."""
+    """One row per configuration, batch and layer, the whole gradient as layer "overall"."""
     rows = []
     for (name, sparsity), config in configurations().items():
         for batch, (x, y) in batches.items():

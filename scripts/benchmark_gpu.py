@@ -1,7 +1,7 @@
 """Measure dense training, its rivals and Back Razor on one CUDA device: saved bytes, allocator peak and time of a step.
 
     python scripts/benchmark_gpu.py          # ViT-B/16 at batch 128 in float32 and bfloat16, ProxylessNAS at batch 8
-    python scripts/benchmark_gpu.py --quick  # the main rows, one process a figure
+    python scripts/benchmark_gpu.py --quick  # the main rows, one process per figure
 
 The columns are those of scripts/benchmark.py. The peak is torch.cuda.max_memory_allocated less what is resident; the
 process column is that maximum itself; reserved_MB is torch.cuda.max_memory_reserved, which is what has to fit a card.
@@ -27,8 +27,8 @@ GATE = "tests/kernels/test_gpu.py"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes a figure")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps a process")
+    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per figure")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per process")
     parser.add_argument("--quick", action="store_true", help="four rows, one process of ten steps")
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/benchmark_gpu"), help="where measurements are kept"

@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of runs; every record.json below it is measured")
-    parser.add_argument("--repeats", type=int, help="fresh processes a figure; default as configured")
-    parser.add_argument("--steps", type=int, help="timed steps a process; default as configured")
+    parser.add_argument("--repeats", type=int, help="fresh processes per figure; default as configured")
+    parser.add_argument("--steps", type=int, help="timed steps per process; default as configured")
     parser.add_argument("--what", default="peak,time", help="peak, time or both; default %(default)s")
     parser.add_argument(
         "--missing", action="store_true", help="only rows that lack a figure, each written before the next is measured"

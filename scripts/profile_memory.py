@@ -5,7 +5,7 @@
     python scripts/profile_memory.py model=vit_b16 batch=64 budget=24GiB                     what batch fits
     python scripts/profile_memory.py model=vit_b16 batch=64 budget=4GiB razor.sparsity=auto  what sparsity fits
 
-Its own keys: batch (images a forward), image_size (pixels), classes, rows (layers shown, or all), budget (a size such
+Its own keys: batch (images per forward), image_size (pixels), classes, rows (layers shown, or all), budget (a size such
 as 24GiB; of a whole step: weights, gradients, optimizer state, input and peak). Every other key=value is train.py's.
 All figures are predicted from shapes: nothing is trained, no weights are needed. MB = 1e6 bytes.
 """

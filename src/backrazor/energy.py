@@ -34,7 +34,7 @@ class Energy:
 
     @property
     def rows(self) -> list[EnergyRow]:
-        """One row a layer, in the order of the forward pass. Reads the device once."""
+        """One row per layer, in the order of the forward pass. Reads the device once."""
         if not self._sums:
             return []
         device = next(iter(self._sums.values())).device

@@ -52,7 +52,7 @@ class GradientComparison:
         return tuple(_row(name, sums) for name, sums in totals.items())
 
     def table(self) -> str:
-        """Lines for a person: one a layer, in the order of the model, the whole gradient last."""
+        """Lines for a person: one per layer, in the order of the model, the whole gradient last."""
         lines = [f"gradients under {self.config.describe()}", f"{'cosine':>8} {'norm':>8} {'dense norm':>11}  layer"]
         rows = (*self.by_layer(), self.overall)
         lines += [f"{row.cosine:8.4f} {row.relative_norm:8.4f} {row.dense_norm:11.3e}  {row.name}" for row in rows]

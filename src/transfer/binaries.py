@@ -21,7 +21,7 @@ _SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 @dataclass(frozen=True)
 class Binary:
     """What a configuration became: registers per thread, bytes of local memory per thread (spills and stack), bytes of
-    shared memory a block."""
+    shared memory per block."""
 
     configuration: Configuration
     capability: int

@@ -1,4 +1,4 @@
-"""One json record a run: configuration, circumstances, accuracies, memory columns, times.
+"""One json record per run: configuration, circumstances, accuracies, memory columns, times.
 
 Tables and figures are made from these records alone. No torch here, so that tables need none.
 """

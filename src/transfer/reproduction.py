@@ -115,7 +115,7 @@ def _start_seconds() -> float:
 
 
 def _measuring_seconds(config: Mapping[str, Any], step: float, start: float) -> float:
-    """Seconds of measuring peak and time, for ``step`` seconds an image and ``start`` seconds a process."""
+    """Seconds of measuring peak and time, for ``step`` seconds per image and ``start`` seconds per process."""
     measure = config["trainer"]["measure"]
     if measure["mode"] != "all":
         return 0.0

@@ -69,6 +69,7 @@ AXES: dict[str, Sequence] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "values": ("float32", "float16", "bfloat16", "int8", "int4"),
     "fill": ("zero", "mean", "known"),
+    "rectified": (False, True),
     "sparsity": (0.0, 0.5, 0.9, 0.97),
     "index": ("auto", "bitmap", "tile"),
     "layout": ("contiguous", "channels_last", "sliced", "transposed"),

@@ -46,6 +46,16 @@ def test_the_library_knows_nothing_of_the_laboratory() -> None:
         assert not tops & FOREIGN, f"{file} imports {tops & FOREIGN}"
 
 
+def test_integrations_stand_on_top_and_each_knows_one_framework() -> None:
+    frameworks = {"transformers", "lightning", "accelerate"}
+    for file in ROOT.rglob("*.py"):
+        names = imported(file)
+        own = file.stem if file.parent.name == "integrations" else file.stem.removesuffix("_layers")
+        assert {name.partition(".")[0] for name in names} & frameworks <= {own}, file
+        if file.parent.name != "integrations":
+            assert not any(name.startswith("backrazor.integrations") for name in names), file
+
+
 def test_rules_are_functions_of_model_and_configuration() -> None:
     """They change no module: what does is not imported."""
     (file,) = files("rules")

@@ -154,7 +154,7 @@ def test_in_16_bits(rule: str, dtype: torch.dtype, flag: Tensor) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_masks_are_kept_as_given_and_a_causal_one_not_at_all(rule: str, flag: Tensor) -> None:
-    """Layers share a bool mask: one byte an element, once."""
+    """Layers share a bool mask: one byte per element, once."""
     q, k, v = _inputs((2, 3, 8, 8, 16, 16))
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
     kept = []

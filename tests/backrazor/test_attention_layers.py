@@ -123,7 +123,7 @@ MHA_FORMS = {
     "added padding": {"key_padding_mask": torch.tensor([[0.0] * 7, [0.0] * 5 + [-1e4] * 2])},
     "bool": {"attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(3)},
     "added": {"attn_mask": torch.linspace(-1, 1, 35).view(5, 7)},
-    "a mask a head": {"attn_mask": torch.linspace(-1, 1, 8 * 35).view(8, 5, 7)},
+    "a mask per head": {"attn_mask": torch.linspace(-1, 1, 8 * 35).view(8, 5, 7)},
     "both": {
         "key_padding_mask": torch.tensor([[False] * 7, [False] * 5 + [True] * 2]),
         "attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(3),
@@ -392,7 +392,7 @@ def test_hundred_steps_beside_dense() -> None:
     optimizers = [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9) for model in (plain, ours)]
     generator, losses = torch.Generator().manual_seed(5), []
     x = torch.randn(20, 3, 16, 16, generator=generator)
-    x += 2 * torch.randn(5, 3, 16, 16, generator=generator).repeat(4, 1, 1, 1)  # a pattern a class
+    x += 2 * torch.randn(5, 3, 16, 16, generator=generator).repeat(4, 1, 1, 1)  # a pattern per class
     for _ in range(100):
         pick = torch.randperm(20, generator=generator)[:8]
         pair = []

@@ -1,4 +1,4 @@
-"""One bit an element: the fast version equals the reference, and both PyTorch's derivative."""
+"""One bit per element: the fast version equals the reference, and both PyTorch's derivative."""
 
 from __future__ import annotations
 

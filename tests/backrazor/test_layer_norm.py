@@ -237,7 +237,7 @@ def test_average_pooling_keeps_a_shape(settings: dict) -> None:
 
 
 def test_what_else_a_block_does_keeps_next_to_nothing() -> None:
-    """Stochastic depth a number a sample; position embedding, class token and pooling nothing."""
+    """Stochastic depth one number per sample; position embedding, class token and pooling nothing."""
     timm_models = pytest.importorskip("timm.models")
     model = timm_models.VisionTransformer(
         img_size=16,

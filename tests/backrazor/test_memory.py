@@ -259,6 +259,7 @@ def test_a_ledger_that_comes_too_late_warns(razored: bool) -> None:
     with pytest.warns(UserWarning, match="backward ran inside"), br.memory.ledger(model) as book:
         model(x).sum().backward()
     assert book.total_bytes == 0
+    assert book.table().startswith("the ledger is empty") and "0.000" not in book.table()
 
 
 def test_a_ledger_that_has_nothing_to_say_does_not_warn() -> None:

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, reciprocal deviation) a row; those of ones where x is not finite or has no spread."""
+    """(mean, reciprocal deviation) per row; those of ones where x is not finite or has no spread."""
     wide = x.double().clamp(-1e30, 1e30).nan_to_num()
     if wide.shape[1] == 0:
         return torch.zeros(x.shape[0]), torch.ones(x.shape[0])

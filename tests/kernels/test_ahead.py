@@ -76,7 +76,7 @@ def test_at_most_four_configurations(family: str, configurations: list[ahead.Con
 def test_binaries_keep_to_their_limits(capability: int, configurations: list[ahead.Configuration]) -> None:
     for binary in binaries.compile_all(configurations, capability, workers=os.cpu_count() or 1):
         where = f"{binary.name} for sm_{capability}"
-        assert binary.local_bytes == 0, f"{where} spills {binary.local_bytes} bytes a thread"
+        assert binary.local_bytes == 0, f"{where} spills {binary.local_bytes} bytes per thread"
         assert 0 < binary.registers <= MOST_REGISTERS, f"{where} needs {binary.registers} registers"
         assert binary.shared_bytes <= MOST_SHARED_BYTES, f"{where} needs {binary.shared_bytes} bytes of shared memory"
         assert binary.occupancy >= LEAST_OCCUPANCY, f"{where} fills {binary.occupancy:.0%} of a multiprocessor"

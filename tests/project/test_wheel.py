@@ -22,7 +22,9 @@ with br.memory.ledger(model) as ledger:
     loss = model(torch.randn(8, 64)).sum()
 loss.backward()
 assert ledger.total_bytes == br.memory.predict(model, (64,), 8, loss_fn=torch.sum).saved_bytes > 0
-assert not {"hydra", "torchvision", "timm", "transfer"} & set(sys.modules)
+assert not {"hydra", "torchvision", "timm", "transfer", "transformers", "lightning"} & set(sys.modules)
+import backrazor.integrations.figures
+assert not {"transformers", "lightning"} & set(sys.modules)
 from transfer.report import write_report
 from importlib import resources
 assert "<!doctype html>" in resources.files("transfer.report").joinpath("page.html").read_text()

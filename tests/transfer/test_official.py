@@ -150,7 +150,7 @@ def test_model_is_left_as_it_was():
 
 
 def test_allocates_no_activation():
-    """A forward of one such sample would take 50 GB a layer."""
+    """A forward of one such sample would take 50 GB per layer."""
     model = nn.Sequential(nn.Conv2d(1, 128, 1), nn.ReLU())
     got = official_formula(model, (1, 10_000, 10_000), 1)
     assert got.total_bytes > 5e10

@@ -5,7 +5,7 @@ import torch
 
 from transfer.models.proxylessnas import proxylessnas
 
-# One entry a block: output channels, kernel, expansion, stride, shortcut; a kernel of None is an identity block.
+# One entry per block: output channels, kernel, expansion, stride, shortcut; a kernel of None is an identity block.
 BLOCKS = [
     (16, 3, 1, 1, False),
     (32, 5, 3, 2, False), (32, 3, 3, 1, True), (32, None, None, 1, True), (32, None, None, 1, True),

@@ -25,6 +25,12 @@ class LedgerRow:
     reason: str = ""
 
 
+TOO_LATE = (
+    "the ledger is empty: the graph was gone before it was read, for the loss was not kept, or backward ran inside the "
+    "context; keep it: with ledger(model) as book: loss = loss_fn(model(x), y)"
+)
+
+
 class _Held:
     """Stands for a saved tensor in the graph: as long as the graph holds it, so does the graph the tensor."""
 
@@ -91,7 +97,7 @@ class Ledger:
 
     @property
     def rows(self) -> list[LedgerRow]:
-        """One row a module and role, in the order of the forward pass."""
+        """One row per module and role, in the order of the forward pass."""
         return self.take()
 
     @property
@@ -106,15 +112,20 @@ class Ledger:
         return self._parameter_bytes
 
     def by_role(self) -> dict[str, int]:
-        """Bytes a role, largest first."""
+        """Bytes per role, largest first."""
         return _grouped((row.role, row.bytes) for row in self.rows)
 
     def by_module(self) -> dict[str, int]:
-        """Bytes a module, largest first; "" is what was saved outside any module, such as by the loss."""
+        """Bytes per module, largest first; "" is what was saved outside any module, such as by the loss."""
         return _grouped((row.module, row.bytes) for row in self.rows)
 
     def table(self, rows: int | None = None) -> str:
-        """The ledger for a person, largest first, the sum at the bottom. MB = 1e6 bytes."""
+        """The ledger for a person, largest first, the sum at the bottom. MB = 1e6 bytes.
+
+        Where the graph was gone before the ledger was read, the table is the sentence that says so.
+        """
+        if not self.rows and self.too_late:
+            return TOO_LATE
         ordered = sorted(self.rows, key=lambda row: -row.bytes)
         shown = ordered if rows is None else ordered[:rows]
         lines = [f"{'MB':>10}  {'module':40} {'role':14} reason"]
@@ -162,8 +173,4 @@ def ledger(model: nn.Module) -> Iterator[Ledger]:
         yield book
         book.take()
     if book.too_late:
-        warnings.warn(
-            "the ledger is empty: the graph was gone before it was read, for the loss was not kept, or backward ran "
-            "inside the context; keep it: with ledger(model) as book: loss = loss_fn(model(x), y)",
-            stacklevel=3,
-        )
+        warnings.warn(TOO_LATE, stacklevel=3)

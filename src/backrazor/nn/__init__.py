@@ -111,7 +111,7 @@ STAYS: dict[str, str | None] = {
     f"{_TORCH}.container.Sequential": None,
     f"{_TORCH}.sparse.Embedding": "keeps its indices",
     f"{_TORCH}.activation.Softmax": "keeps its output dense where it is called: not inside an attention drop-in",
-    "timm.layers.drop.DropPath": "keeps one number a sample",
+    "timm.layers.drop.DropPath": "keeps one number per sample",
     "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool": "keeps a shape",
     "timm.layers.mlp.GluMlp": "the product of its two halves keeps both dense",
     "timm.layers.mlp.SwiGLU": "the product of its two halves keeps both dense",

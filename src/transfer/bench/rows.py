@@ -17,7 +17,7 @@ from transfer.models import build_backbone
 from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
-BATCH = {"vit_b16": 16}  # images a step; 8 for the convolutional networks
+BATCH = {"vit_b16": 16}  # images per step; 8 for the convolutional networks
 CLASSES = 100
 MAIN = ("dense", "checkpointing by block", "compact 0.9", "compact 0.95", "compact 0.97")
 
@@ -26,8 +26,8 @@ MAIN = ("dense", "checkpointing by block", "compact 0.9", "compact 0.95", "compa
 class Row:
     """One way to run the step of one backbone.
 
-    razor: None for the plain network, else (preset, sparsity). micro: images a micro-batch, None for the whole batch at
-        once. bn: "frozen" (affine and statistics, as in the paper's recipes) or "train".
+    razor: None for the plain network, else (preset, sparsity). micro: images per micro-batch, None for the whole batch
+        at once. bn: "frozen" (affine and statistics, as in the paper's recipes) or "train".
     """
 
     backbone: str

@@ -24,7 +24,7 @@ class TensorImages(Dataset):
     Args:
         source: the images.
         transform: to the network's size.
-        cache: keep the fixed part's result of each image once it was asked for (3*S*S bytes an image).
+        cache: keep the fixed part's result of each image once it was asked for (3*S*S bytes per image).
     """
 
     def __init__(self, source: LabelledImages, transform: TwoPartTransform, cache: bool) -> None:

@@ -1,4 +1,4 @@
-"""Any tree with one folder a class.
+"""Any tree with one folder per class.
 
 Two layouts: ``root/train/<class>/`` with ``root/test/<class>/`` and, if there is one, ``root/val/<class>/``; or
 ``root/<class>/`` alone, which is split here. Images may lie in sub-folders of a class, links to folders are followed.

@@ -1,6 +1,6 @@
-"""Frozen weights stored at 8 bits: a k-means codebook of 256 values and a uint8 code a weight, decoded at use.
+"""Frozen weights stored at 8 bits: a k-means codebook of 256 values and a uint8 code per weight, decoded at use.
 
-The float tensor is gone: a layer holds 1 byte a weight and 1 kB. Autograd keeps the codes, which the layer holds
+The float tensor is gone: a layer holds 1 byte per weight and 1 kB. Autograd keeps the codes, which the layer holds
 anyway, and decodes them again in backward. TinyTL (arXiv 2007.11622) counts its frozen parameters this way.
 """
 

@@ -4,8 +4,8 @@ It walks the layers of one sample in forward order and adds up what it believes 
 
     batch * max over layers (kept so far + this layer's temporaries + the residual input held meanwhile) + parameters
 
-with 4 bytes a trainable and 1 byte a frozen parameter. What it leaves out (dense tensors that autograd keeps for ReLU6,
-frozen batch norm, dropout, pooling) is why it stands in a column of its own, beside predicted, saved and peak.
+with 4 bytes per trainable and 1 byte per frozen parameter. What it leaves out (dense tensors that autograd keeps for
+ReLU6, frozen batch norm, dropout, pooling) is why it stands in a column of its own, beside predicted, saved and peak.
 
 Source: `CNN/utils/memory_cost_profiler.py` and `ViT/utils/memory_cost_profiler.py` of VITA-Group/BackRazor_Neurips22,
 the first of them in turn from TinyTL (Cai et al., NeurIPS 2020).
@@ -157,7 +157,7 @@ class _Walk:
 
 
 def _hook_cnn(walk: _Walk, model: nn.Module, sparsity: float | None, head_sparsity: float | None) -> None:
-    """Convolutions and Linears keep their pruned input if their weight trains, norms a dense one, activations a bit."""
+    """Convolutions and Linears keep a pruned input if their weight trains, norms a dense one, activations one bit."""
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(
             f"the official formula is defined for convolutional networks and vision transformers, not {_kind(model)}"

@@ -1,4 +1,4 @@
-"""From a folder of runs to one table row a run."""
+"""From a folder of runs to one table row per run."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def time_against_peak(rows: pd.DataFrame, path: Path) -> Path:
 
 
 def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
-    """Draw test accuracy over measured peak, one point a row, its spread over seeds as a bar, the Pareto front as a
+    """Draw test accuracy over measured peak, one point per row, its spread over seeds as a bar, the Pareto front as a
     dashed line through ringed points; None without a peak.
 
     Args:
@@ -109,7 +109,7 @@ def memory_by_part(rows: Mapping[str, Mapping[str, float]], path: Path, title: s
 
 
 def memory_by_role(roles: Mapping[str, Mapping[str, float]], path: Path) -> Path | None:
-    """Draw what autograd holds after a forward, one bar a row, stacked by the role of the tensors; None without rows.
+    """Draw what autograd holds after a forward, one bar per row, stacked by the role of the tensors; None without rows.
 
     Args:
         roles: label of the row -> role -> bytes, as ``saved_by_role`` of a record.
@@ -127,7 +127,7 @@ def memory_by_role(roles: Mapping[str, Mapping[str, float]], path: Path) -> Path
 
 
 def layer_bars(rows: Mapping[str, Mapping[str, float]], axes: plt.Axes, most: int = 25) -> None:
-    """Draw what each layer keeps for backward, largest first, a bar a row; the legend has the sums of all layers.
+    """Draw what each layer keeps for backward, largest first, one bar per row; the legend has the sums of all layers.
 
     Args:
         rows: label of the row -> layer -> bytes, as ``saved_by_layer`` of a record; the first row sets the order.

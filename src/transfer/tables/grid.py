@@ -1,4 +1,4 @@
-"""Tables 1 and 2: one row a method, one column a data set, the published figure beside the measured one."""
+"""Tables 1 and 2: one row per method, one column per data set, the published figure beside the measured one."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _columns_of_a_run() -> list[str]:
 
 
 def pivot(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table as text, one row a method: memory, then measured and published accuracy of each data set.
+    """Return the table as text, one row per method: memory, then measured and published accuracy of each data set.
 
     Memory and time are the median over the data sets that were run; they differ by the head's size and the sparsity.
     """
@@ -141,7 +141,7 @@ def note(runs: pd.DataFrame) -> str:
 
 
 def write_grid(table: pd.DataFrame, runs: pd.DataFrame, folder: Path, heading: str) -> list[Path]:
-    """Write ``table.csv`` (plain numbers, one row a cell), ``table.md`` and ``table.tex`` (booktabs)."""
+    """Write ``table.csv`` (plain numbers, one row per cell), ``table.md`` and ``table.tex`` (booktabs)."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{ending}" for ending in ("csv", "md", "tex")]
     table.to_csv(paths[0], index=False, float_format="%.6g")

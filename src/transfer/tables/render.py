@@ -61,7 +61,7 @@ def _cell(row: pd.Series, name: str, digits: int) -> str:
 
 
 def to_terminal(summary: pd.DataFrame) -> str:
-    """Return the tables as text of at most 100 columns for one seed a row: the results, then what a step holds."""
+    """Return the tables as text of at most 100 columns for one seed per row: the results, then what a step holds."""
     return "\n\n".join(
         text.to_markdown(index=False, tablefmt="simple", disable_numparse=True) for text in _both(summary)
     )

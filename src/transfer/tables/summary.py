@@ -1,4 +1,4 @@
-"""From one row a run to one row a configuration: mean and spread over seeds, ratios to the dense row."""
+"""From one row per run to one row per configuration: mean and spread over seeds, ratios to the dense row."""
 
 from __future__ import annotations
 

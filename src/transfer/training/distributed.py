@@ -179,6 +179,6 @@ def own_gpu(local_rank: int) -> torch.device:
     if not count:
         raise UserError("trainer.device=cuda is not possible: torch sees no CUDA device; choose cpu or auto")
     if local_rank >= count:
-        raise UserError(f"process {local_rank} of this machine finds {count} GPUs: start at most that many a machine")
+        raise UserError(f"process {local_rank} of this machine finds {count} GPUs: start at most that many per machine")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -55,7 +55,7 @@ class Tally:
         self.seconds += seconds
 
     def row(self) -> dict[str, float]:
-        """Mean loss, accuracy in percent, images a second; NaN where every step was skipped."""
+        """Mean loss, accuracy in percent, images per second; NaN where every step was skipped."""
         return {
             "train_loss": self.loss / self.images if self.images else math.nan,
             "train_top1": 100 * self.correct / self.images if self.images else math.nan,

@@ -49,7 +49,7 @@ def bad_step(
     Args:
         loss: of this process's share of the batch.
         found: as ``bad_activation`` says.
-        forwards: runs the step's forwards once more, one an item, to look for the layer.
+        forwards: runs the step's forwards once more, one per item, to look for the layer.
         gradients: the parameters with bad ones, where they are gone; None looks at those that lie there.
     """
     if not math.isfinite(loss):

@@ -29,7 +29,7 @@ class BatchOrder(Sampler[list[Key]]):
 
     Args:
         length: images in the split.
-        batch: images an optimizer step, over all processes; what does not fill a batch is left out of the epoch.
+        batch: images per optimizer step, over all processes; what does not fill a batch is left out of the epoch.
         seed: the run's.
         rank, size: this process and how many share each batch.
 

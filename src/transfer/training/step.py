@@ -55,7 +55,7 @@ class Stepper:
         network: what trains.
         optimizer: over its parameters.
         config: the validated configuration.
-        batch: images a step, over all processes.
+        batch: images per step, over all processes.
         world: this process among them.
     """
 

@@ -81,7 +81,7 @@ def test_equal_to_the_reference(part: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_chunks_of_several_blocks_in_any_order(
     dtype: torch.dtype, order: str, counted: bool, in_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several chunks a sample and several blocks a chunk; ties, kept and dropped, in all of them."""
+    """Several chunks per sample and several blocks per chunk; ties, kept and dropped, in all of them."""
     monkeypatch.setattr(_triton, "FILLING_PROGRAMS", 4)
     monkeypatch.setattr(topk, "COUNTED_ELEMENTS", dict.fromkeys(("bitmap", "tile"), 0 if counted else 1 << 22))
     StrictExecutor.order = order

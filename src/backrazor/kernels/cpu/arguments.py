@@ -94,4 +94,4 @@ def _counter(field: str):
 
 
 take_tasks = _counter("next_task")  # the first of ``amount`` pieces of work, which are this thread's from now on
-count_threads = _counter("next_thread")  # with an amount of 1, once a thread: its number, from 0
+count_threads = _counter("next_thread")  # with an amount of 1, once per thread: its number, from 0

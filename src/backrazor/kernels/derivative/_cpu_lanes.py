@@ -122,7 +122,7 @@ def apply_level(kind: str, bits: int):
             shifts = [bits * (lane % per_word) for lane in range(LANES)]
             code = builder.lshr(packed, ir.Constant(vector_of(I32), shifts))
             choices = [broadcast(builder, args[2], i, FLOAT) for i in range(2**bits)]
-            for bit in range(bits):  # a tree of selections, one bit of the code a level
+            for bit in range(bits):  # a tree of selections, one bit of the code per level
                 is_set = builder.icmp_signed("!=", builder.and_(code, constant(I32, 1 << bit)), constant(I32, 0))
                 choices = [
                     builder.select(is_set, odd, even) for even, odd in zip(choices[::2], choices[1::2], strict=True)

@@ -19,7 +19,7 @@ from ..derivative.layout import code_bytes
 from ..rowquant.triton import store_codes
 from .layout import LONGEST_ROW
 
-# (rows a program holds, elements of a row, warps): the first whose elements hold the row. Eight elements per thread:
+# (rows per program, elements of a row, warps): the first whose elements hold the row. Eight elements per thread:
 # the two sums of backward stay in registers without spills.
 CONFIGS = ((4, 256, 4), (1, 1024, 4), (1, 2048, 8), (1, LONGEST_ROW, 16))
 SUMMING_PROGRAMS = 512  # of backward: each leaves a row of partial sums

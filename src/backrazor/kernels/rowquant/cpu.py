@@ -20,7 +20,7 @@ from ..derivative.layout import code_bytes
 from ._cpu_lanes import dequantise, largest_normalised, quantise_normalised
 from .reference import affine
 
-ROWS = 64  # rows a thread takes at a time
+ROWS = 64  # rows per thread at a time
 SPARE_BYTES = 192
 
 _largest = by_kind(largest_normalised)

@@ -3,7 +3,7 @@
 The threshold is found by radix selection over the bits of |x|, the highest digit first. A program owns a *chunk* of one
 sample, a sample has as many chunks as fill the device, and a launch depends only on what earlier launches have written:
 
-    count_digits   once a digit: counts a chunk's elements by their digit, of those that share the digits found so far
+    count_digits   once per digit: counts a chunk's elements by their digit, of those that share the digits found so far
         with the threshold. The first thing
                    a program does is to find the previous digit from the sample's counts: all its programs find the
                    same.
