@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import backrazor as br
 from backrazor import functional
-from backrazor.codecs import Bits, Pruned, Use, activation_of, pack_derivative, remember_activation
+from backrazor.codecs import Bits, Pruned, Use, activation_of, pack, pack_derivative, remember_activation
 from backrazor.codecs.inputs import pack_input
 from tests.backrazor.cases import AXES, PRUNING, pairwise
 from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits
