@@ -10,7 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .codecs import Use, pack_shared
+from .codecs import Packed, Use, pack_shared
+from .codecs.averaged import AveragedForm
+from .codecs.guessed import GuessedForm
 from .functional.common import sample_chunks
 from .hooks import passive
 from .nn.base import DropIn
@@ -19,7 +21,8 @@ from .nn.base import DropIn
 @dataclass(frozen=True)
 class EnergyRow:
     """One layer's input x and what backward reads instead, x_hat. ``kept_energy``: |x_hat|^2 / |x|^2, NaN for an x of
-    zeros. ``sparsity``: share of x_hat that is zero."""
+    zeros. ``sparsity``: share of the elements of which nothing is stored: x_hat reads zero there, or a guess that others
+    share."""
 
     module: str
     kept_energy: float
@@ -61,11 +64,21 @@ class Energy:
             parts = (
                 _energy(x[start:stop]),
                 _energy(x_hat),
-                x_hat.numel() - x_hat.count_nonzero(),
+                x_hat.numel() - _stored(packed, x_hat, start, stop),
                 x_hat.new_tensor(x_hat.numel()),
             )
             sums += torch.stack([part.double() for part in parts])
         self._sums[name] = self._sums.get(name, 0) + sums
+
+
+def _stored(packed: Packed, x_hat: Tensor, start: int, stop: int) -> Tensor:
+    """For how many elements of samples start to stop a value of their own is stored."""
+    form = packed.form
+    if isinstance(form, GuessedForm):
+        return form.pruned.read(packed.tensors[: form.pruned.count], start, stop, x_hat.dtype).count_nonzero()
+    if isinstance(form, AveragedForm):
+        return x_hat.new_tensor((stop - start) * form.stored.sample_numel)
+    return x_hat.count_nonzero()
 
 
 def _energy(x: Tensor) -> Tensor:

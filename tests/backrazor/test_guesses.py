@@ -211,3 +211,15 @@ def test_more_sparsity_saves_more_and_none_of_it_is_lost_near_one() -> None:
         found.append(br.memory.predict(model, (3, 64, 64), 4).saved_bytes)
         br.unrazor_(model)
     assert all(more > less for more, less in pairwise(found))
+
+
+@pytest.mark.parametrize("fill", ["mean", "known"])
+def test_kept_energy_counts_what_is_stored_not_what_is_guessed(fill: str) -> None:
+    model = frozen(Block())
+    br.razor_(model, br.RazorConfig(0.9, **(FILLED | {"fill": fill})))
+    with br.kept_energy(model) as energy:
+        model(smooth_images(4, 64)).sum().backward()
+    rows = {row.module: row for row in energy.rows}
+    assert 0.89 < rows["body.3"].sparsity < 0.91  # reads a ReLU6
+    assert 0.8 < rows["body.5"].sparsity < 0.9  # averages of 3 x 3 of 32 x 32
+    assert rows["body.3"].kept_energy > 0.5
