@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from transfer.errors import UserError, one_line, stop_with_reader
-from transfer.memory_profile import StepProfile, layer_table, need_lines, parse_size
+from transfer.memory_profile import StepProfile, layer_table, need_table, parse_size
 from transfer.settings import MIN_IMAGE_SIZE, validate
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -101,7 +101,7 @@ def report(arguments: Sequence[str]) -> None:
         title += f", {config['razor']['name']} at sparsity {sparsity:g}"
     table = layer_table(profile, batch, sparsity, rows)  # first, for it may end in an error
     print(f"{title}\n\n{table}\n")
-    print("\n".join(need_lines(profile, batch, sparsity)))
+    print(need_table(profile, batch, sparsity))
     if budget is not None:
         print("\n".join(budget_lines(profile, budget, own["budget"], sparsity)))
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 _CHOICES = {
-    "values": ("float32", "float16", "bfloat16", "int8", "paper"),
+    "values": ("float32", "float16", "bfloat16", "int8", "int4", "paper"),
+    "fill": ("zero", "mean", "known"),
     "index": ("auto", "bitmap", "tile"),
     "norm": ("dense", "pruned", "bfloat16", "int8", "int4"),
-    "activation": ("dense", "float16", "int8", "int4", "int2"),
+    "activation": ("dense", "float16", "int8", "int4", "int2", "auto"),
     "attention": ("dense", "pruned", "int8", "int4"),
     "rest": ("dense", "int8"),
 }
@@ -29,16 +30,22 @@ class RazorConfig:
     Attributes:
         sparsity: share of each sample's activation that is dropped, in [0, 1); 0 keeps all of it and stores no index.
         head_sparsity: the same for the classifier's input; None means ``sparsity``.
-        values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" (with
-            one bfloat16 scale per 256 values), or "paper" (convolutions float32, Linear and attention float16, the
-            Linear head of a network with convolutions int8). A 16-bit input keeps its own type under every 16- or
-            32-bit choice.
+        values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" or
+            "int4" (with one bfloat16 scale per 256 values), or "paper" (convolutions float32, Linear and attention
+            float16, the Linear head of a network with convolutions int8). A 16-bit input keeps its own type under
+            every 16- or 32-bit choice.
         index: how positions are stored: "bitmap" (one bit per element), "tile" (8-bit offsets in tiles of 256 elements
             and one count per tile) or "auto", the smaller of the two for each layer.
+        fill: what backward reads for a dropped element. "zero" is the paper's rule. "mean" is the mean of its channel,
+            or of its feature over the tokens, and what is kept is the largest of what differs from it; inputs of
+            convolutions that come from no activation are kept whole instead, as averages of blocks in 4 bits, and so
+            is a convolutional network's classifier, in 8 bits. "known" is "mean", but zero where the bit that a ReLU
+            keeps anyway says so, wherever the product with it costs little.
         norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned",
             "bfloat16", or the normalised input in "int8" or "int4" with one float16 scale per row.
         activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the
-            derivative quantised to 256, 16 or 4 levels ("int8", "int4", "int2"). ReLU, ReLU6 and Hardtanh always keep
+            derivative quantised to 256, 16 or 4 levels ("int8", "int4", "int2"); "auto" is "int2" for GELU in a network
+            with attention and "int4" otherwise. ReLU, ReLU6 and Hardtanh always keep
             one bit per element.
         attention: "pruned" prunes q, k, the softmax output and v, as the paper does. "int8" and "int4" quantise q, k
             and v row by row and recompute the softmax in backward. "dense" leaves attention alone.
@@ -53,6 +60,7 @@ class RazorConfig:
     head_sparsity: float | None = None
     values: str = "int8"
     index: str = "auto"
+    fill: str = "zero"
     norm: str = "int4"
     activation: str = "int2"
     attention: str = "int4"
@@ -80,6 +88,7 @@ class RazorConfig:
             sparsity=sparsity,
             values="paper",
             index="bitmap",
+            fill="zero",
             norm="pruned",
             activation="float16",
             attention="pruned",

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .codecs import pack_shared
+from .codecs import Use, pack_shared
 from .functional.common import sample_chunks
 from .hooks import passive
 from .nn.base import DropIn
@@ -50,10 +50,11 @@ class Energy:
         weight = getattr(module, "weight", None)  # a drop-in that packs something else may have none
         if weight is None or not weight.requires_grad or not x.numel():
             return
+        given = x
         if x.dim() < (4 if isinstance(module, nn.Conv2d) else 2):
             x = x.unsqueeze(0)
         # What the layer itself has packed a moment ago, wherever the graph still holds it.
-        packed = pack_shared(x, module.razor.pruned, module.flag_for(x))
+        packed = pack_shared(x, module.razor.pruned, Use.of(weight), module.flag_for(x), given)
         sums = torch.zeros(4, dtype=torch.float64, device=x.device)
         for start, stop in sample_chunks(len(x), packed.form.sample_numel * 4, x.device):
             x_hat = packed.unpack(start, stop, torch.float32)

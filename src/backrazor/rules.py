@@ -209,10 +209,17 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
             values = "float32"
         elif is_head and surroundings.is_cnn:
             values = "int8"
-    pruned = Pruned(sparsity, values, config.index)
+    if is_head and surroundings.is_cnn and config.fill != "zero" and config.head_sparsity is None:
+        sparsity, values = 0.0, "int8"  # a vector per image, and most of the gradient (docs/gradients.md)
+    elif name in surroundings.ends and values == "int4":
+        values = "int8"
+    pruned = Pruned(sparsity, values, config.index, config.fill)
     norm_values = "float32" if config.values == "paper" else values
     norm = NormCodec(config.norm, replace(pruned, values=norm_values))
-    return LayerRules(pruned, norm, config.activation, AttentionCodec(config.attention, pruned))
+    # Elsewhere no residual stream passes by the activations, and the error of their derivatives multiplies with depth.
+    auto = config.activation == "auto" and not surroundings.ends
+    activation = "int4" if auto else config.activation
+    return LayerRules(pruned, norm, activation, AttentionCodec(config.attention, pruned))
 
 
 def head_name(model: nn.Module) -> str | None:

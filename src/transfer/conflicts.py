@@ -23,7 +23,7 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             )
         extra = [
             path
-            for path in ("values", "index", "norm", "activation", "attention", "rest", "head_sparsity")
+            for path in ("values", "index", "fill", "norm", "activation", "attention", "rest", "head_sparsity")
             if given[f"razor.{path}"] is not None
         ]
         if extra and preset == "none":
@@ -39,6 +39,8 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
     batch, micro = given["trainer.batch_size"], given["trainer.micro_batch"]
     if micro is not None and micro > batch:
         raise UserError.value("trainer.micro_batch", micro, f"at most trainer.batch_size={batch}")
+    _check_release(given)
+    _check_state_bits(given)
     if given["trainer.cuda_graph"]:
         for path, value, reason in (
             ("trainer.device", "cpu", "only a CUDA device has graphs"),
@@ -54,4 +56,65 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             "data.test_fraction",
             given["data.test_fraction"],
             f"below 1 - data.val_fraction={1 - given['data.val_fraction']:g}",
+        )
+
+
+def _check_release(given: Mapping[str, Any]) -> None:
+    """Released gradients: what needs all of them before the first weight changes cannot be had."""
+    if not given["trainer.release_gradients"]:
+        return
+    micro = given["trainer.micro_batch"]
+    reasons = (
+        (
+            "optim.grad_clip",
+            given["optim.grad_clip"] is not None,
+            "the norm of all gradients is known when most have stepped; optim.grad_clip_each clips each by its own",
+        ),
+        (
+            "trainer.micro_batch",
+            micro is not None and micro < given["trainer.batch_size"],
+            "gradients add up over micro-batches; lower trainer.batch_size, or raise razor.sparsity",
+        ),
+        (
+            "trainer.nonfinite",
+            given["trainer.nonfinite"] == "skip",
+            "others have stepped when a bad gradient is found; choose stop, which goes on from the last checkpoint",
+        ),
+        (
+            "trainer.precision",
+            given["trainer.precision"] == "float16",
+            "an overflow of the scaled loss is found when others have stepped; choose bfloat16",
+        ),
+        (
+            "trainer.compile",
+            given["trainer.compile"],
+            "a compiled backward hands out all gradients at once, so that nothing would be released",
+        ),
+        ("trainer.cuda_graph", given["trainer.cuda_graph"], "a graph's gradients lie in memory of their own"),
+    )
+    for path, conflicts, reason in reasons:
+        if conflicts:
+            shown = str(given[path]).lower()
+            raise UserError(f"trainer.release_gradients=true {path}={shown} contradict each other: {reason}")
+
+
+def _check_state_bits(given: Mapping[str, Any]) -> None:
+    """Optimizer state at 8 bits: what the library has no form for."""
+    if given["optim.state_bits"] is None:
+        return
+    name = given["optim.name"]
+    if name == "sgd" and not given["optim.momentum"]:
+        raise UserError(
+            "optim.state_bits=8 optim.momentum=0 contradict each other: sgd without momentum has no state; "
+            "leave optim.state_bits out"
+        )
+    if name == "adam" and given["optim.weight_decay"]:
+        raise UserError(
+            f"optim.state_bits=8 optim=adam optim.weight_decay={given['optim.weight_decay']:g} contradict each other: "
+            "at 8 bits the decay is that of adamw; choose optim=adamw"
+        )
+    if given["trainer.cuda_graph"]:
+        raise UserError(
+            "optim.state_bits=8 trainer.cuda_graph=true contradict each other: its step counts in Python; "
+            "leave one of them out"
         )

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import backrazor as br
 from transfer.errors import UserError
-from transfer.training.costs import weight_bytes
 from transfer.training.first_forward import explained
 from transfer.training.network import AUTOCAST, Network, assemble, razor_config
+from transfer.training.optimisation import make_optimizer
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 EXACT_BATCH = 32  # images; a razored step's prediction visits every chunk of samples, so larger ones are extrapolated
@@ -67,6 +67,7 @@ class StepProfile:
         self.razor = razor_config(config["razor"])
         plain = {**config, "razor": {**config["razor"], "name": "none"}}
         self.network: Network = assemble(plain, classes)
+        self.optimizer = make_optimizer(self.network.model, self.network.backbone.head, config["optim"])
         self._known: dict[tuple[float | None, int], br.memory.Prediction] = {}
 
     def predict(self, batch: int, sparsity: float | None) -> br.memory.Prediction:
@@ -91,6 +92,8 @@ class StepProfile:
                         batch,
                         loss_fn=self._loss,
                         autocast=AUTOCAST[self.config["trainer"]["precision"]],
+                        optimizer=self.optimizer,
+                        release_gradients=self.config["trainer"]["release_gradients"],
                     )
             finally:
                 br.unrazor_(model)
@@ -98,13 +101,11 @@ class StepProfile:
 
     def resident(self, batch: int) -> dict[str, int]:
         """Return what lies beside the activations: weights, gradients, optimizer state, the input of ``batch``."""
-        optim = self.config["optim"]
-        trained = sum(p.nbytes for p in self.network.model.parameters() if p.requires_grad)
-        copies = (1 if optim["momentum"] else 0) if optim["name"] == "sgd" else 2
+        any_batch = next(iter(self._known.values()), None) or self.predict(1, None)
         return {
-            "weights": weight_bytes(self.network),
-            "gradients": trained,
-            "optimizer state": copies * trained,
+            "weights": any_batch.weight_bytes,
+            "gradients": any_batch.gradient_bytes,
+            "optimizer state": any_batch.optimizer_bytes,
             "input": batch * 3 * self.image_size**2 * 4,
         }
 
@@ -218,17 +219,14 @@ def _ratio(before: int, after: int) -> str:
     return f"{before / after:.1f}x" if after else ("all" if before else "")
 
 
-def need_lines(profile: StepProfile, batch: int, sparsity: float | None) -> list[str]:
-    """Return the predicted peak of a step and all that it needs, a line for each network."""
+def need_table(profile: StepProfile, batch: int, sparsity: float | None) -> str:
+    """Return all that a step needs, MB: its four parts, the input batch and their sum, a line for each network."""
     resident = profile.resident(batch)
-    beside = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in resident.items())
     lines = []
-    for label, at in (("dense", None), ("razored", sparsity)):
-        if label == "razored" and sparsity is None:
-            continue
+    for label, at in {"dense": None, **({} if sparsity is None else {"razored": sparsity})}.items():
         total = profile.need(batch, at)
-        lines.append(
-            f"{label}: predicted peak {(total - sum(resident.values())) / 1e6:.1f} MB, with {beside} MB: "
-            f"{total / 1e6:.1f} MB in all"
-        )
-    return lines
+        weights, gradients, state, images = resident.values()
+        sizes = weights, gradients, state, total - sum(resident.values()), images, total
+        lines.append((label, *(f"{size / 1e6:.1f}" for size in sizes)))
+    headings = ("MB", "weights", "gradients", "optimizer state", "predicted peak", "input", "in all")
+    return tabulate(lines, headings, disable_numparse=True, colalign=("left", *["right"] * 6))

@@ -20,7 +20,7 @@ from transfer.errors import UserError
 from transfer.files import atomic_write_text
 
 SCHEMA = 1
-PACKAGES = ("torch", "torchvision", "timm", "triton", "numba", "numpy", "hydra-core", "backrazor")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numba", "numpy", "hydra-core", "bitsandbytes", "backrazor")
 # What a run's result does not depend on: the seed has a folder of its own.
 NOT_HASHED = (
     "seed",
@@ -38,11 +38,15 @@ HASHED_UNLESS = {
     "trainer.channels_last": False,
     "trainer.compile": False,
     "trainer.cuda_graph": False,
+    "trainer.release_gradients": False,
+    "optim.grad_clip_each": None,
+    "optim.state_bits": None,
 }
 # What two equal runs differ in: dates, machines and clocks.
 MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")
 MEASURED_MEMORY = (
     *("peak_bytes", "process_peak_bytes", "reserved_bytes", "peak_samples", "time_samples", "circumstances"),
+    *("total_bytes", "above_bare_bytes"),
     *("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "not_measured"),
 )
 
@@ -58,8 +62,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
             kept.pop(section, None)
     for path, default in HASHED_UNLESS.items():
         section, _, key = path.partition(".")
-        if kept[section].get(key) == default:
-            del kept[section][key]
+        if kept[section].get(key, default) == default:
+            kept[section].pop(key, None)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
 

@@ -46,6 +46,11 @@ PRUNING: dict[str, Case] = {
     "linear of an empty batch": Case(_linear(8, 3), (0, 8)),
     "conv 1x1 by matrix products": Case(_conv(7, 5, 1), (3, 7, 12, 13)),
     "conv 1x1": Case(_conv(7, 5, 1), (3, 7, 6, 5)),
+    "conv 1x1 with few outputs": Case(_conv(8, 3, 1), (3, 8, 12, 13)),
+    "conv 1x1 over a large map": Case(_conv(7, 5, 1), (2, 7, 33, 30)),
+    "conv over a large map": Case(_conv(3, 4, 3, stride=2, padding=1), (2, 3, 61, 60)),
+    "conv, depthwise over a large map": Case(_conv(7, 7, 3, padding=1, groups=7), (2, 7, 33, 30)),
+    "conv, depthwise with five columns": Case(_conv(5, 5, 5, padding=2, groups=5), (2, 5, 9, 11)),
     "conv, padding and stride": Case(_conv(3, 8, 3, stride=2, padding=1), (5, 3, 11, 13)),
     "conv, no bias": Case(_conv(3, 8, 3, bias=False), (2, 3, 9, 9)),
     "conv, uneven stride and padding": Case(_conv(3, 4, (3, 5), stride=(2, 1), padding=(0, 3)), (2, 3, 9, 8)),
@@ -67,7 +72,9 @@ PRUNING: dict[str, Case] = {
 
 AXES: dict[str, Sequence] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "values": ("float32", "float16", "bfloat16", "int8"),
+    "values": ("float32", "float16", "bfloat16", "int8", "int4"),
+    "fill": ("zero", "mean", "known"),
+    "rectified": (False, True),
     "sparsity": (0.0, 0.5, 0.9, 0.97),
     "index": ("auto", "bitmap", "tile"),
     "layout": ("contiguous", "channels_last", "sliced", "transposed"),

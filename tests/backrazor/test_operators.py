@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import backrazor as br
 from backrazor import functional
-from backrazor.codecs import Pruned, pack
+from backrazor.codecs import Bits, Pruned, Use, activation_of, pack, pack_derivative, remember_activation
+from backrazor.codecs.inputs import pack_input
 from tests.backrazor.cases import AXES, PRUNING, pairwise
 from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits
 from tests.backrazor.samples import layouts
@@ -29,11 +30,18 @@ def razored(layer: nn.Module, **fields: object) -> nn.Module:
     return copied
 
 
-def x_hat_of(x: Tensor, codec: Pruned, sample_dims: int) -> Tensor:
+def x_hat_of(x: Tensor, codec: Pruned, weight: Tensor) -> Tensor:
     """What the codec gives back of x; an input without a batch is one sample."""
     flag = torch.zeros(1, dtype=torch.int32)
-    batched = x.detach() if x.dim() >= sample_dims else x.detach().unsqueeze(0)
-    return pack(batched, codec, flag).unpack().view(x.shape)
+    batched = x if x.dim() >= (4 if weight.dim() == 4 else 2) else x.unsqueeze(0)
+    return pack_input(batched.detach(), codec, Use.of(weight), activation_of(x), flag).unpack().view(x.shape)
+
+
+def rectified(x: Tensor) -> Tensor:
+    """ReLU of x, with the note and the bits that the razored one leaves."""
+    out = x.relu()
+    remember_activation(out, pack_derivative(out, Bits()))
+    return out
 
 
 @pytest.mark.parametrize("name", PRUNING)
@@ -45,7 +53,9 @@ def test_gradients_are_those_at_x_hat(name: str) -> None:
         x = torch.randn(case.shape).to(setting["dtype"])
         found = layouts(x) if x.dim() > 1 else {}
         x = found.get(setting["layout"], x)
-        layer = razored(plain, sparsity=setting["sparsity"], values=setting["values"], index=setting["index"])
+        x = rectified(x) if setting["rectified"] else x
+        fields = {key: setting[key] for key in ("sparsity", "values", "index", "fill")}
+        layer = razored(nn.Sequential(plain, nn.Linear(1, 1)), **fields)[0]  # which is not the head
         check_case(f"{name}: {setting}", plain, layer, x, setting["trained"])
 
 
@@ -64,7 +74,7 @@ def check_case(name: str, plain: nn.Module, layer: nn.Module, x: Tensor, trained
         return
     grad = torch.randn_like(out)
     got = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
-    oracle = vjp_at(plain, x_hat_of(x, layer.razor.pruned, 4 if isinstance(plain, nn.Conv2d) else 2), grad)
+    oracle = vjp_at(plain, x_hat_of(x, layer.razor.pruned, layer.weight), grad)
     for key, gradient in got.items():
         assert gradient.dtype == x.dtype, f"{key} of {name}"
         assert_close(f"{key} of {name}", gradient, oracle[key], LIMITS[x.dtype])

@@ -19,7 +19,7 @@ from tests.backrazor.compare import assert_same_bits
 from tests.backrazor.samples import sample
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-STORED = [*product(("int8", "bfloat16", "float16", "float32"), ("tile", "bitmap"))]
+STORED = [*product(("int4", "int8", "bfloat16", "float16", "float32"), ("tile", "bitmap"))]
 LINEARS = [(1, 16, 5, 9), (3, 17, 64, 33), (2, 197, 48, 96), (4, 50, 300, 272), (2, 20, 31, 600)]  # B, T, I, O
 # shape (C, H, W), D, kernel, stride, padding, dilation, depthwise
 CONVS = {

@@ -37,7 +37,7 @@ def check(x: Tensor, codec: Pruned, where: str) -> None:
     assert_same_bits(f"x_hat of {where}", dense, wanted)
 
 
-@pytest.mark.parametrize("values", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("values", ["float32", "float16", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_to_the_reference(dtype: torch.dtype, data: str, values: str) -> None:
@@ -56,6 +56,8 @@ def test_equal_to_the_reference_on_long_samples(dtype: torch.dtype, data: str) -
         ("bfloat16", "tile"),
         ("int8", "bitmap"),
         ("int8", "tile"),
+        ("int4", "bitmap"),
+        ("int4", "tile"),
         ("float16", "tile"),
     ]
     for n in LARGE:
@@ -91,7 +93,7 @@ def test_any_layout(shape: tuple[int, ...]) -> None:
     for data in ("normal", "small integers"):
         for dtype in (*DTYPES, torch.float64):
             for layout, x in layouts(sample(data, shape, dtype)).items():
-                for values, index in (("float32", "bitmap"), ("int8", "tile")):
+                for values, index in (("float32", "bitmap"), ("int8", "tile"), ("int4", "bitmap")):
                     check(x, Pruned(0.8, values, index), f"{data}, {dtype}, {layout}")
 
 
@@ -224,7 +226,7 @@ def test_rows_read_alone(index: str, flag: Tensor) -> None:
 def test_the_rounding_of_int8() -> None:
     x = torch.randn(3, 1000)
     values, scales, _ = reference.encode_values(x, "int8")
-    back = reference.decode_values(values, scales, torch.float32)
+    back = reference.decode_values(values, scales, x.shape[1], torch.float32)
     steps = scales.float().repeat_interleave(256, dim=1)[:, :1000]
     assert bool(((back - x).abs() <= 0.5001 * steps).all())
 

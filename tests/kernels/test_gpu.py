@@ -49,7 +49,12 @@ def test_kernels_equal_their_references(dtype: torch.dtype, data: str) -> None:
         x = sample(data, (2, n), dtype, seed=n)
         on_device = x.cuda()
         assert implementation("topk", on_device).__name__.endswith("triton")
-        for values, index in ((str(dtype).removeprefix("torch."), "bitmap"), ("int8", "tile")):
+        for values, index in (
+            (str(dtype).removeprefix("torch."), "bitmap"),
+            ("int8", "tile"),
+            ("int4", "tile"),
+            ("int4", "bitmap"),
+        ):
             flag, keep = torch.zeros(1, dtype=torch.int32, device="cuda"), max(n // 10, 1)
             *expected, status = topk.pack(x, keep, values, index)
             stored = kernels.topk_pack(on_device, keep, values, index, flag)

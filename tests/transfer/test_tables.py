@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from scripts import make_tables
 from transfer.records import write_record
-from transfer.tables import load_runs, summarise, to_terminal, write_tables
+from transfer.tables import caption, load_runs, render, summarise, to_terminal, write_tables
+from transfer.tables.figures import plt
+from transfer.tables.labels import Labelled, label_points
 
 RESULTS = {  # experiment: razor, sparsity, checkpointing, accuracies by seed, saved, peak, seconds
     "t/dense": ("none", 0.0, "none", (98.0, 99.0), 600e6, 700e6, 0.5),
@@ -39,7 +42,10 @@ def make_records(root: Path) -> None:
                 "memory": {"batch_size": 8, "image_size": 224, "saved_bytes": saved},
             }
             if seed == 0:  # one seed is measured, as scripts/measure_runs.py does
+                gradients = 0 if razor == "compact" else 20e6
                 record["memory"] |= {"peak_bytes": peak, "step_seconds": seconds}
+                record["memory"] |= {"weight_bytes": 20e6, "gradient_bytes": gradients, "optimizer_bytes": 10e6}
+                record["memory"] |= {"total_bytes": peak + gradients + 30e6}
             path = root / name / str(seed) / "record.json"
             path.parent.mkdir(parents=True)
             write_record(path, record)
@@ -54,6 +60,27 @@ def test_mean_spread_and_ratio_to_the_dense_row(tmp_path: Path) -> None:
     assert compact["seeds"] == 2 and compact["peak_mb"] == 140 and compact["saved_mb"] == 30
     assert compact["saved_mb_ratio"] == pytest.approx(0.05) and compact["step_s_ratio"] == pytest.approx(1.2)
     assert (summary.loc["full, dense", [c for c in summary if c.endswith("_ratio")]] == 1).all()
+
+
+def test_a_second_table_has_the_four_parts_and_their_sum(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    runs = load_runs(tmp_path)
+    summary = summarise(runs)
+    shown = to_terminal(summary).split("\n\n")[1].splitlines()
+    assert re.split(r"  +", shown[0].strip())[1:] == [heading for heading, _ in render.PARTS.values()]
+    assert re.split(r"  +", shown[-1].strip()) == [
+        "full, compact 0.9",
+        "20.0",
+        "0.0",
+        "10.0",
+        "140.0",
+        "170.0 (0.227x)",
+    ]
+    text = [path.read_text() for path in write_tables(summary, runs, tmp_path / "out")]
+    assert "total_mb" in text[0] and all("170.0 (0.227x)" in part for part in text[1:])
+    assert text[2].count("\\toprule") == 2
+    older = summary.assign(total_mb=float("nan"))
+    assert "In all" not in to_terminal(older), "records from before the parts have the first table alone"
 
 
 def test_a_row_that_was_not_run_is_there_and_says_so(tmp_path: Path) -> None:
@@ -82,7 +109,7 @@ def test_the_terminal_table_fits_a_hundred_columns(tmp_path: Path) -> None:
     make_records(tmp_path)
     runs = load_runs(tmp_path)
     runs["test_top1"] *= 1.0123 - 0.003 * runs.index  # ratios of three digits everywhere
-    runs[["saved_bytes", "peak_bytes"]] *= 3.777
+    runs[["saved_bytes", "peak_bytes", "total_bytes", "gradient_bytes"]] *= 3.777
     runs["step_seconds"] *= 37.77
     shown = to_terminal(summarise(runs[runs["seed"] == 0]))
     assert max(map(len, shown.splitlines())) <= 100
@@ -106,3 +133,27 @@ def test_a_damaged_record_or_an_empty_folder_is_one_line(tmp_path: Path, capsys,
     assert make_tables.main([str(tmp_path)]) == 2
     assert make_tables.main([str(tmp_path), "--expect", "nosuch"]) == 2
     assert all(line.startswith("make_tables.py: ") for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("peaks", [(700, 240, 140, 138), (100, 101, 102, 103), (5, 600, 610, 1900)])
+def test_labels_of_a_figure_touch_neither_points_nor_each_other(peaks: tuple[int, ...]) -> None:
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    points = [Labelled(peak, 98 - 0.2 * i, f"row {i}\n98.0 ± 0.3%, {peak} MB", 0.3) for i, peak in enumerate(peaks)]
+    axes.plot([p.x for p in points], [p.y for p in points], "o")
+    axes.set_xlim(0, 1.1 * max(peaks))
+    axes.set_ylim(95, 100)
+    boxes = label_points(axes, points)
+    frame = axes.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert not any(box.contains(*axes.transData.transform((p.x, p.y))) for p in points)
+    plt.close(figure)
+
+
+def test_the_caption_says_how_many_images_a_point_is(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    runs = load_runs(tmp_path)
+    assert "2 seeds" in caption(runs) and "test images" not in caption(runs)
+    runs["test_images"] = 719
+    assert "719 test images, of which one is 0.14 points" in caption(runs)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.layers import StdConv2d
+from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
 
+import backrazor as br
 from transfer.errors import UserError
+from transfer.models import build_backbone
 from transfer.models.frozen_storage import (
     CODEBOOK,
     CodedConv2d,
@@ -22,7 +24,8 @@ from transfer.models.frozen_storage import (
 )
 from transfer.models.proxylessnas import proxylessnas
 from transfer.models.tinytl import LiteResidual, insert_lite_residuals
-from transfer.training.methods import apply_method
+from transfer.models.zoo import BACKBONES
+from transfer.training.methods import apply_method, set_train_mode
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -97,6 +100,61 @@ def test_frozen_weights_take_a_byte_each_and_compute_what_their_codes_say() -> N
     assert torch.equal(model(x), decoded(x))
     assert torch.allclose(model[0].weight.grad, decoded[0].weight.grad, rtol=1e-4, atol=1e-3)
     assert torch.allclose(model[4].bias.grad, decoded[4].bias.grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "vit_b16" else name for name in BACKBONES]
+)
+def test_every_backbone_s_frozen_weights_take_a_quarter(name: str) -> None:
+    """Under the razor, too: the head learns, and what is kept for backward is what the codes leave."""
+    torch.manual_seed(0)
+    section = {"name": name, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "linear"}
+    size = 224 if name == "vit_b16" else 64
+    backbone = build_backbone(section, 10, "nowhere", size)
+    model = backbone.model
+    norms = apply_method(model, backbone.head, {"name": "norm_last", "bn_affine": "train", "bn_stats": "frozen"})
+    set_train_mode(model, norms)
+    before, frozen = bytes_of(model), sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    images = torch.randn(2, 3, size, size)
+    plain = model(images).detach()
+    store_frozen_at_8_bits(model)
+    assert coded_weights(model) > 0.99 * frozen
+    assert bytes_of(model) < 0.3 * before
+    assert torch.nn.functional.cosine_similarity(plain.flatten(), model(images).detach().flatten(), dim=0) > 0.98
+    br.razor_(model, br.RazorConfig(0.9))
+    with br.memory.ledger(model) as ledger:
+        loss = model(images).square().mean()
+    largest = max(module.weight_codes.numel() for module in model.modules() if hasattr(module, "weight_codes"))
+    assert largest not in {row.bytes // 4 for row in ledger.rows if row.role == "dense"}, "a decoded weight is kept"
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(16, 16, 3, padding="same", dilation=2),
+        nn.Conv2d(16, 16, 4, padding="same"),
+        nn.Conv2d(16, 16, 3, padding="valid", stride=2),
+        nn.Conv2d(16, 16, 3, padding=(1, 2), padding_mode="circular"),
+        Conv2dSame(16, 16, 3, stride=2),
+        Conv2dSame(16, 16, 5, stride=2, groups=4),
+    ],
+    ids=str,
+)
+def test_a_coded_convolution_pads_as_its_class_does(layer: nn.Module) -> None:
+    """Its output and its input's gradient are those of the layer with the decoded weight, to the bit."""
+    plain, coded = copy.deepcopy(layer), nn.Sequential(copy.deepcopy(layer)).requires_grad_(False)
+    assert store_frozen_at_8_bits(coded) == ("0",)
+    plain.weight.data.copy_(coded[0].weight)
+    results = []
+    for network in (plain, coded):
+        torch.manual_seed(0)
+        x = torch.randn(2, 16, 9, 11, requires_grad=True)
+        y = network(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_the_codebook_is_close_and_always_the_same() -> None:

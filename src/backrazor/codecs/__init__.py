@@ -1,16 +1,19 @@
 """What is stored for backward instead of an activation: codecs turn a tensor into a few small ones, and back."""
 
 from ..kernels.operators import scratch_of
-from .derivative import Bits, Derivative, Half, Levels, pack_derivative, smooth_codec, times
+from .derivative import Bits, Derivative, Half, Levels, pack_derivative, smooth_codec, smooth_word, times
+from .inputs import CHANNELS, FEATURES, Use
 from .normalised import AffineForm, NormCodec
 from .packed import NOTHING, Form, Packed, load, packed_of, save, save_outputs
 from .products import ConvProduct, LinearProduct, Window
 from .pruned import Pruned, PrunedForm, kept_count, pack
 from .roles import mark, role_of
 from .rows import Rows
-from .shared import pack_shared, remember_source
+from .shared import activation_of, hand_on_activation, pack_shared, remember_activation, remember_source
 
 __all__ = [
+    "CHANNELS",
+    "FEATURES",
     "NOTHING",
     "AffineForm",
     "Bits",
@@ -25,7 +28,10 @@ __all__ = [
     "Pruned",
     "PrunedForm",
     "Rows",
+    "Use",
     "Window",
+    "activation_of",
+    "hand_on_activation",
     "kept_count",
     "load",
     "mark",
@@ -33,11 +39,13 @@ __all__ = [
     "pack_derivative",
     "pack_shared",
     "packed_of",
+    "remember_activation",
     "remember_source",
     "role_of",
     "save",
     "save_outputs",
     "scratch_of",
     "smooth_codec",
+    "smooth_word",
     "times",
 ]

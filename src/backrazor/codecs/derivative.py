@@ -74,8 +74,17 @@ class Half:
 Derivative = Bits | Levels | Half
 
 
+def smooth_word(name: str, word: str) -> str:
+    """The word of the ``activation`` rule for ``ACTIVATIONS[name]``: "auto" is 2 bits for a GELU and 4 for what has a
+    sharper derivative."""
+    if word != "auto":
+        return word
+    return "int2" if "gelu" in name else "int4"
+
+
 def smooth_codec(name: str, word: str) -> Levels | Half | None:
     """What the word of the ``activation`` rule means for ``ACTIVATIONS[name]``; None for "dense"."""
+    word = smooth_word(name, word)
     if word == "dense":
         return None
     return Half(name) if word == "float16" else Levels(name, bits_of(word))

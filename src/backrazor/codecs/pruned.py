@@ -7,14 +7,19 @@ released code keeps where no magnitudes tie. It depends on the shape alone, so b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels import Stored, index_bytes, topk_pack, topk_unpack, topk_unpack_normalised
+from ..kernels import Stored, index_bytes, stored_dtype, topk_pack, topk_unpack, topk_unpack_normalised
 from .packed import Form, Packed
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
+
+INTEGERS = ("int8", "int4")
+# Differences from a guess exist for so many samples that they take no more than this, or for one per thread.
+DIFFERENCES_BYTES = 4 << 20
 
 
 def kept_count(n: int, sparsity: float) -> int:
@@ -24,11 +29,13 @@ def kept_count(n: int, sparsity: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """sparsity in [0, 1); values: "float32", "float16", "bfloat16" or "int8"; index: "auto", "bitmap" or "tile"."""
+    """sparsity in [0, 1); values: "float32", "float16", "bfloat16", "int8" or "int4"; index: "auto", "bitmap" or
+    "tile"; fill: what stands for the dropped in the input of a weight (see ``inputs``): "zero", "mean" or "known"."""
 
     sparsity: float
     values: str
     index: str = "auto"
+    fill: str = "zero"
 
     def form(self, x: Tensor) -> PrunedForm:
         """How x (B, ...) is going to be stored."""
@@ -48,7 +55,7 @@ class Pruned:
 def _stored_type(values: str, dtype: torch.dtype) -> str:
     """Never wider than the input, and a 16-bit input is not re-rounded: "float32" is lossless for every type."""
     name = str(dtype).removeprefix("torch.")
-    if values == "int8" or (values != "float32" and dtype in (torch.float32, torch.float64)):
+    if values in INTEGERS or (values != "float32" and dtype in (torch.float32, torch.float64)):
         return values
     return name
 
@@ -74,7 +81,7 @@ class PrunedForm(Form):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        return getattr(torch, self.values)
+        return stored_dtype(self.values)
 
     @property
     def count(self) -> int:
@@ -82,11 +89,25 @@ class PrunedForm(Form):
 
     @property
     def _present(self) -> tuple[bool, ...]:
-        return (True, self.values == "int8", self.index != "none", self.index == "tile", self.index == "tile")
+        return (True, self.values in INTEGERS, self.index != "none", self.index == "tile", self.index == "tile")
 
     def pack(self, x: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
         """What is stored of x."""
-        parts = topk_pack(x.detach(), self.keep, self.values, self.index, flag)
+        return self._marked(topk_pack(x.detach(), self.keep, self.values, self.index, flag))
+
+    def pack_differences(
+        self, x: Tensor, flag: Tensor, without: Callable[[Tensor, Tensor], Tensor], guess: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What is stored of ``without(x, guess)`` for x (B, n) and a guess per sample (B, R), some samples at a
+        time."""
+        together = max(DIFFERENCES_BYTES // max(self.sample_numel * x.element_size(), 1), torch.get_num_threads())
+        parts = [
+            topk_pack(without(some, rows), self.keep, self.values, self.index, flag)
+            for some, rows in zip(x.split(together), guess.split(together), strict=True)
+        ]
+        return self._marked(parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)])
+
+    def _marked(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         roles = (PRUNED if self.index != "none" else QUANTISED, SCALES, INDEX, INDEX, INDEX)
         return tuple(
             mark(part, role) for part, role, present in zip(parts, roles, self._present, strict=True) if present
@@ -100,7 +121,11 @@ class PrunedForm(Form):
 
     def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         dense = topk_unpack(*self.stored(tensors, start, stop), self.sample_numel, self.index, dtype)
-        dense = dense.view(stop - start, *self.shape[1:])
+        return self.shaped(dense)
+
+    def shaped(self, dense: Tensor) -> Tensor:
+        """Samples (b, n) as the activation lay."""
+        dense = dense.view(len(dense), *self.shape[1:])
         return dense.contiguous(memory_format=torch.channels_last) if self.channels_last else dense
 
     def read_normalised(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 PRUNED, SCALES, INDEX, MASK, QUANTISED, DENSE = "pruned values", "scales", "index", "mask bits", "quantised", "dense"
+MEANS = "means"
 
 
 _LABELS = WeakTensorKeyDictionary()

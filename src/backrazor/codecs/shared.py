@@ -1,6 +1,6 @@
-"""Inputs that several layers consume, and inputs that a norm before has kept already.
+"""Inputs that several layers consume, inputs that a norm before has kept already, and inputs that an activation made.
 
-Both are told by the tensor itself: what is known of it lies beside the tensor object, in a dictionary with weak keys,
+All are told by the tensor itself: what is known of it lies beside the tensor object, in a dictionary with weak keys,
 and counts while its version is the same. What several layers share is held weakly, so that its memory belongs to the
 autograd graph alone. What a norm has kept is held while its output lives: under activation checkpointing the graph
 drops it at once, and the forward and its recomputation have to choose alike. While ``torch.compile`` traces, nothing is
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from .inputs import Activation, Use, pack_input
 from .packed import Packed
-from .pruned import Pruned, pack
+from .pruned import Pruned
 
 _SOURCES = WeakTensorKeyDictionary()  # a norm's output -> its version, what the norm keeps
+_ACTIVATED = WeakTensorKeyDictionary()  # an activation's output -> its version, what is known of it
 _PACKED = WeakTensorKeyDictionary()  # an input -> codec and version, weak references to what was packed, its form
 
 
@@ -32,26 +34,50 @@ def source_of(x: Tensor) -> Packed | None:
     return packed if version == x._version else None
 
 
-def _remember_packed(x: Tensor, codec: Pruned, packed: Packed) -> None:
+def remember_activation(x: Tensor, codes: Packed | None = None) -> None:
+    """Note that x is the output of an activation. ``codes``: what its backward keeps, where they tell of the elements
+    of x themselves."""
+    if not torch.compiler.is_compiling():
+        _ACTIVATED[x] = x._version, Activation(codes)
+
+
+def activation_of(x: Tensor) -> Activation | None:
+    """What is known of the activation that x comes from; None where it comes from none."""
+    if torch.compiler.is_compiling():
+        return Activation(None)
+    version, known = _ACTIVATED.get(x, (None, None))
+    return known if version == x._version else None
+
+
+def hand_on_activation(x: Tensor, out: Tensor) -> None:
+    """Note that ``out`` has the elements of an activation if x has: some of them, or scaled ones."""
+    if activation_of(x) is not None:
+        remember_activation(out)
+
+
+def _remember_packed(x: Tensor, choice: tuple[Pruned, Use], packed: Packed) -> None:
     references = tuple(TensorWeakRef(tensor) for tensor in packed.tensors)
-    _PACKED[x] = (codec, x._version), references, packed.form
+    _PACKED[x] = (choice, x._version), references, packed.form
 
 
-def _packed_before(x: Tensor, codec: Pruned) -> Packed | None:
+def _packed_before(x: Tensor, choice: tuple[Pruned, Use]) -> Packed | None:
     known = _PACKED.get(x)
-    if known is None or known[0] != (codec, x._version):
+    if known is None or known[0] != (choice, x._version):
         return None
     tensors = tuple(reference() for reference in known[1])
     return None if any(tensor is None for tensor in tensors) else Packed(tensors, known[2])
 
 
-def pack_shared(x: Tensor, codec: Pruned, flag: Tensor) -> Packed:
-    """What stands for x (B, ...) in backward: the norm's codes if x comes straight from a quantised norm (no bytes at
-    all), what an earlier consumer with the same codec has packed, or else ``pack``."""
+def pack_shared(x: Tensor, codec: Pruned, use: Use, flag: Tensor, given: Tensor | None = None) -> Packed:
+    """What stands for x (B, ...) in the gradient of a weight that reads it as ``use`` says: the norm's codes if x comes
+    straight from a quantised norm (no bytes at all), what an earlier consumer of the same kind has packed, or else
+    ``pack_input``. ``given``: the tensor that x is a view of, which notes are about."""
+    given = x if given is None else given
     if torch.compiler.is_compiling():
-        return pack(x, codec, flag)
-    packed = source_of(x) or _packed_before(x, codec)
+        return pack_input(x, codec, use, Activation(None), flag)
+    choice = codec, use
+    packed = source_of(x) or _packed_before(x, choice)
     if packed is None:
-        packed = pack(x, codec, flag)
-        _remember_packed(x, codec, packed)
+        packed = pack_input(x, codec, use, activation_of(given), flag)
+        _remember_packed(x, choice, packed)
     return packed

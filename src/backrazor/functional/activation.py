@@ -7,7 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..codecs import Bits, Form, Half, Packed, load, pack_derivative, packed_of, save, smooth_codec, times
+from ..codecs import (
+    Bits,
+    Form,
+    Half,
+    Packed,
+    load,
+    pack_derivative,
+    packed_of,
+    remember_activation,
+    save,
+    smooth_codec,
+    times,
+)
 from ..codecs.smooth import ACTIVATIONS
 from ..kernels.topk.layout import OVERFLOW
 from .common import needs_grad, raise_flag
@@ -23,7 +35,9 @@ def piecewise_linear(
     NaN passes the gradient, as PyTorch's threshold and hardtanh backward do; a NaN ``high`` means no upper bound.
     """
     if not needs_grad(x):
-        return forward(x)
+        out = forward(x)
+        remember_activation(out)
+        return out
     return _apply(x, forward, pack_derivative(x.detach(), Bits(low, high)), inplace)
 
 
@@ -50,7 +64,9 @@ def smooth(
         return x.copy_(function(x)) if inplace else function(x)
 
     if codec is None or not needs_grad(x):
-        return function(x) if codec is None and needs_grad(x) else forward(x)
+        out = function(x) if codec is None and needs_grad(x) else forward(x)
+        remember_activation(out)
+        return out
     if not isinstance(codec, Half) and x.dtype == torch.float64:
         raise TypeError(f"activation={kept!r} has no float64 form: use activation='dense' for double precision")
     copied = isinstance(codec, Half) and inplace and x.element_size() == 2  # or it would change with x
@@ -61,7 +77,9 @@ def smooth(
 
 
 def _apply(x: Tensor, forward: Callable[[Tensor], Tensor], packed: Packed, inplace: bool) -> Tensor:
-    return _Activation.run(x, forward, inplace, *packed.arguments)
+    out = _Activation.run(x, forward, inplace, *packed.arguments)
+    remember_activation(out, packed)
+    return out
 
 
 class _Activation(RazorFunction):

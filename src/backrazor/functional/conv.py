@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import NOTHING, ConvProduct, Form, Packed, Pruned, Window, load, pack_shared, packed_of, save
+from ..codecs import NOTHING, ConvProduct, Form, Packed, Pruned, Use, Window, load, pack_shared, packed_of, save
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, on_cuda, placed, sample_chunks, write
 from .transforms import RazorFunction, differentiable_once
 
@@ -41,7 +41,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec
         return _forward(x, weight, bias, spec)
     cast = autocast_dtype(x)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    packed = pack_shared(batched, codec, flag).arguments if weight.requires_grad else NOTHING
+    packed = pack_shared(batched, codec, Use.of(weight), flag, x).arguments if weight.requires_grad else NOTHING
     (batched,) = cast_to(cast, batched)
     out = _Conv2d.run(batched, weight, bias, spec, cast, *packed)
     return out if x.dim() == 4 else out.squeeze(0)

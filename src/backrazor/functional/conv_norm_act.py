@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import NOTHING, Bits, Form, Pruned, load, pack_shared, packed_of, save_outputs, times
+from ..codecs import (
+    NOTHING,
+    Bits,
+    Form,
+    Pruned,
+    Use,
+    load,
+    pack_shared,
+    packed_of,
+    remember_activation,
+    save_outputs,
+    times,
+)
 from ..kernels import mask_scale
 from .common import added, autocast_dtype, cast_to, needs_grad, on_cuda
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
@@ -51,9 +63,11 @@ def conv_norm_act(
     """
     keeps = needs_grad(x, weight, bias) and x.shape[1] == weight.shape[1] * spec.groups
     cast = autocast_dtype(x)
-    packed = pack_shared(x, codec, flag).arguments if keeps and weight.requires_grad else NOTHING
+    packed = pack_shared(x, codec, Use.of(weight), flag).arguments if keeps and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
-    out, *_ = _ConvNormAct.run(x, weight, bias, spec, *norm, act, keeps, cast, *packed)
+    out, *codes = _ConvNormAct.run(x, weight, bias, spec, *norm, act, keeps, cast, *packed)
+    if act is not None:
+        remember_activation(out, packed_epilogue(codes[0], out.shape, act) if codes else None)
     return out
 
 

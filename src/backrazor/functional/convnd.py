@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codecs import NOTHING, Form, Pruned, load, pack_shared, packed_of, save
+from ..codecs import NOTHING, Form, Pruned, Use, load, pack_shared, packed_of, save
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks
 from .transforms import RazorFunction, differentiable_once
 
@@ -47,7 +47,7 @@ def conv_nd(
     if not needs_grad(x, weight, bias) or x.dim() != weight.dim() or x.shape[1] != channels or not x.numel():
         return dense(x, weight, bias)
     cast = autocast_dtype(x)
-    packed = pack_shared(x, codec, flag).arguments if weight.requires_grad else NOTHING
+    packed = pack_shared(x, codec, Use.of(weight), flag).arguments if weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
     return _ConvNd.run(x, weight, bias, spec, dense, cast, *packed)
 

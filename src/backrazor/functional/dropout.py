@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import Bits, Form, load, pack_derivative, packed_of, save, times
+from ..codecs import Bits, Form, activation_of, load, pack_derivative, packed_of, remember_activation, save, times
 from .common import needs_grad, reshaped
 from .transforms import RazorFunction, differentiable_once
 
@@ -18,7 +18,11 @@ def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tenso
     if not needs_grad(x) or not training or p == 0 or x.numel() == 0:
         return F.dropout(x, p, training, inplace)
     noise = F.dropout(torch.ones_like(x), p, True)  # 0 or 1 / (1 - p): the factors PyTorch multiplies by
-    return _Dropout.run(x, noise, p, inplace, *pack_derivative(noise, Bits()).arguments)
+    activated = activation_of(x) is not None  # asked first: it may run in place
+    out = _Dropout.run(x, noise, p, inplace, *pack_derivative(noise, Bits()).arguments)
+    if activated:
+        remember_activation(out)
+    return out
 
 
 class _Dropout(RazorFunction):

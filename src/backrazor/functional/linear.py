@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import NOTHING, Form, LinearProduct, Packed, Pruned, load, pack_shared, packed_of, save
+from ..codecs import NOTHING, Form, LinearProduct, Packed, Pruned, Use, load, pack_shared, packed_of, save
 from .common import autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product
 from .transforms import RazorFunction, differentiable_once
 
@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: 
     cast = autocast_dtype(x)
     packed = NOTHING
     if weight.requires_grad:
-        packed = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, flag).arguments
+        packed = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, Use.of(weight), flag).arguments
     (x,) = cast_to(cast, x)
     return _Linear.run(x, weight, bias, cast, *packed)
 

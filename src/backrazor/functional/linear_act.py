@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import NOTHING, Form, LinearProduct, Pruned, load, pack_shared, packed_of, save_outputs, times
+from ..codecs import (
+    NOTHING,
+    Form,
+    LinearProduct,
+    Pruned,
+    Use,
+    load,
+    pack_shared,
+    packed_of,
+    remember_activation,
+    save_outputs,
+    times,
+)
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product, write
 from .epilogue import Epilogue, activate_, encode, joined, packed_epilogue
 from .transforms import RazorFunction, differentiable_once
@@ -24,9 +36,10 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Epilogue, co
     activation's codes."""
     needed = needs_grad(x, weight, bias) and x.shape[-1:] == weight.shape[-1:]
     cast = autocast_dtype(x)
-    packed = pack_shared(x, codec, flag).arguments if needed and weight.requires_grad else NOTHING
+    packed = pack_shared(x, codec, Use.of(weight), flag).arguments if needed and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
     out, *_ = _LinearAct.run(x, weight, bias, act, needed, cast, *packed)
+    remember_activation(out)
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..codecs import mark, save_outputs
+from ..codecs import hand_on_activation, mark, save_outputs
 from ..codecs.layouts import memory_format
 from ..codecs.roles import INDEX
 from .common import needs_grad, not_a_view, sample_chunks
@@ -23,6 +23,7 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     if not needs_grad(x) or x.dim() not in (3, 4) or kernel[0] * kernel[1] > 256:
         return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     out, _ = _MaxPool2d.run(x, kernel, stride, padding, dilation, ceil_mode)
+    hand_on_activation(x, out)
     return out
 
 

@@ -6,7 +6,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codecs import NOTHING, Form, Packed, Pruned, load, mark, pack_shared, packed_of, save
+from ..codecs import (
+    CHANNELS,
+    FEATURES,
+    NOTHING,
+    Form,
+    Packed,
+    Pruned,
+    hand_on_activation,
+    load,
+    mark,
+    pack_shared,
+    packed_of,
+    save,
+)
 from ..codecs.roles import DENSE
 from .common import needs_grad, sample_chunks
 from .transforms import RazorFunction, differentiable_once
@@ -17,8 +30,11 @@ def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tenso
     x is exact."""
     if not needs_grad(x, gate) or not _broadcasts_to(gate.shape, x.shape):
         return x * gate
-    packed = pack_shared(x, codec, flag).arguments if gate.requires_grad else NOTHING
-    return _ChannelScale.run(x, gate, *packed)
+    use = CHANNELS if x.dim() > 2 and gate.dim() > 1 and gate.shape[-1] == 1 else FEATURES
+    packed = pack_shared(x, codec, use, flag).arguments if gate.requires_grad else NOTHING
+    out = _ChannelScale.run(x, gate, *packed)
+    hand_on_activation(x, out)
+    return out
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:

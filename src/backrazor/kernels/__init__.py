@@ -10,6 +10,7 @@ shapes. Rows that do not lie contiguously are copied first.
     bitmask     one bit per element: the derivative of piecewise-linear functions
     derivative  the quantised derivative of smooth functions
     product     weight gradients straight from what topk packed
+    guess       what stands for dropped elements: a mean per channel or feature
     rowquant    normalised rows quantised with a scale each
     layernorm   LayerNorm that packs its output while it is produced, and its backward from the codes
     softmax     the backward of a softmax between a scale and a dropout
@@ -21,6 +22,7 @@ their reference is the arithmetic that PyTorch's own operators do one after anot
 
 from .bitmask.ops import mask_apply, mask_clamp_, mask_encode, mask_scale
 from .derivative.ops import level_apply, level_encode
+from .guess.ops import guess_add_, guess_means, guess_without
 from .layernorm.ops import fused_norm, norm_backward, norm_forward
 from .product.layout import Window, conv_fits, linear_fits
 from .product.layout import lanes_of_taps as product_lanes
@@ -29,7 +31,7 @@ from .product.layout import sums_shape as product_sums_shape
 from .product.ops import add_conv_product, add_linear_product, multiplies_packed, product_transposed
 from .rowquant.ops import row_decode, row_encode
 from .softmax.ops import fused_softmax, softmax_backward
-from .topk.layout import TILE, Stored, index_bytes
+from .topk.layout import TILE, Stored, index_bytes, stored_dtype
 from .topk.ops import topk_pack, topk_unpack, topk_unpack_normalised
 
 __all__ = [
@@ -41,6 +43,9 @@ __all__ = [
     "conv_fits",
     "fused_norm",
     "fused_softmax",
+    "guess_add_",
+    "guess_means",
+    "guess_without",
     "index_bytes",
     "level_apply",
     "level_encode",
@@ -59,6 +64,7 @@ __all__ = [
     "row_decode",
     "row_encode",
     "softmax_backward",
+    "stored_dtype",
     "topk_pack",
     "topk_unpack",
     "topk_unpack_normalised",

@@ -1,15 +1,19 @@
-"""Memory by its three names: what is predicted, what is saved, what the peak is.
+"""Memory by its names: what is predicted, what is saved, what the peak is, and what lies beside the peak.
 
 predicted  bytes from shapes alone (``predict``)
 saved      bytes autograd holds at the end of forward (``ledger``)
 peak       the highest allocation during a full step above what is resident (``measure_step``)
+four parts weights, gradients, optimizer state and peak: all that a step holds (both); gradients can be
+           given back while backward runs (``GradientRelease``)
 """
 
 from .ledger import Ledger, LedgerRow, ledger
 from .peak import Measurement, Step, measure_step, measure_steps
-from .predict import Prediction, predict
+from .predict import Prediction, predict, weight_bytes
+from .release import GradientRelease, state_bytes
 
 __all__ = [
+    "GradientRelease",
     "Ledger",
     "LedgerRow",
     "Measurement",
@@ -19,4 +23,6 @@ __all__ = [
     "measure_step",
     "measure_steps",
     "predict",
+    "state_bytes",
+    "weight_bytes",
 ]

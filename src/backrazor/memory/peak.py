@@ -12,7 +12,7 @@ import gc
 import pickle
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,8 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .meters import high_water_mark, reset_high_water_mark
+from .meters import high_water_mark, reset_high_water_mark, resident_bytes
+from .predict import weight_bytes
 from .processes import FreshProcess, in_fresh_process
+from .release import state_bytes
 
 WARM_UP_STEPS = 2
 
@@ -41,14 +43,32 @@ class Measurement:
     """Samples of one configuration; the properties are medians. Bytes and seconds.
 
     peak_samples: above what is resident. process_samples: the whole process (CPU) or device allocator (CUDA).
+        bare_samples: the process before the step was built, interpreter and libraries; empty on CUDA.
         time_samples: (forward, backward, optimizer) seconds of each timed step. reserved_samples: what the allocator
-        took from the device, which is what has to fit a card; empty on the CPU.
+        took from the device, which is what has to fit a card; empty on the CPU. weight_bytes, gradient_bytes,
+        optimizer_bytes: what is resident of the step, counted from its tensors after the warm-up; gradients that the
+        step releases are 0.
     """
 
     peak_samples: tuple[int, ...] = ()
     process_samples: tuple[int, ...] = ()
     time_samples: tuple[tuple[float, float, float], ...] = field(default=())
     reserved_samples: tuple[int, ...] = ()
+    bare_samples: tuple[int, ...] = ()
+    weight_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, gradients, optimizer state and peak."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.peak_bytes
+
+    @property
+    def above_bare_bytes(self) -> int:
+        """The highest of the process above itself before the step was built: the four parts, the input batch, and what
+        libraries load or keep while they run."""
+        return round(statistics.median(w - b for w, b in zip(self.process_samples, self.bare_samples, strict=True)))
 
     @property
     def peak_bytes(self) -> int:
@@ -129,7 +149,7 @@ def measure_steps(
     for factory in factories.values():
         _check_picklable(factory)
     threads = torch.get_num_threads() if threads is None else threads
-    peaks: dict[str, list[tuple[int, ...]]] = {name: [] for name in factories}
+    peaks: dict[str, list[_Peak]] = {name: [] for name in factories}
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in factories}
     for _ in range(repeats):
         for name, factory in factories.items():
@@ -140,15 +160,33 @@ def measure_steps(
             for group in together:
                 for name, samples in _times_in_turns(group, threads, steps).items():
                     times[name].extend(samples)
-    return {
-        name: Measurement(
-            tuple(sample[0] for sample in peaks[name]),
-            tuple(sample[1] for sample in peaks[name]),
-            tuple(times[name]),
-            tuple(sample[2] for sample in peaks[name] if len(sample) > 2),
-        )
-        for name in factories
-    }
+    return {name: _measurement(peaks[name], times[name]) for name in factories}
+
+
+class _Peak(NamedTuple):
+    """What one process says of its step, bytes: ``reserved`` on CUDA only, ``bare`` on the CPU only."""
+
+    peak: int
+    whole: int
+    weights: int
+    gradients: int
+    optimizer: int
+    reserved: int | None = None
+    bare: int | None = None
+
+
+def _measurement(peaks: Sequence[_Peak], times: Sequence[tuple[float, float, float]]) -> Measurement:
+    weights, gradients, optimizer = peaks[0][2:5] if peaks else (0, 0, 0)  # tensors: the same in every process
+    return Measurement(
+        tuple(sample.peak for sample in peaks),
+        tuple(sample.whole for sample in peaks),
+        tuple(times),
+        tuple(sample.reserved for sample in peaks if sample.reserved is not None),
+        tuple(sample.bare for sample in peaks if sample.bare is not None),
+        weights,
+        gradients,
+        optimizer,
+    )
 
 
 def _check_picklable(factory: Callable[[], Step]) -> None:
@@ -223,9 +261,12 @@ def _step_on_demand(connection: Connection, factory: Callable[[], Step], threads
             connection.send((True, _run(step, device)))
 
 
-def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, ...]:
-    """Peak above what is resident, peak of the whole, and on CUDA what the allocator has reserved by then; bytes."""
+def _peak_of(factory: Callable[[], Step], threads: int) -> _Peak:
+    """Peak above what is resident, peak of the whole, and what is resident of the step."""
+    bare = resident_bytes()
     step, device = _warmed_up(factory, threads)
+    gradients = sum(p.grad.nbytes for p in step.model.parameters() if p.grad is not None)
+    parts = weight_bytes(step.model), gradients, 0 if step.optimizer is None else state_bytes(step.optimizer)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # blocks of the warm-up that the step does not use
@@ -233,8 +274,8 @@ def _peak_of(factory: Callable[[], Step], threads: int) -> tuple[int, ...]:
         resident = torch.cuda.memory_allocated(device)
         _run(step, device)
         whole = torch.cuda.max_memory_allocated(device)
-        return whole - resident, whole, torch.cuda.max_memory_reserved(device)
+        return _Peak(whole - resident, whole, *parts, reserved=torch.cuda.max_memory_reserved(device))
     resident = reset_high_water_mark()
     _run(step, device)
     whole = high_water_mark()
-    return whole - resident, whole
+    return _Peak(whole - resident, whole, *parts, bare=bare)

@@ -4,6 +4,7 @@ touches a kernel."""
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,29 @@ from torch.utils._pytree import tree_leaves
 
 from ..codecs import scratch_of
 from .ledger import LedgerRow, ledger
+from .release import GradientRelease, state_bytes
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """saved_bytes: held by autograd at the end of forward. peak_bytes: highest during forward and backward above
-    weights, gradients, optimizer state and the input batch. rows: as the ledger's."""
+    """What a training step holds, in four parts, and what autograd saves of it.
+
+    saved_bytes: held by autograd at the end of forward. peak_bytes: highest during the step above the three parts below
+        and the input batch. rows: as the ledger's. weight_bytes: parameters and buffers. gradient_bytes: of what
+        trains; 0 where they are released. optimizer_bytes: the optimizer's state; 0 without one.
+    """
 
     saved_bytes: int
     peak_bytes: int
     rows: tuple[LedgerRow, ...]
+    weight_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the four parts; the input batch is apart."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.peak_bytes
 
 
 def predict(
@@ -36,6 +50,8 @@ def predict(
     rule: str = "exact",
     loss_fn: Callable[[Tensor], Tensor] | None = None,
     autocast: torch.dtype | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    release_gradients: bool = False,
 ) -> Prediction:
     """Predict the memory of a training step of ``model``, razored or not, on an input of (batch_size, *input_size)
     float32.
@@ -47,9 +63,13 @@ def predict(
 
     Args:
         rule: "exact": equal to the ledger to the byte. There is no other.
+        optimizer: of the model's parameters. Its state is counted as its first step makes it, and what its step takes
+            in passing is in the peak. It is not changed.
+        release_gradients: the step of ``GradientRelease``, which needs an optimizer.
 
     Raises:
-        ValueError: another rule. The formula of the paper's released code is ``transfer.official`` of the laboratory.
+        ValueError: another rule, or gradients released without an optimizer. The formula of the paper's released code
+            is ``transfer.official`` of the laboratory.
     """
     if rule == "official":
         raise ValueError(
@@ -57,11 +77,20 @@ def predict(
         )
     if rule != "exact":
         raise ValueError(f"rule={rule!r} is not known: use 'exact'")
+    if release_gradients and optimizer is None:
+        raise ValueError("release_gradients=True needs the optimizer that takes the gradients")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         state = {name: _fake(fake, tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        for tensor in state.values():
-            if tensor.requires_grad:
-                tensor.grad = torch.zeros_like(tensor)
+        trained = [tensor for tensor in state.values() if tensor.requires_grad]
+        for tensor in trained:
+            tensor.grad = torch.zeros_like(tensor)
+        stepping = None if optimizer is None else _on_fakes(optimizer, model, state)
+        if stepping is not None:
+            stepping.step()  # makes its state
+        if stepping is not None and release_gradients:
+            GradientRelease(stepping)
+            for tensor in trained:
+                tensor.grad = None
         device = next(iter(state.values())).device if state else torch.device("cpu")
         batch = torch.empty(batch_size, *input_size, device=device)
         shell = _Shell(model, state)
@@ -73,7 +102,42 @@ def predict(
             rows = tuple(book.rows)
             if loss.requires_grad:
                 loss.backward()
-    return Prediction(sum(row.bytes for row in rows), allocations.peak, rows)
+            if stepping is not None:
+                stepping.step()
+        state_size = 0 if stepping is None else state_bytes(stepping)
+    return Prediction(
+        sum(row.bytes for row in rows),
+        allocations.peak,
+        rows,
+        weight_bytes(model),
+        0 if release_gradients else gradient_bytes(model),
+        state_size,
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers, one storage counted once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients of all that trains."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _on_fakes(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """An optimizer like ``optimizer`` over the fake parameters, with no state yet."""
+    fakes = {id(parameter): state[name] for name, parameter in model.named_parameters()}
+    twin = object.__new__(type(optimizer))
+    # a schedule puts a step of its own there, which is bound to the other one
+    twin.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key != "step"})
+    twin.state = defaultdict(dict)
+    twin.param_groups = [
+        {**group, "params": [fakes[id(p)] for p in group["params"] if id(p) in fakes]}
+        for group in optimizer.param_groups
+    ]
+    return twin
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..codecs import Bits, Levels, smooth_codec
+from ..codecs import Bits, Levels, smooth_codec, smooth_word
 from ..functional.epilogue import Epilogue
 from .base import DropIn, LayerRules
 from .fusion import hands_through
@@ -81,7 +81,9 @@ class RazorSmooth(_RazorActivation):
 
     @classmethod
     def keeps(cls, module: nn.Module, rules: LayerRules) -> str:
-        return "input in float16" if rules.activation == "float16" else f"derivative in {rules.activation}"
+        function = cls._function
+        word = smooth_word(function.fget(module) if isinstance(function, property) else function, rules.activation)
+        return "input in float16" if word == "float16" else f"derivative in {word}"
 
     @classmethod
     def rules_used(cls, module: nn.Module) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class LayerRules:
     Attributes:
         pruned: what the operators of ``backrazor.functional`` take to pack an input: sparsity, values and index.
         norm: the same for the input of a normalisation.
-        activation: what a smooth activation keeps: "dense", "float16", "int8", "int4" or "int2".
+        activation: what a smooth activation keeps: "dense", "float16", "int8", "int4", "int2" or "auto".
         attention: what attention keeps of q, k, its softmax and v.
     """
 
@@ -142,7 +142,8 @@ class DropIn(nn.Module):
         pruned = rules.pruned
         if pruned.sparsity == 0:
             return f"input, all of it, {pruned.values}"
-        return f"input at sparsity {pruned.sparsity:g}, {pruned.values}, index {pruned.index}"
+        kept = f"input at sparsity {pruned.sparsity:g}, {pruned.values}, index {pruned.index}"
+        return kept if pruned.fill == "zero" else f"{kept}, dropped: {pruned.fill}"
 
     @classmethod
     def rules_used(cls, module: nn.Module) -> tuple[str, ...]:

@@ -19,10 +19,11 @@ from transfer.bench.rows import Row, pinning_notice
 from transfer.files import atomic_write, atomic_write_text
 from transfer.records import circumstances
 from transfer.tables.figures import time_against_peak
-from transfer.training.costs import gpu_circumstances
+from transfer.training.costs import PARTS, gpu_circumstances
 
 TOGETHER = 5  # rows, beside dense, whose processes stand ready at a time: memory must hold them all
 SHOWN = ["backbone", "row", "saved_MB", "saved_ratio", "peak_MB", "peak_ratio", "step_s", "time_ratio", "codec_share"]
+WHOLE = ["weights_MB", "gradients_MB", "optimizer_MB", "total_MB", "total_ratio"]  # columns younger than the others
 KEY = ["backbone", "precision", "row", "device", "batch", "git_commit"]  # of one measurement; the commit without its +
 SHARED = KEY[:-1]  # of lines whose newest alone is shown
 _PARTS = ("forward", "backward", "optimizer")
@@ -85,6 +86,9 @@ def measure_backbone(
                 print(f"  {pinning_notice(row)}", flush=True)
             peak = br.memory.measure_step(row.build, repeats=1, what=("peak",))
             answer: dict = {"peak_bytes": peak.peak_bytes, "process_bytes": peak.process_peak_bytes}
+            answer |= {name: getattr(peak, name) for name in (*PARTS, "total_bytes")}
+            if peak.bare_samples:
+                answer["above_bare_bytes"] = peak.above_bare_bytes
             if peak.reserved_samples:
                 answer["reserved_bytes"] = peak.reserved_bytes
             if round_ == 0:
@@ -173,6 +177,7 @@ def summary(folder: Path, row: Row, dense: Row) -> dict | None:
         "peak_MB_min": round(min(samples) / 1e6, 1),
         "peak_MB_max": round(max(samples) / 1e6, 1),
         "peak_ratio": round(dense_peak / peak, 2),
+        **_whole(list(peaks.values()), list(dense_peaks.values())),
         "reserved_MB": None if reserved is None else round(reserved / 1e6, 1),
         "process_MB": round(statistics.median(r["process_bytes"] for r in peaks.values()) / 1e6, 1),
         "step_s": round(statistics.median(step), 4),
@@ -185,6 +190,24 @@ def summary(folder: Path, row: Row, dense: Row) -> dict | None:
         "processes_time": len(times),
         "steps": len(times[0]["times"]),
         **{key: str(value) for key, value in made.items()},
+    }
+
+
+def _whole(peaks: list[dict], dense: list[dict]) -> dict[str, float | None]:
+    """All that a step holds: the parts beside its peak, the sum, how much less that is than dense, and the process
+    above itself before the step was built. None where the file is older than the column."""
+
+    def median(rounds: list[dict], name: str) -> float | None:
+        found = [one[name] for one in rounds if name in one]
+        return round(statistics.median(found) / 1e6, 1) if found else None
+
+    total, whole = median(peaks, "total_bytes"), median(dense, "total_bytes")
+    names = {"weights": "weight_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
+    return {
+        **{f"{name}_MB": median(peaks, column) for name, column in names.items()},
+        "total_MB": total,
+        "total_ratio": round(whole / total, 2) if total and whole else None,
+        "above_bare_MB": median(peaks, "above_bare_bytes"),
     }
 
 
@@ -202,7 +225,10 @@ def write(table: list[dict], results: Path, command: str) -> pandas.DataFrame:
     parts, figures = [], set()
     newest = frame.drop_duplicates(SHARED, keep="last")
     for (backbone, precision, device, batch), part in newest.groupby([c for c in SHARED if c != "row"], sort=False):
-        shown = part[[*SHOWN[1:], "time_ratio_min", "time_ratio_max", "processes_time"]].to_markdown(index=False)
+        whole = [name for name in WHOLE if name in part and part[name].notna().any()]
+        shown = part[[*SHOWN[1:], *whole, "time_ratio_min", "time_ratio_max", "processes_time"]].to_markdown(
+            index=False
+        )
         parts.append(f"## {backbone}, {precision}, batch {batch}, {device}\n\n{shown}")
         figure = f"{results.stem}-{backbone}-{precision}"
         if figure in figures:  # another device or batch of the same

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -116,13 +118,25 @@ class CodedConv2d(_Coded, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        options = {
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-        }
+        x, padding = self._padded(x)
+        options = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         return _Conv.apply(x, self.weight_codes, self.weight_codebook, self.bias, options)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """``x`` with what the convolution cannot pad by itself, and what it can."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x, self.padding
+        if self.padding == "valid":
+            return x, (0, 0)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+
+
+class CodedConv2dSame(CodedConv2d, Conv2dSame):
+    """timm's convolution that pads as TensorFlow does, by the size of its input."""
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return pad_same(x, self.kernel_size, self.stride, self.dilation), (0, 0)
 
 
 class CodedLinear(_Coded, nn.Linear):
@@ -133,14 +147,14 @@ class CodedLinear(_Coded, nn.Linear):
         return _Linear.apply(x, self.weight_codes, self.weight_codebook, self.bias)
 
 
-CODED = {nn.Conv2d: CodedConv2d, nn.Linear: CodedLinear}
+CODED = {nn.Conv2d: CodedConv2d, Conv2dSame: CodedConv2dSame, nn.Linear: CodedLinear}
 
 
 def store_frozen_at_8_bits(model: nn.Module) -> tuple[str, ...]:
-    """Replace the frozen weight of every ``nn.Conv2d`` and ``nn.Linear`` of ``model`` by codes, in place.
+    """Replace the frozen weight of every layer of ``model`` whose class is in ``CODED`` by codes, in place.
 
-    Left as they are: subclasses, since their forward is their own; convolutions that pad by name or not with zeros;
-    layers so small that codes and codebook would not be the smaller (341 weights or fewer).
+    Left as they are: other classes, since their forward is their own; layers so small that codes and codebook would
+    not be the smaller (341 weights or fewer).
 
     Returns:
         Names of the layers that were replaced.
@@ -150,8 +164,6 @@ def store_frozen_at_8_bits(model: nn.Module) -> tuple[str, ...]:
         if type(module) not in CODED or module.weight.requires_grad:
             continue
         if module.weight.numel() * (FLOAT_BYTES - 1) <= CODEBOOK * FLOAT_BYTES:
-            continue
-        if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
             continue
         codes, codebook = encode(module.weight)
         device = module.weight.device

@@ -17,9 +17,17 @@ from jinja2 import Environment, StrictUndefined
 from transfer.commands import command_of
 from transfer.errors import UserError
 from transfer.records import find_records, read_record
-from transfer.tables import accuracy_against_peak, load_runs, memory_by_layer, memory_by_role, summarise
+from transfer.tables import (
+    accuracy_against_peak,
+    load_runs,
+    memory_by_layer,
+    memory_by_part,
+    memory_by_role,
+    summarise,
+)
 from transfer.tables.collect import row_label
-from transfer.tables.render import caption, cells
+from transfer.tables.figures import PART_COLUMNS
+from transfer.tables.render import caption, cells, parts
 
 LAYER_ROWS = 3  # bars beside each other that can still be told apart
 
@@ -34,12 +42,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """The runs of one experiment, model and data set."""
+    """The runs of one experiment, model and data set. ``tables``: of each its headings and rows."""
 
     title: str
     caption: str
-    headings: list[str]
-    rows: list[list[str]]
+    tables: list[tuple[list[str], list[list[str]]]]
     figures: list[Figure]
     runs: list[dict[str, Any]]
 
@@ -87,14 +94,13 @@ def _titles(runs: pd.DataFrame) -> list[str]:
 def _section(title: str, runs: pd.DataFrame, records: list[dict[str, Any]], configs: Path) -> Section:
     runs = runs.reset_index(drop=True)
     summary = summarise(runs)
-    text = cells(summary)
+    texts = [text for text in (cells(summary), parts(summary)) if text is not None]
     mine = set(zip(runs["config_hash"], runs["seed"], strict=True))
     chosen = [record for record in records if (record["config_hash"], record["seed"]) in mine]
     return Section(
         title=title,
         caption=caption(runs),
-        headings=list(text.columns),
-        rows=text.to_numpy().tolist(),
+        tables=[(list(text.columns), text.to_numpy().tolist()) for text in texts],
         figures=_figures(runs, summary),
         runs=[_run(record, configs) for record in sorted(chosen, key=lambda r: (row_label(r["config"]), r["seed"]))],
     )
@@ -120,8 +126,11 @@ def _figures(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Figure]:
     roles = {row.label: row.saved_by_role for row in first.itertuples() if isinstance(row.saved_by_role, Mapping)}
     layers = {row.label: row.saved_by_layer for row in first.itertuples() if isinstance(row.saved_by_layer, Mapping)}
     heaviest = dict(sorted(layers.items(), key=lambda item: -sum(item[1].values()))[:LAYER_ROWS])
+    held = {row["method"]: {name: row[name] for name in PART_COLUMNS} for _, row in summary.iterrows()}
+    held = {label: sizes for label, sizes in held.items() if not pd.isna(list(sizes.values())).any()}
     drawn = [
         ("Test accuracy against the measured peak", lambda path: accuracy_against_peak(summary, path)),
+        ("What a step holds: weights, gradients, optimizer state and peak", lambda path: memory_by_part(held, path)),
         ("What autograd holds after a forward, by role", lambda path: memory_by_role(roles, path)),
         ("What autograd holds after a forward, by layer", lambda path: memory_by_layer(heaviest, path)),
     ]
@@ -142,7 +151,7 @@ def _circumstances(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for record in records:
         around = record["circumstances"]
-        versions = ", ".join(f"{name} {number}" for name, number in around.get("versions", {}).items())
+        versions = ", ".join(f"{name} {number}" for name, number in around.get("versions", {}).items() if number)
         row = {
             "device": around.get("device", ""),
             "cpu": around.get("cpu", ""),

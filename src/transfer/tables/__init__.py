@@ -1,16 +1,24 @@
 """Tables and figures from run records alone. No torch, no hydra."""
 
 from transfer.tables.collect import load_runs
-from transfer.tables.figures import accuracy_against_peak, memory_by_layer, memory_by_role, memory_curves
+from transfer.tables.figures import (
+    accuracy_against_peak,
+    memory_by_layer,
+    memory_by_part,
+    memory_by_role,
+    memory_curves,
+)
 from transfer.tables.grid import cells, pivot, title, to_latex, write_grid
-from transfer.tables.render import to_terminal, write_tables
+from transfer.tables.render import caption, to_terminal, write_tables
 from transfer.tables.summary import summarise
 
 __all__ = [
     "accuracy_against_peak",
+    "caption",
     "cells",
     "load_runs",
     "memory_by_layer",
+    "memory_by_part",
     "memory_by_role",
     "memory_curves",
     "pivot",

@@ -11,11 +11,16 @@ import pandas as pd
 from transfer.errors import UserError
 from transfer.records import find_records, read_record
 
-MEMORY = ("saved_bytes", "predicted_bytes", "official_bytes", "peak_bytes", "process_peak_bytes", "step_seconds")
+PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")  # what a step holds; ``total_bytes``
+MEMORY = (
+    *("saved_bytes", "predicted_bytes", "official_bytes", *PARTS, "total_bytes"),
+    *("process_peak_bytes", "step_seconds"),
+)
 
 
 def row_label(config: Mapping[str, Any]) -> str:
-    """Return what tells one table row from another: method, razor with its sparsity, checkpointing, micro-batches."""
+    """Return what tells one table row from another: method, razor with its sparsity, checkpointing, micro-batches, how
+    the optimizer keeps its state and takes its step."""
     razor, trainer = config["razor"], config["trainer"]
     checkpointing, micro = trainer["checkpointing"], trainer.get("micro_batch")
     if razor["name"] == "none":
@@ -26,6 +31,10 @@ def row_label(config: Mapping[str, Any]) -> str:
         parts.append(f"checkpointing by {checkpointing}")
     if micro and micro < trainer["batch_size"]:
         parts.append(f"micro-batches of {micro}")
+    if trainer.get("release_gradients"):
+        parts.append("released")
+    if config.get("optim", {}).get("state_bits"):
+        parts.append(f"{config['optim']['state_bits']}-bit state")
     return f"{config['method']['name']}, " + " + ".join(parts)
 
 
@@ -34,9 +43,9 @@ def load_runs(folder: Path) -> pd.DataFrame:
 
     Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
     protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
-    (``test_top1, test_top5, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or None), ``MEMORY``
-    in bytes and seconds. What a record does not have is NaN. Of an experiment with several configurations the newest
-    alone counts.
+    (``test_top1, test_top5, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or
+    None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with several
+    configurations the newest alone counts.
 
     Raises:
         UserError: no record there, or a damaged one.

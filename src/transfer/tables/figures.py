@@ -15,6 +15,12 @@ from transfer.tables.labels import Labelled, label_points
 
 SMALLEST_SPAN = 4.0  # points of accuracy that the vertical axis shows at least
 DPI = 150
+PART_COLUMNS = {  # of a summary, from the bottom of a bar to its top: the legend
+    "weights_mb": "weights",
+    "gradients_mb": "gradients",
+    "optimizer_mb": "optimizer state",
+    "peak_mb": "peak above these",
+}
 
 
 def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
@@ -98,6 +104,26 @@ def _accuracy_label(drawn: pd.DataFrame) -> str:
     parts = [f"{int(images.iloc[0])} images"] if len(images) else []
     parts += [f"{seeds} seeds"] if seeds > 1 else ["one seed"]
     return f"{label} ({', '.join(parts)})"
+
+
+def memory_by_part(rows: Mapping[str, Mapping[str, float]], path: Path, title: str = "") -> Path | None:
+    """Draw all that a step holds, one bar a row, stacked by its four parts, the sum at its end; None without rows.
+
+    Args:
+        rows: label of the row -> the columns of ``PART_COLUMNS``, MB.
+    """
+    if not rows:
+        return None
+    table = pd.DataFrame(rows).T[list(PART_COLUMNS)].rename(columns=PART_COLUMNS).iloc[::-1]
+    figure, axes = plt.subplots(figsize=(7.2, 1.4 + 0.4 * len(table)), layout="constrained")
+    table.plot.barh(stacked=True, ax=axes, width=0.7, title=title or None)
+    for place, total in enumerate(table.sum(axis=1)):
+        axes.text(total, place, f" {total:.0f} MB", va="center", fontsize="small")
+    axes.margins(x=0.12)
+    axes.set_xlabel("held by a training step, MB")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small")
+    return _save(figure, path)
 
 
 def memory_by_role(roles: Mapping[str, Mapping[str, float]], path: Path) -> Path | None:

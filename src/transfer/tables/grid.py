@@ -13,14 +13,22 @@ from transfer.tables.render import NOT_MEASURED, NOT_RUN
 MEMORY = {  # heading: column of ``cells``
     "official formula, MB": "official_mb",
     "saved, MB": "saved_mb",
+    "weights, MB": "weights_mb",
+    "gradients, MB": "gradients_mb",
+    "optimizer state, MB": "optimizer_mb",
     "measured peak, MB": "peak_mb",
+    "in all, MB": "total_mb",
     "step, s": "step_s",
 }
 _SOURCES = {
     "official_mb": ("official_bytes", 1e-6),
     "predicted_mb": ("predicted_bytes", 1e-6),
     "saved_mb": ("saved_bytes", 1e-6),
+    "weights_mb": ("weight_bytes", 1e-6),
+    "gradients_mb": ("gradient_bytes", 1e-6),
+    "optimizer_mb": ("optimizer_bytes", 1e-6),
     "peak_mb": ("peak_bytes", 1e-6),
+    "total_mb": ("total_bytes", 1e-6),
     "step_s": ("step_seconds", 1.0),
 }
 
@@ -30,7 +38,7 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
 
     Columns: ``experiment, row, method, data, seeds, status, accuracy`` (percent, mean over seeds), ``accuracy_std``
     (sample deviation, NaN for one seed), ``published_accuracy, published_formula_mb`` (NaN where nothing was
-    published), and of the runs ``official_mb, predicted_mb, saved_mb, peak_mb, step_s``.
+    published), and of the runs what ``_SOURCES`` names.
 
     Args:
         runs: as ``load_runs`` returns them; those of other experiments are left out.
@@ -117,7 +125,8 @@ def note(runs: pd.DataFrame) -> str:
     """Say under a table what its figures are and how they were taken."""
     text = (
         "MB = 1e6 bytes. Official formula: the released code's estimate. Saved: what autograd holds after a forward. "
-        "Measured peak: highest allocation of a step above weights, gradients and optimizer state. Memory and time are "
+        "Measured peak: highest allocation of a step above weights, gradients and optimizer state; in all: these four. "
+        "Memory and time are "
         "medians over the data sets. Published: TinyTL (arXiv 2007.11622), table 2, memory by its own formula."
     )
     if len(runs):

@@ -79,7 +79,7 @@ def _own_boxes(axes: Axes, point: Labelled, pixels: float) -> list[Bbox]:
     side = MARKER * pixels
     boxes = [Bbox.from_extents(x - side, y - side, x + side, y + side)]
     if point.spread:
-        (_, low), (_, high) = _pixel(axes, point.x, point.y - point.spread), _pixel(axes, point.x, point.y + point.spread)
+        low, high = (_pixel(axes, point.x, point.y + sign * point.spread)[1] for sign in (-1, 1))
         boxes.append(Bbox.from_extents(x - side / 2, low, x + side / 2, high))
     return boxes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -14,9 +15,27 @@ HEADINGS = {
     "peak_mb": ("Peak, MB", 1),
     "step_s": ("Step, s", 3),
 }
+PARTS = {
+    "weights_mb": ("Weights", 1),
+    "gradients_mb": ("Gradients", 1),
+    "optimizer_mb": ("Optimizer", 1),
+    "peak_mb": ("Peak", 1),
+    "total_mb": ("In all", 1),
+}
 
 
-def cells(summary: pd.DataFrame) -> pd.DataFrame:
+def parts(summary: pd.DataFrame) -> pd.DataFrame | None:
+    """Return what a whole step holds as text, as ``cells``: the four parts and their sum, its ratio alone in brackets.
+
+    None where no run was measured with its parts.
+    """
+    if not summary["total_mb"].notna().any():
+        return None
+    alone = {f"{name}_{what}": float("nan") for name in PARTS for what in ("std", "ratio") if name != "total_mb"}
+    return cells(summary.assign(**alone), PARTS).rename(columns={"Method": "A step holds, MB"})
+
+
+def cells(summary: pd.DataFrame, headings: Mapping[str, tuple[str, int]] = HEADINGS) -> pd.DataFrame:
     """Return the summary as text: value, spread where there are several seeds, ratio to the dense row in brackets.
 
     A row that was not run says so, and so does a figure that was not measured.
@@ -24,7 +43,7 @@ def cells(summary: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, row in summary.iterrows():
         shown = {"Method": row["method"]}
-        for name, (heading, digits) in HEADINGS.items():
+        for name, (heading, digits) in headings.items():
             shown[heading] = _cell(row, name, digits)
         rows.append(shown)
     return pd.DataFrame(rows)
@@ -42,8 +61,14 @@ def _cell(row: pd.Series, name: str, digits: int) -> str:
 
 
 def to_terminal(summary: pd.DataFrame) -> str:
-    """Return the table as text of at most 100 columns for one seed per row."""
-    return cells(summary).to_markdown(index=False, tablefmt="simple", disable_numparse=True)
+    """Return the tables as text of at most 100 columns for one seed per row: the results, then what a step holds."""
+    return "\n\n".join(
+        text.to_markdown(index=False, tablefmt="simple", disable_numparse=True) for text in _both(summary)
+    )
+
+
+def _both(summary: pd.DataFrame) -> list[pd.DataFrame]:
+    return [text for text in (cells(summary), parts(summary)) if text is not None]
 
 
 def caption(runs: pd.DataFrame) -> str:
@@ -58,8 +83,8 @@ def caption(runs: pd.DataFrame) -> str:
     subject += f"; mean and sample deviation over {seeds} seeds" if seeds > 1 else "; one seed"
     return (
         f"{subject}; saved: bytes that autograd holds after a forward; peak: highest allocation of a step above "
-        f"weights, gradients and optimizer state; both and the step's time for {where or 'no measured step'}; in "
-        "brackets the ratio to the dense row; MB = 1e6 bytes."
+        f"weights, gradients and optimizer state; both and the step's time for {where or 'no measured step'}; in all: "
+        "the sum of these four; in brackets the ratio to the dense row; MB = 1e6 bytes."
     )
 
 
@@ -69,13 +94,16 @@ def write_tables(summary: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> lis
     numbers = summary.assign(status=["run" if seeds else NOT_RUN for seeds in summary["seeds"]])
     paths = [folder / f"table.{ending}" for ending in ("csv", "md", "tex")]
     numbers.to_csv(paths[0], index=False, float_format="%.6g")
-    text = cells(summary)
-    markdown = text.to_markdown(index=False, disable_numparse=True)
+    tables = _both(summary)
+    markdown = "\n\n".join(text.to_markdown(index=False, disable_numparse=True) for text in tables)
     paths[1].write_text(f"{markdown}\n\n{caption(runs)}\n", encoding="utf-8")
-    latex = text.map(lambda cell: cell.replace("±", r"$\pm$").replace("_", r"\_").replace("%", r"\%"))
-    latex.columns = [heading.replace("%", r"\%") for heading in latex.columns]
-    body = latex.to_latex(
-        index=False, caption=caption(runs).replace("_", r"\_"), column_format="l" + "r" * len(HEADINGS)
-    )
-    paths[2].write_text(body, encoding="utf-8")
+    paths[2].write_text("\n".join(_latex(text, caption(runs)) for text in tables), encoding="utf-8")
     return paths
+
+
+def _latex(text: pd.DataFrame, words: str) -> str:
+    """One booktabs table."""
+    escaped = text.map(lambda cell: cell.replace("±", r"$\pm$").replace("_", r"\_").replace("%", r"\%"))
+    escaped.columns = [heading.replace("%", r"\%") for heading in escaped.columns]
+    columns = "l" + "r" * (len(text.columns) - 1)
+    return escaped.to_latex(index=False, caption=words.replace("_", r"\_"), column_format=columns)

@@ -21,6 +21,8 @@ from transfer.official import official_memory
 from transfer.training.network import AUTOCAST, Network, assemble, autocast
 from transfer.training.optimisation import make_optimizer
 
+PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes")  # what a step holds beside its peak
+
 
 @dataclass(frozen=True)
 class StepFactory:
@@ -66,6 +68,8 @@ class StepFactory:
 
         fused = settings.get("cuda_graph", False)
         optimizer = make_optimizer(network.model, network.backbone.head, self.config["optim"], fused)
+        if settings.get("release_gradients", False):
+            br.memory.GradientRelease(optimizer)
         return br.memory.Step(network.model, forward, optimizer)
 
 
@@ -98,12 +102,6 @@ def driver_version() -> str | None:
     return said.split("\n")[0].strip() or None
 
 
-def weight_bytes(network: Network) -> int:
-    """Bytes that parameters and buffers of the network take, frozen ones as they are stored."""
-    tensors = (*network.model.parameters(), *network.model.buffers())
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def step_loss(model: nn.Module, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> Tensor:
     """The training loss of normalised ``images``, as the loop computes it."""
     with autocast(images.device, config["trainer"]["precision"]):
@@ -121,7 +119,8 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     """Return the columns that this process can tell, for one forward of real training images (uint8).
 
     ``predicted_bytes`` is None under checkpointing, which the formula leaves out; ``official_bytes`` is None where the
-    released code's formula has no rule for the network.
+    released code's formula has no rule for the network. The predicted peak is that of the step with its optimizer; the
+    columns of its other parts are replaced where a step is measured.
     """
     batch, size = step_shape(config)
     forward = min(batch, config["trainer"]["micro_batch"] or batch)
@@ -139,7 +138,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         "batch_size": batch,
         "forward_images": forward,
         "image_size": size,
-        "weight_bytes": weight_bytes(network),
+        "weight_bytes": br.memory.weight_bytes(network.model),
         "saved_bytes": ledger.total_bytes,
         "saved_by_role": ledger.by_role(),
         "saved_by_layer": ledger.by_module(),
@@ -151,9 +150,16 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         labels = torch.zeros(forward, dtype=torch.long, device=images.device)
         kind = AUTOCAST[config["trainer"]["precision"]]
         predicted = br.memory.predict(
-            network.model, loss_fn=lambda logits: _criterion(logits, labels, config), autocast=kind, **shape
+            network.model,
+            loss_fn=lambda logits: _criterion(logits, labels, config),
+            autocast=kind,
+            optimizer=make_optimizer(network.model, network.backbone.head, config["optim"]),
+            release_gradients=config["trainer"].get("release_gradients", False),
+            **shape,
         )
         columns |= {"predicted_bytes": predicted.saved_bytes, "predicted_peak_bytes": predicted.peak_bytes}
+        columns |= {name: getattr(predicted, name) for name in ("gradient_bytes", "optimizer_bytes")}
+        columns["predicted_total_bytes"] = predicted.total_bytes
         columns["official_bytes"] = _official(network, shape)
     return columns
 
@@ -177,7 +183,8 @@ def measured_columns(result: Any, rows: int) -> dict[str, Any]:
     """
     columns: dict[str, Any] = {}
     if result.peak_samples:
-        names: tuple[str, ...] = ("peak_bytes", "process_peak_bytes", "peak_samples")
+        names: tuple[str, ...] = ("peak_bytes", "process_peak_bytes", "peak_samples", *PARTS, "total_bytes")
+        names += ("above_bare_bytes",) if result.bare_samples else ()
         names += ("reserved_bytes",) if result.reserved_samples else ()
         columns |= {name: getattr(result, name) for name in names}
     if result.time_samples:

@@ -23,7 +23,7 @@ from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by trainer.precision
-RAZOR_OVERRIDES = ("head_sparsity", "values", "index", "norm", "activation", "attention", "rest")
+RAZOR_OVERRIDES = ("head_sparsity", "values", "index", "fill", "norm", "activation", "attention", "rest")
 
 
 @dataclass(frozen=True)

@@ -37,20 +37,28 @@ def gradient_is_bad(model: nn.Module) -> Tensor:
     return ~torch.nn.utils.get_total_norm(gradients).isfinite()
 
 
-def bad_step(network: Network, loss: float, found: str | None, forwards: Callable[[], Iterable[object]]) -> str | None:
+def bad_step(
+    network: Network,
+    loss: float,
+    found: str | None,
+    forwards: Callable[[], Iterable[object]],
+    gradients: list[str] | None = None,
+) -> str | None:
     """Say what is not finite after a backward, None where all is. Reads the device many times.
 
     Args:
         loss: of this process's share of the batch.
         found: as ``bad_activation`` says.
         forwards: runs the step's forwards once more, one per item, to look for the layer.
+        gradients: the parameters with bad ones, where they are gone; None looks at those that lie there.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}, {first_bad_layer(network.model, forwards) or found or 'though no layer is bad'}"
     if found:
         return found
-    gradients = {name: p.grad for name, p in network.model.named_parameters() if p.grad is not None}
-    names = bad_tensors(gradients.items())
+    names = gradients
+    if names is None:
+        names = bad_tensors((name, p.grad) for name, p in network.model.named_parameters() if p.grad is not None)
     # Backward runs from the last layer to the first, and what it meets is passed on: the last one is the first.
     return f"the gradient of {names[-1]} is not finite, one of {len(names)}" if names else None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from transfer.errors import UserError
 
 
 def make_optimizer(
@@ -19,6 +21,9 @@ def make_optimizer(
     Args:
         fused: whether one kernel takes the step of many parameters; None is torch's choice. Only such a step takes a
             learning rate that lies on the device.
+
+    Raises:
+        UserError: ``optim.state_bits=8`` without the library that it takes.
     """
     fused = fused or None
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -28,10 +33,36 @@ def make_optimizer(
         {"params": [p for name, p in trained if name.startswith(f"{head}.")], "lr": rate * optim["head_lr_multiplier"]},
     ]
     groups = [group for group in groups if group["params"]]
+    if optim.get("state_bits") is not None:  # a record may be older than the key
+        return _with_state_at_8_bits(groups, optim)
     if optim["name"] == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=optim["momentum"], weight_decay=decay, fused=fused)
     kind = torch.optim.AdamW if optim["name"] == "adamw" else torch.optim.Adam
     return kind(groups, lr=rate, weight_decay=decay, fused=fused)
+
+
+def _with_state_at_8_bits(groups: list[dict[str, Any]], optim: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """bitsandbytes' optimizers: a byte and a shared scale for 256 values (Dettmers et al., arXiv 2110.02861).
+
+    Parameters of fewer than 4,096 elements keep their state in float32.
+    """
+    try:
+        from bitsandbytes import optim as eight
+    except ImportError as error:
+        raise UserError(
+            "optim.state_bits=8 needs bitsandbytes, which is not installed: pip install 'backrazor[state8]', or leave "
+            "optim.state_bits out"
+        ) from error
+    shared = {"lr": optim["lr"], "weight_decay": optim["weight_decay"]}
+    if optim["name"] == "sgd":
+        return eight.SGD8bit(groups, momentum=optim["momentum"], **shared)
+    return (eight.AdamW8bit if optim["name"] == "adamw" else eight.Adam8bit)(groups, **shared)
+
+
+def clip_each(parameters: Iterable[Tensor], limit: float) -> None:
+    """Scale each parameter's gradient down, in place, so that its own norm is at most ``limit``."""
+    for parameter in parameters:
+        torch.nn.utils.clip_grad_norm_(parameter, limit)
 
 
 class Schedule:

@@ -21,7 +21,7 @@ from transfer.errors import UserError
 from transfer.files import atomic_write_text
 from transfer.records import circumstances, config_hash, read_record, run_directory, write_record
 from transfer.settings import validate
-from transfer.training.costs import gpu_circumstances, pick_device
+from transfer.training.costs import PARTS, gpu_circumstances, pick_device
 from transfer.training.distributed import World, joined_world, own_gpu
 from transfer.training.first_forward import try_forward
 from transfer.training.graphs import check_graph
@@ -30,6 +30,7 @@ from transfer.training.measuring import columns_here, is_pending, measure_apart
 from transfer.training.monitor import LOGGER, Monitor, SilentMonitor
 from transfer.training.network import Network, assemble
 from transfer.training.pictures import layer_figure, sample_figure
+from transfer.training.releasing import check_release
 from transfer.training.watch import watched_layers
 
 RANK_SEEDS = 1_000_003  # between the seeds of two processes
@@ -139,6 +140,7 @@ def _prepare(config: Mapping[str, Any], world: World) -> torch.device:
         if world.size > 1:
             device = own_gpu(world.local_rank)
     check_graph(config, device, world.size)
+    check_release(config, world.size)
     random.seed(config["seed"])
     np.random.seed(config["seed"] % 2**32)
     torch.manual_seed(config["seed"])
@@ -217,7 +219,7 @@ def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     memory = record["memory"]
     metrics |= {
         f"memory/{name}": memory[name]
-        for name in ("saved_bytes", "predicted_peak_bytes", "peak_bytes")
+        for name in ("saved_bytes", "predicted_peak_bytes", "peak_bytes", *PARTS, "total_bytes")
         if memory.get(name) is not None
     }
     return metrics

@@ -24,6 +24,8 @@ from transfer.training.numerics import (
     bad_step,
     gradient_is_bad,
 )
+from transfer.training.optimisation import clip_each
+from transfer.training.releasing import ReleasedGradients
 
 MOST_OVERFLOWS = 20  # in a row: the scale has gone from 65,536 below one by then
 STOPS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -74,6 +76,9 @@ class Stepper:
         self.overflows = 0  # steps in a row that were left out since scaled gradients overflowed
         self.first = True
         self.name, self.size = config["model"]["name"], config["data"]["image_size"]
+        self.released = None
+        if self.settings["release_gradients"]:
+            self.released = ReleasedGradients(network, optimizer, self.optim["grad_clip_each"])
         self.halves = GraphedStep(self, optimizer) if self.settings["cuda_graph"] else self
 
     def take(self, images: Tensor, labels: Tensor, stop: int = 0) -> Outcome:
@@ -107,12 +112,16 @@ class Stepper:
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward. Reads nothing: returns (4,) float64 on the device, this process's part of the batch's
-        mean loss, its right answers, whether a number is bad, and whether a gradient is not finite."""
+        mean loss, its right answers, whether a number is bad, and whether a gradient is not finite.
+
+        Where gradients are released, backward takes the optimizer's step, after one read that finds the loss good."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.released is not None:
+            self.released.begin()
         loss, correct = self._accumulate(self._parts(images), labels)
         self.scaler.unscale_(self.optimizer)
         self.scaler.update()  # by what unscale_ has seen
-        overflow = gradient_is_bad(self.network.model)
+        overflow = gradient_is_bad(self.network.model) if self.released is None else self.released.gradient_is_bad()
         bad = ~loss.isfinite()
         packed = activation_is_bad(self.network)
         if packed is not None:
@@ -123,8 +132,12 @@ class Stepper:
 
     def update(self) -> None:
         """Clip the gradients and take the optimizer's step. Reads nothing."""
+        if self.released is not None:
+            return
+        trained = [p for p in self.network.model.parameters() if p.requires_grad]
+        if self.optim["grad_clip_each"] is not None:
+            clip_each(trained, self.optim["grad_clip_each"])
         if self.optim["grad_clip"] is not None:
-            trained = [p for p in self.network.model.parameters() if p.requires_grad]
             torch.nn.utils.clip_grad_norm_(trained, self.optim["grad_clip"])
         self.optimizer.step()
 
@@ -137,7 +150,10 @@ class Stepper:
         if self.overflows > MOST_OVERFLOWS:
             return f"gradients overflowed float16 in {self.overflows} steps in a row; try trainer.precision=bfloat16"
         parts = self._parts(images)
-        problem = bad_step(self.network, loss, fault, lambda: (self._logits(self.network.model, x) for x in parts))
+        gone = None if self.released is None else self.released.bad_gradients()
+        problem = bad_step(
+            self.network, loss, fault, lambda: (self._logits(self.network.model, x) for x in parts), gone
+        )
         return next((text for text in self.world.gather(problem) if text), None)
 
     def _accumulate(self, parts: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +166,8 @@ class Stepper:
                     logits = self._logits(self.forward, x)
                 loss = F.cross_entropy(logits, y, label_smoothing=self.optim["label_smoothing"])
                 loss = loss * (len(y) / self.batch)
-                self.scaler.scale(loss * self.world.size).backward()  # the processes' gradients are averaged
+                if self.released is None or self.released.may_go_back(loss):
+                    self.scaler.scale(loss * self.world.size).backward()  # the processes' gradients are averaged
             total = total + loss.detach()
             correct = correct + correct_in_top(logits.detach(), y, 1)
         return total, correct
@@ -158,6 +175,9 @@ class Stepper:
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         with autocast(self.device, self.settings["precision"]):
             return model(self.network.normalise(images)).float()
+
+    def _plain_logits(self, images: Tensor) -> Tensor:
+        return self._logits(self.network.model, images)
 
     def _first_explained(self) -> contextlib.AbstractContextManager[None]:
         """Training mode may refuse what evaluation takes: batch norm wants more than one value per channel."""

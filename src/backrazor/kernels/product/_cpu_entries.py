@@ -43,7 +43,7 @@ class MakeEntries(Form):
 
 @njit(forceinline=True)
 def _positions(index_kind, index, counts, full, n, to):
-    """The kept positions, ascending, as int32; up to a vector of slack is written behind them."""
+    """Writes the kept positions, ascending, as int32, and up to a vector of slack behind them; returns how many."""
     found = 0
     if index_kind == BITMAP:
         for block in range((n + LANES - 1) // LANES):
@@ -51,7 +51,7 @@ def _positions(index_kind, index, counts, full, n, to):
             mask = get_u8(index + block * 2) if last else get_u16(index + block * 2)
             compress_positions(block * LANES, mask, to + found * 4)
             found += popcount(mask)
-        return
+        return found
     for tile in range((n + TILE - 1) // TILE):
         count = get_u8(counts + tile) + (((get_u8(full + tile // 8) >> (tile & 7)) & 1) << 8)
         whole = count // LANES * LANES
@@ -60,6 +60,7 @@ def _positions(index_kind, index, counts, full, n, to):
         for i in range(whole, count):
             put_i32(to + (found + i) * 4, tile * TILE + get_u8(index + found + i))
         found += count
+    return found
 
 
 @njit(forceinline=True)
@@ -140,19 +141,19 @@ def entries_worker(a):
     sample = take_tasks(a, 1)
     while sample < batch:
         values, scales, index, counts, full = sample_form(a, sample)
-        _positions(index_kind, index, counts, full, n, positions)
-        for start in range(0, keep, TILE):
-            count = min(TILE, keep - start)
+        found = _positions(index_kind, index, counts, full, n, positions)  # of int4 ``keep`` may be one more
+        for start in range(0, found, TILE):
+            count = min(TILE, found - start)
             decode_values(F32, value_kind, values, scales, start, count, decoded + start * 4)
         entries, starts = all_entries + sample * entry_pitch, all_starts + sample * start_pitch
         if order == CHANNELS:
-            _in_order(positions, decoded, keep, buckets, height, width, pitch, unit, entries, starts)
+            _in_order(positions, decoded, found, buckets, height, width, pitch, unit, entries, starts)
         else:
             _sorted(
                 order == STRIDED,
                 positions,
                 decoded,
-                keep,
+                found,
                 buckets,
                 height,
                 width,

@@ -21,7 +21,7 @@ from ..cpu.launch import launch, threads_for
 from ..cpu.layout import KIND
 from ..cpu.vectors import has_avx512
 from ..topk._cpu_form import form_of
-from ..topk.layout import TILE, Stored
+from ..topk.layout import TILE, Stored, kept_of
 from . import reference
 from ._cpu_entries import CHANNELS, INPUTS, STRIDED, MakeEntries, entries_worker
 from ._cpu_sums import (
@@ -81,7 +81,7 @@ def _entries(
 ) -> _Entries:
     """``size`` is (height, width) of what positions count through, ``pitch`` the rows of the matrix from one line of
     positions to the next, ``unit`` the bytes of a row."""
-    batch, keep = stored.values.shape
+    batch, keep = stored.values.shape[0], kept_of(stored, n, index)
     made = _Entries(
         torch.empty(batch, keep, 2, dtype=torch.int32, device="cpu"),
         torch.empty(batch, buckets + 2, dtype=torch.int32, device="cpu"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import njit
 
 from ..cpu.lanes import element_bytes
-from .layout import INDEX, INT8, TILE, VALUE_KIND, Stored
+from .layout import INDEX, INT4, INT8, TILE, VALUE_KIND, Stored, kept_of
 
 
 class Form:
@@ -29,11 +29,10 @@ class Form:
 
 def form_of(stored: Stored, n: int, index: str) -> dict[str, int]:
     """The values of those fields, for samples of n elements."""
-    batch, keep = stored.values.shape
     return {
-        "batch": batch,
+        "batch": stored.values.shape[0],
         "n": n,
-        "keep": keep,
+        "keep": kept_of(stored, n, index),
         "value_kind": VALUE_KIND[stored.values.dtype],
         "index_kind": INDEX[index],
         "values": stored.values.data_ptr(),
@@ -49,9 +48,12 @@ def form_of(stored: Stored, n: int, index: str) -> dict[str, int]:
 def sample_form(a, sample):
     """Addresses of a sample's (values, scales, index, counts, full)."""
     tiles = (a.n + TILE - 1) // TILE
-    value_bytes = 1 if a.value_kind == INT8 else element_bytes(a.value_kind)
+    if a.value_kind == INT4:
+        sample_bytes = (a.keep + 1) // 2
+    else:
+        sample_bytes = a.keep * (1 if a.value_kind == INT8 else element_bytes(a.value_kind))
     return (
-        a.values + sample * a.keep * value_bytes,
+        a.values + sample * sample_bytes,
         a.scales + sample * ((a.keep + TILE - 1) // TILE) * 2,
         a.index + sample * a.index_pitch,
         a.counts + sample * tiles,

@@ -27,6 +27,7 @@ from ..cpu.scalars import (
     float_bits,
     get_f32,
     get_i32,
+    get_u8,
     get_u16,
     popcount,
     put_f32,
@@ -38,7 +39,7 @@ from ..cpu.scalars import (
 )
 from ._cpu_form import Form, sample_form
 from ._cpu_select import BUFFER_AT, SPARE_AT, STAGE_AT, threshold_of
-from .layout import BITMAP, INT8, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, TILES
+from .layout import BITMAP, INT4_LIMIT, INT8, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, TILES
 
 
 @arguments
@@ -76,8 +77,9 @@ def _store_values(value_kind, stage, count, values, scales, position):
         largest_finite = max(largest_finite, bits if bits < 0x7F800000 else 0)
     if largest >= 0x7F800000:
         status |= NON_FINITE
-    if value_kind == INT8:
-        put_f32(spare, bits_float(largest) / numpy.float32(INT8_LIMIT))
+    if value_kind >= INT8:  # or INT4
+        limit = numpy.float32(INT8_LIMIT) if value_kind == INT8 else numpy.float32(INT4_LIMIT)
+        put_f32(spare, bits_float(largest) / limit)
         cast_store(BF16, spare, spill)
         if get_u16(spill) < 0x0080:  # below the normal numbers its reciprocal is infinite
             put_u16(spill, 0)
@@ -88,8 +90,14 @@ def _store_values(value_kind, stage, count, values, scales, position):
         inverse = numpy.float32(0.0) if infinite or scale == 0 else numpy.float32(1.0) / scale
         for i in range(count):
             quantised = numpy.float32(0.0) if infinite else round_even(get_f32(stage + i * 4) * inverse)
-            quantised = min(max(quantised, -numpy.float32(INT8_LIMIT)), numpy.float32(INT8_LIMIT))
-            put_u8(values + position + i, int(quantised))
+            code = int(min(max(quantised, -limit), limit))
+            if value_kind == INT8:
+                put_u8(values + position + i, code)
+            elif i & 1 == 0:
+                put_u8(values + (position + i) // 2, code & 15)
+            else:
+                at = values + (position + i) // 2
+                put_u8(at, get_u8(at) | (code & 15) << 4)
         return status
     # 65520 and 2^128 - 2^119: from there on a cast rounds to infinity
     if (value_kind == F16 and largest_finite >= 0x477FF000) or (value_kind == BF16 and largest_finite >= 0x7F7F8000):

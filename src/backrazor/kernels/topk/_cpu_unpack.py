@@ -40,13 +40,18 @@ class Unpack(Form):
 @njit(forceinline=True)
 def decode_values(kind, value_kind, values, scales, position, count, stage):
     """Values position .. position + count (at most a tile) as ``kind`` at ``stage``."""
-    if value_kind == INT8:
+    if value_kind >= INT8:  # or INT4
         spare = stage + (TILE + 32) * 4
         put_u16(spare + 64, get_u16(scales + (position // TILE) * 2))
         cast_load(BF16, spare + 64, spare)
         scale = get_f32(spare)
-        for i in range(count):
-            put_f32(stage + i * 4, numpy.float32((get_u8(values + position + i) ^ 128) - 128) * scale)
+        if value_kind == INT8:
+            for i in range(count):
+                put_f32(stage + i * 4, numpy.float32((get_u8(values + position + i) ^ 128) - 128) * scale)
+        else:
+            for i in range(count):
+                code = (get_u8(values + (position + i) // 2) >> (i & 1) * 4) & 15
+                put_f32(stage + i * 4, numpy.float32((code ^ 8) - 8) * scale)
     else:
         size = element_bytes(value_kind)
         spill = stage + (TILE + 48) * 4

@@ -46,6 +46,7 @@ TILES: tl.constexpr = tl.constexpr(layout.TILES)
 NON_FINITE: tl.constexpr = tl.constexpr(layout.NON_FINITE)
 OVERFLOW: tl.constexpr = tl.constexpr(layout.OVERFLOW)
 INT8_LIMIT: tl.constexpr = tl.constexpr(float(layout.INT8_LIMIT))
+INT4_LIMIT: tl.constexpr = tl.constexpr(float(layout.INT4_LIMIT))
 
 
 @triton.jit
@@ -206,16 +207,27 @@ def _write_kept(
 
 @triton.jit
 def _quantise_block(x, values, scales, keep, sample, first, RUNS: tl.constexpr):
-    """``RUNS`` whole runs of a sample, from run ``first`` (int64) on, to int8 and their scales; returns status bits."""
+    """``RUNS`` whole runs of a sample, from run ``first`` (int64) on, to int8, or int4 where ``values`` are bytes, and
+    their scales; returns status bits."""
+    INT4: tl.constexpr = values.dtype.element_ty == tl.uint8
+    LIMIT: tl.constexpr = INT4_LIMIT if INT4 else INT8_LIMIT
     run = tl.arange(0, RUNS)
     lane = run[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = lane < lanes_left(keep, first * TILE, RUNS * TILE)
     at = sample * keep + first * TILE
     value = to_float32(tl.load(x + at + lane, mask=inside, other=0))
     largest = tl.max(magnitude(value), axis=1)
-    scale, inverse = scale_of(largest, INT8_LIMIT, scales.dtype.element_ty)
-    quantised = quantise(value, inverse[:, None], INT8_LIMIT, 0.0)
-    tl.store(values + at + lane, quantised.to(tl.int8), mask=inside)
+    scale, inverse = scale_of(largest, LIMIT, scales.dtype.element_ty)
+    quantised = quantise(value, inverse[:, None], LIMIT, 0.0)
+    if INT4:
+        pairs = tl.reshape(quantised & 15, (RUNS, TILE // 2, 2))
+        packed = tl.sum(pairs << (4 * tl.arange(0, 2))[None, None, :], axis=2)
+        byte = run[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
+        length = (keep + 1) // 2
+        inside_bytes = byte < lanes_left(length, first * (TILE // 2), RUNS * (TILE // 2))
+        tl.store(values + sample * length + first * (TILE // 2) + byte, packed.to(tl.uint8), mask=inside_bytes)
+    else:
+        tl.store(values + at + lane, quantised.to(tl.int8), mask=inside)
     runs = (keep + TILE - 1) // TILE
     owned = run < lanes_left(runs, first, RUNS)
     tl.store(scales + (sample * runs + first) + run, scale, mask=owned)
@@ -279,17 +291,17 @@ def pack_sample(
     x,  # (B, n)
     n,
     keep,
-    values,  # (B, K); of INT8 those on their way, of x's type
+    values,  # (B, K); of INTEGERS those on their way, of x's type
     index,  # by INDEX, as ``Stored`` says; counts and full likewise
     counts,
     full,
-    quantised,  # (B, K) int8 and their scales, written if INT8
+    quantised,  # int8 or int4, as ``Stored`` says, and their scales, written if INTEGERS
     scales,
     flag,
     HIGH: tl.constexpr,
     MIDDLE: tl.constexpr,
     LOW: tl.constexpr,
-    INT8: tl.constexpr,
+    INTEGERS: tl.constexpr,
     RUNS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -303,7 +315,7 @@ def pack_sample(
     threshold, rank = _next_digit(x, n, sample, threshold, rank, False, 0, 1 << LOW, BLOCK)
     none = tl.full((), 0, tl.int32)
     _write_kept(x, n, keep, sample, 0, n, threshold, rank, none, values, index, counts, full, flag, INDEX, BLOCK)
-    if INT8:
+    if INTEGERS:
         tl.debug_barrier()  # what the program's other threads wrote is read below
         for first in range(0, (keep + TILE - 1) // TILE, RUNS):
             status = _quantise_block(values, quantised, scales, keep, sample, tl.full((), 0, tl.int64) + first, RUNS)
@@ -324,7 +336,7 @@ def cast(x, values, flag, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def quantise_runs(x, values, scales, flag, keep, blocks, RUNS: tl.constexpr):
-    """(B, K) -> int8 (B, K) and a bfloat16 scale for each run of 256. A program owns ``RUNS`` whole runs of one
+    """(B, K) -> int8 or int4 and a bfloat16 scale for each run of 256. A program owns ``RUNS`` whole runs of one
     sample."""
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)

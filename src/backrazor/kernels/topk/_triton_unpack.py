@@ -89,10 +89,20 @@ def count(index, counts, full, n, chunk, chunks, chunk_counts, INDEX: tl.constex
 
 
 @triton.jit
+def _pitch(values, keep):
+    """From one sample's stored values to the next's, in elements of ``values``."""
+    return (keep + 1) // 2 if values.dtype.element_ty == tl.uint8 else keep
+
+
+@triton.jit
 def _decoded(values, scales, position, mask, dtype: tl.constexpr):
-    """The stored ``values[position]`` as ``dtype``, zero where the mask is off; 256 of them share one of ``scales``."""
-    exact = to_float32(tl.load(values + position, mask=mask, other=0))
-    if values.dtype.element_ty == tl.int8:
+    """The stored value at ``position`` as ``dtype``, zero where the mask is off; 256 values share one of ``scales``."""
+    if values.dtype.element_ty == tl.uint8:  # int4
+        codes = tl.load(values + position // 2, mask=mask, other=0).to(tl.int32) >> (position % 2 * 4).to(tl.int32)
+        exact = (((codes & 15) ^ 8) - 8).to(tl.float32)
+    else:
+        exact = to_float32(tl.load(values + position, mask=mask, other=0))
+    if values.dtype.element_ty == tl.int8 or values.dtype.element_ty == tl.uint8:
         exact = exact * to_float32(tl.load(scales + position // TILE, mask=mask, other=0))
     return from_float32(exact, dtype)
 
@@ -127,8 +137,8 @@ def _finished(
 
 @triton.jit
 def expand(
-    values,  # (B, K)
-    scales,  # (B, ceil(K / 256)), int8 only
+    values,  # as ``Stored`` says
+    scales,  # (B, ceil(K / 256)), int8 and int4 only
     index,
     counts,
     full,
@@ -176,7 +186,7 @@ def expand(
                 present += tl.histogram(tl.where(valid, tile * TILE + offset, 0), BLOCK, mask=valid)
         rank = tl.cumsum(present, 0) - present
         value = _finished(
-            values + sample * keep,
+            values + sample * _pitch(values, keep),
             scales + sample * runs,
             position + rank,
             present == 1,
@@ -204,7 +214,7 @@ def decode(values, scales, mean, rstd, out, keep, row, blocks, NORMALISE: tl.con
     inside = lane < lanes_left(keep, first, BLOCK)
     run = sample * ((keep + TILE - 1) // TILE) + first // TILE
     value = _finished(
-        values + (sample * keep + first),
+        values + sample * _pitch(values, keep) + (first // 2 if values.dtype.element_ty == tl.uint8 else first),
         scales + run,
         lane,
         inside,

@@ -43,7 +43,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
     scratch_bytes = BUFFER_AT + (capacity * 4 if keep < n and n >= MIN_SAMPLED else 0)
     scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8, device="cpu")
     told = Pack(
-        **form_of(stored, n, index_kind),
+        **form_of(stored, n, index_kind) | {"keep": keep},
         source=x.data_ptr(),
         flag=flag.data_ptr(),
         scratch=scratch.data_ptr(),

@@ -11,10 +11,10 @@ from ..cpu.layout import KIND
 
 TILE = 256  # elements that share a count of kept ones; kept values that share a scale
 NON_FINITE, OVERFLOW = 1, 2  # status bits
-INT8_LIMIT = 127  # the largest code of int8 values
+INT8_LIMIT, INT4_LIMIT = 127, 7  # the largest code of int8 and of int4 values
 # How kernels name the type of stored values and the form of the index.
-INT8 = 3
-VALUE_KIND = KIND | {torch.int8: INT8}
+INT8, INT4 = 3, 4
+VALUE_KIND = KIND | {torch.int8: INT8, torch.uint8: INT4}
 NO_INDEX, BITMAP, TILES = 0, 1, 2
 INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 
@@ -23,8 +23,8 @@ SAMPLE_ELEMENTS = 1 << 15
 DIGITS = {4: (11, 11, 9), 2: (8, 7)}  # bits of |x| looked at in each pass, by element size
 SLOTS = 3  # of a sample's state, one for each digit
 LONGEST_CHUNK = 1 << 15
-# Counters and kept values on their way to int8 take about this at most, or one sample's worth; samples that do not lie
-# contiguous are copied that much at a time.
+# Counters and kept values on their way to integers take about this at most, or one sample's worth; samples that do not
+# lie contiguous are copied that much at a time.
 SCRATCH_BYTES = 32 << 20
 COPIED_BYTES = 32 << 20
 
@@ -32,9 +32,9 @@ COPIED_BYTES = 32 << 20
 class Stored(NamedTuple):
     """The packed form of a (B, n) tensor; unused parts are empty.
 
-    values (B, K): float32, float16, bfloat16 or int8. scales (B, ceil(K / 256)) bfloat16: int8 only. index uint8:
-    "bitmap" (B, ceil(n / 8)) or "tile" (B, K). counts (B, T) and full (B, ceil(T / 8)) uint8: "tile" only, T = ceil(n /
-    256).
+    values (B, K): float32, float16, bfloat16 or int8; of int4 (B, ceil(K / 2)) uint8, two codes per byte, the first in
+    the low half. scales (B, ceil(K / 256)) bfloat16: int8 and int4 only. index uint8: "bitmap" (B, ceil(n / 8)) or
+    "tile" (B, K). counts (B, T) and full (B, ceil(T / 8)) uint8: "tile" only, T = ceil(n / 256).
     """
 
     values: Tensor
@@ -54,6 +54,20 @@ def index_bytes(n: int, keep: int, index: str) -> int:
     return keep + tiles + -(-tiles // 8)
 
 
+def stored_dtype(values: str) -> torch.dtype:
+    """The type of the tensor that holds ``values``; int4 lies in bytes."""
+    return torch.uint8 if values == "int4" else getattr(torch, values)
+
+
+def kept_of(stored: Stored, n: int, index: str) -> int:
+    """K, how many of n elements are stored; of int4 with a bitmap, K or K + 1: what lies behind the last is zero."""
+    if index == "none":
+        return n
+    if index == "tile":
+        return stored.index.shape[1]
+    return stored.values.shape[1] * (2 if stored.values.dtype == torch.uint8 else 1)
+
+
 def allocate(batch: int, n: int, keep: int, values: torch.dtype, index: str, device: torch.device) -> Stored:
     """Uninitialised tensors of the right shapes."""
 
@@ -62,9 +76,9 @@ def allocate(batch: int, n: int, keep: int, values: torch.dtype, index: str, dev
 
     tiles = -(-n // TILE)
     return Stored(
-        values=new(batch, keep, dtype=values),
+        values=new(batch, -(-keep // 2) if values == torch.uint8 else keep, dtype=values),
         scales=new(batch, -(-keep // TILE), dtype=torch.bfloat16)
-        if values == torch.int8
+        if values in (torch.int8, torch.uint8)
         else new(0, dtype=torch.bfloat16),
         index={"none": lambda: new(0), "bitmap": lambda: new(batch, -(-n // 8)), "tile": lambda: new(batch, keep)}[
             index
@@ -90,5 +104,5 @@ def cuda_scratch(x: Tensor, keep: int, values: str, index: str) -> int:
     if index == "none" and keep == n:
         return copied
     counters = counter_bytes(n, x.element_size()) if n > SAMPLE_ELEMENTS else 0
-    sample = counters + (keep * x.element_size() if values == "int8" else 0)
+    sample = counters + (keep * x.element_size() if values in ("int8", "int4") else 0)
     return copied + min(batch * sample, max(SCRATCH_BYTES, sample))

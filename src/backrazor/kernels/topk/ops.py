@@ -8,14 +8,14 @@ from torch import Tensor
 from ..dispatch import implementation
 from ..operators import operator
 from . import reference
-from .layout import Stored, allocate, cuda_scratch
+from .layout import Stored, allocate, cuda_scratch, stored_dtype
 
 
 def _pack_fake(x, keep, values, index, flag):
     batch, n = x.shape[0], 1
     for size in x.shape[1:]:
         n *= size
-    return tuple(allocate(batch, n, keep, getattr(torch, values), index, x.device))
+    return tuple(allocate(batch, n, keep, stored_dtype(values), index, x.device))
 
 
 @operator(
@@ -36,7 +36,7 @@ def topk_pack(x: Tensor, keep: int, values: str, index: str, flag: Tensor) -> tu
         return tuple(stored)
     fast = implementation("topk", x)
     dtype = stored.values.dtype
-    if fast is not None and (x.dtype == torch.float32 or dtype in (x.dtype, torch.int8)):
+    if fast is not None and (x.dtype == torch.float32 or dtype in (x.dtype, torch.int8, torch.uint8)):
         if x.is_contiguous():
             fast.pack(x.view(batch, -1), keep, index, stored, flag)
         else:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import INT8_LIMIT, NON_FINITE, OVERFLOW, TILE
+from ..derivative.reference import pack_codes, unpack_codes
+from .layout import INT4_LIMIT, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, Stored, kept_of, stored_dtype
 
 _BITS = {
     torch.float64: torch.int64,
@@ -35,14 +36,15 @@ def kept_indices(x: Tensor, keep: int) -> Tensor:
 
 
 def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
-    """(B, K) -> stored values (B, K), scales (B, V) bfloat16 (empty but for int8), status bits.
+    """(B, K) -> stored values (B, K), scales (B, V) bfloat16 (empty but for int8 and int4), status bits.
 
     int8: each run of 256 kept values shares a scale, its largest magnitude / 127 in bfloat16, which has the range
         of float32 (below 2^-126: zero); q = round(v / scale) to even, and rounding the scale moves no q past 127.
+    int4: the same with 7 for 127; two codes per byte, (B, ceil(K / 2)) uint8.
     """
     status = 0 if bool(torch.isfinite(kept).all()) else NON_FINITE
-    if values != "int8":
-        stored = kept.to(getattr(torch, values))
+    if values not in ("int8", "int4"):
+        stored = kept.to(stored_dtype(values))
         if stored.element_size() == 2:
             stored = stored.masked_fill(
                 stored.isnan(), torch.nan
@@ -53,21 +55,26 @@ def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
     batch, keep = kept.shape
     tiles = -(-keep // TILE)
     padded = torch.nn.functional.pad(kept.float(), (0, tiles * TILE - keep)).view(batch, tiles, TILE)
+    limit = INT8_LIMIT if values == "int8" else INT4_LIMIT
     largest = padded.abs().amax(dim=2)
-    scales = (largest / INT8_LIMIT).to(torch.bfloat16)
+    scales = (largest / limit).to(torch.bfloat16)
     scales = torch.where(scales < torch.finfo(torch.bfloat16).tiny, 0, scales)
     scale = scales.float().unsqueeze(2)
     usable = torch.isfinite(scale) & (scale != 0)
     inverse = torch.where(usable, 1 / scale, 0)
-    quantised = torch.where(torch.isfinite(scale), torch.round(padded * inverse), 0).clamp(-INT8_LIMIT, INT8_LIMIT)
-    return quantised.to(torch.int8).view(batch, tiles * TILE)[:, :keep].contiguous(), scales, status
+    quantised = torch.where(torch.isfinite(scale), torch.round(padded * inverse), 0).clamp(-limit, limit)
+    codes = quantised.to(torch.int8).view(batch, tiles * TILE)[:, :keep].contiguous()
+    return (codes if values == "int8" else pack_codes(codes.view(torch.uint8) & 15, 4)), scales, status
 
 
-def decode_values(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of ``encode_values`` up to rounding: (B, K) of ``dtype``."""
-    if stored.dtype != torch.int8:
+def decode_values(stored: Tensor, scales: Tensor, keep: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``encode_values`` up to rounding: (B, ``keep``) of ``dtype``."""
+    if stored.dtype == torch.uint8:
+        codes = unpack_codes(stored, keep, 4).to(torch.int8)
+        stored = torch.where(codes >= 8, codes - 16, codes)
+    elif stored.dtype != torch.int8:
         return stored.to(dtype)
-    spread = scales.float().repeat_interleave(TILE, dim=1)[:, : stored.shape[1]]
+    spread = scales.float().repeat_interleave(TILE, dim=1)[:, :keep]
     return (stored.float() * spread).to(dtype)
 
 
@@ -118,12 +125,15 @@ def unpack(
     dtype: torch.dtype,
 ) -> Tensor:
     """The dense (B, n) of ``dtype``: kept values at their places, zero elsewhere."""
-    values = decode_values(stored, scales, dtype)
+    keep = kept_of(Stored(stored, scales, index, counts, full), n, index_kind)
+    values = decode_values(stored, scales, keep, dtype)
     if index_kind == "none":
         return values
-    batch, keep = stored.shape
+    batch = stored.shape[0]
     if index_kind == "bitmap":
-        return values.new_zeros(batch, n).masked_scatter_(unpack_bits(index, n), values)
+        kept = unpack_bits(index, n)
+        values = values[:, : int(kept[0].sum()) if batch else 0].contiguous()  # int4 may have one more
+        return values.new_zeros(batch, n).masked_scatter_(kept, values)
     sizes = counts.long() + TILE * unpack_bits(full, counts.shape[1]).long()
     ends = sizes.cumsum(1)
     position = torch.arange(keep, device=stored.device).expand(batch, keep).contiguous()

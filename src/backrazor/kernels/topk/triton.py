@@ -12,7 +12,7 @@ from torch import Tensor
 from .._triton import check_positions, chunks_of, launch
 from . import _triton_pack, _triton_unpack
 from .layout import COPIED_BYTES as COPIED_BYTES  # read by the operator
-from .layout import DIGITS, INDEX, SAMPLE_ELEMENTS, SCRATCH_BYTES, SLOTS, TILE, Stored, counter_bytes
+from .layout import DIGITS, INDEX, SAMPLE_ELEMENTS, SCRATCH_BYTES, SLOTS, TILE, Stored, counter_bytes, kept_of
 
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
@@ -22,6 +22,7 @@ RUNS = 8  # runs of 256 that a program quantises
 # Of a sample: up to here a program that unpacks a chunk counts what is kept before it from the index, at most 32 KiB.
 COUNTED_ELEMENTS = {"bitmap": 1 << 18, "tile": 1 << 22}
 _BITS = {4: torch.int32, 2: torch.int16}
+_INTEGERS = (torch.int8, torch.uint8)
 
 
 class _Selection(NamedTuple):
@@ -80,8 +81,8 @@ def _select(x: Tensor, keep: int) -> _Selection:
 
 def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
     """Samples that one program packs each, in one launch."""
-    int8 = stored.values.dtype == torch.int8
-    kept = x.new_empty(stored.values.shape) if int8 else stored.values
+    integers = stored.values.dtype in _INTEGERS
+    kept = x.new_empty(x.shape[0], keep) if integers else stored.values
     high, *middle, low = DIGITS[x.element_size()]
     digits = {"HIGH": high, "MIDDLE": sum(middle), "LOW": low}
     launch(
@@ -96,7 +97,7 @@ def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: T
         stored.scales,
         flag,
         **digits,
-        INT8=int8,
+        INTEGERS=integers,
         RUNS=RUNS,
         INDEX=INDEX[index_kind],
         BLOCK=BLOCK,
@@ -157,16 +158,16 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
         ValueError: a sample has 2^31 elements or nearly so.
     """
     batch, n = x.shape
-    int8 = stored.values.dtype == torch.int8
+    integers = stored.values.dtype in _INTEGERS
     if keep == n and index_kind == "none":
-        if int8:
+        if integers:
             _quantise(x, stored, flag)
         else:
             launch(
                 _triton_pack.cast, -(-x.numel() // BLOCK), x, stored.values, flag, x.numel(), BLOCK=BLOCK, warps=WARPS
             )
         return
-    staged = keep * x.element_size() if int8 else 0
+    staged = keep * x.element_size() if integers else 0
     counters = counter_bytes(n, x.element_size()) if n > SAMPLE_ELEMENTS else 0
     together = max(SCRATCH_BYTES // max(counters + staged, 1), 1)
     for start in range(0, batch, together):
@@ -175,9 +176,9 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
             _pack_samples(x[start : start + together], keep, index_kind, rows, flag)
             continue
         # a run of 256 kept values spans chunks, so its scale is known only once they lie side by side
-        kept = x.new_empty(rows.values.shape) if int8 else rows.values
+        kept = x.new_empty(len(rows.values), keep) if integers else rows.values
         _compact(x[start : start + together], keep, index_kind, kept, rows, flag)
-        if int8:
+        if integers:
             _quantise(kept, rows, flag)
 
 
@@ -196,7 +197,7 @@ def unpack_normalised(
 def _unpack(
     stored: Stored, mean: Tensor, rstd: Tensor, n: int, row: int, index_kind: str, out: Tensor, normalise: bool
 ) -> None:
-    batch, keep = stored.values.shape
+    batch, keep = stored.values.shape[0], kept_of(stored, n, index_kind)
     if index_kind == "none":
         check_positions(row if normalise else 0, "a row to normalise")
         blocks = -(-keep // BLOCK)

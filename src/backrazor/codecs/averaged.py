@@ -1,0 +1,77 @@
+"""An input kept whole in 4 bits, averaged over blocks of neighbouring positions.
+
+For what pruning suits badly: the inputs that come from no activation (expansions of inverted residuals, images), whose
+elements are neither sparse nor much alike. They are narrow, so few bits suffice, and where maps are large, neighbours
+say the same.
+
+Shape legend: B samples, C channels, H/W height/width, h/w that of the averages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .packed import Form, Packed
+from .pruned import Pruned, PrunedForm
+
+VALUES = "int4"
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """``side``: the averages of a map are at most so many in height and in width."""
+
+    side: int
+
+    def form(self, x: Tensor) -> AveragedForm:
+        """How x (B, C, H, W) is going to be stored."""
+        block = tuple(max(-(-size // self.side), 1) for size in x.shape[2:])
+        sizes = [-(-size // along) for size, along in zip(x.shape[2:], block, strict=True)]
+        stored = Pruned(0.0, VALUES).form(x.new_empty(()).expand(*x.shape[:2], *sizes))
+        return AveragedForm(tuple(x.shape), x.dtype, block, stored)
+
+    def pack(self, x: Tensor, flag: Tensor) -> Packed:
+        """Pack x (B, C, H, W)."""
+        form = self.form(x)
+        return Packed(form.stored.pack(form.averages(x.detach()), flag), form)
+
+
+@dataclass(frozen=True, slots=True)
+class AveragedForm(Form):
+    """The averages over ``block`` (height, width), stored as ``stored`` says. x_hat repeats them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: tuple[int, int]
+    stored: PrunedForm
+
+    @property
+    def count(self) -> int:
+        return self.stored.count
+
+    def averages(self, x: Tensor) -> Tensor:
+        """(B, C, h, w): the blocks at the right and lower border may be smaller."""
+        return x if self.block == (1, 1) else F.avg_pool2d(x, self.block, ceil_mode=True)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """The same of sums, the transpose of repeating: float32 for 16 bits."""
+        if self.block == (1, 1):
+            return x
+        wide = x.float() if x.element_size() == 2 else x
+        return F.avg_pool2d(wide, self.block, ceil_mode=True, divisor_override=1)
+
+    def read_averages(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """(stop - start, C, h, w) of ``dtype``."""
+        return self.stored.read(tensors, start, stop, dtype)
+
+    def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        averages = self.read_averages(tensors, start, stop, dtype)
+        if self.block == (1, 1):
+            return averages
+        height, width = self.shape[2:]
+        spread = averages.repeat_interleave(self.block[0], 2)[:, :, :height]
+        return spread.repeat_interleave(self.block[1], 3)[..., :width]

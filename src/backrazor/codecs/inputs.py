@@ -1,0 +1,99 @@
+"""How the input of an operator with a weight is stored: one rule, by what the input is and how the weight reads it.
+
+    input                                                        form
+    of a norm that keeps codes                                   read from those codes, no bytes (``shared``)
+    an activation's output, a map (B, C, *)                      differences from the channel's mean, pruned
+        the same, where the product with it is cheap             ... and zero where the activation's bit says so
+    tokens (B, *, I)                                             differences from the feature's mean over tokens, pruned
+    a map that comes from no activation                          averages of blocks in 4 bits
+    fewer than four positions per channel                        whole in 8 bits
+    a vector per sample (B, I)                                   pruned, zero where dropped
+
+``fill="zero"``, the paper's rule, prunes every input and reads zero where it was dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .averaged import Averaged
+from .derivative import Bits, DerivativeForm
+from .guessed import Guessed
+from .packed import Packed
+from .pruned import Pruned, pack
+
+# Where a mean over fewer positions would cost as much as they do.
+FEWEST_POSITIONS = 4
+# The mask makes x_hat dense, and so its product with the gradient. That costs little beside the forward pass where a
+# pointwise convolution has few outputs, at most half as many as inputs, and nothing where the product is dense anyway.
+MOST_OUTPUTS = 320
+# The convolution library is fast at depthwise kernels of three columns where they see fewer positions than these, and
+# slow at wider ones everywhere.
+FEWEST_SPARSE = 28 * 28
+# Averages per map side, for kernels of one position and larger ones, down to the sparsity at which positions and values
+# of pruned inputs take as many bytes; beyond it, less.
+SIDE, KERNEL_SIDE, FULL_SHARE = 14, 56, 0.03
+
+
+class Use(NamedTuple):
+    """How a weight reads its input. ``features``: rows of features (B, *, I), not channels. ``kernel``: several
+    positions at a time. ``dense``: maps of up to so many positions are multiplied as dense ones at little cost."""
+
+    features: bool
+    kernel: bool
+    dense: float
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Use:
+        """By the shape of a Linear's weight (O, I) or a convolution's (D, C / groups, *)."""
+        if weight.dim() < 3:
+            return cls(True, False, 0)
+        outputs, inputs, *kernel = weight.shape
+        if math.prod(kernel) == 1:
+            return cls(False, False, math.inf if outputs <= min(MOST_OUTPUTS, inputs // 2) else 0)
+        small = inputs == 1 and len(kernel) == 2 and kernel[1] <= 3
+        return cls(False, True, FEWEST_SPARSE - 1 if small else 0)
+
+
+FEATURES = Use(True, False, 0)  # a gate per feature
+CHANNELS = Use(False, False, math.inf)  # a gate per channel
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What is known of an activation's output beside that it is one: the codes that its backward keeps, if they tell
+    of the output's elements."""
+
+    codes: Packed | None
+
+    @property
+    def bits(self) -> Bits | None:
+        """The codec of the bits, one per element in logical order, if there are such."""
+        form = None if self.codes is None else self.codes.form
+        plain = isinstance(form, DerivativeForm) and form.format == torch.contiguous_format
+        return form.codec if plain and isinstance(form.codec, Bits) else None
+
+
+def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None, flag: Tensor) -> Packed:
+    """Pack x (B, ...) for the gradient of a weight that reads it as ``use`` says. ``activation``: what is known of the
+    activation that x comes from; None where it comes from none."""
+    if codec.fill == "zero" or codec.sparsity == 0 or x.dim() < 3:
+        return pack(x, codec, flag)
+    positions = math.prod(x.shape[1:-1] if use.features else x.shape[2:])
+    if positions < FEWEST_POSITIONS or not x.numel():
+        return pack(x, codec if use.features else replace(codec, sparsity=0.0, values="int8"), flag)
+    if use.features:
+        return Guessed(codec, True).pack(x, flag)
+    if activation is None and x.dim() == 4:
+        share = min((1 - codec.sparsity) / FULL_SHARE, 1.0)
+        side = KERNEL_SIDE * math.sqrt(share) if use.kernel else SIDE * share
+        return Averaged(max(round(side), 1)).pack(x, flag)
+    bits = activation.bits if activation is not None and codec.fill == "known" else None
+    if bits is None or positions > use.dense or x.dim() != 4 or not x.is_contiguous():
+        return Guessed(codec, False).pack(x, flag)
+    return Guessed(codec, False, bits).pack(x, flag, activation.codes.tensors[0])
