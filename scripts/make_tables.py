@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 from transfer.errors import UserError
-from transfer.tables import accuracy_against_peak, load_runs, summarise, to_terminal, write_tables
+from transfer.tables import accuracy_against_peak, caption, load_runs, summarise, to_terminal, write_tables
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
 
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     written = write_tables(summary, runs, out)
     figure = accuracy_against_peak(summary, out / "accuracy_against_peak.png")
     print(to_terminal(summary))
+    print(f"\n{textwrap.fill(caption(runs), 100)}")
     print(f"\nWritten: {', '.join(str(path) for path in [*written, figure] if path)}")
     return 0
 

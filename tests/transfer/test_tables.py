@@ -11,7 +11,9 @@ import pytest
 
 from scripts import make_tables
 from transfer.records import write_record
-from transfer.tables import load_runs, render, summarise, to_terminal, write_tables
+from transfer.tables import caption, load_runs, render, summarise, to_terminal, write_tables
+from transfer.tables.figures import plt
+from transfer.tables.labels import Labelled, label_points
 
 RESULTS = {  # experiment: razor, sparsity, checkpointing, accuracies by seed, saved, peak, seconds
     "t/dense": ("none", 0.0, "none", (98.0, 99.0), 600e6, 700e6, 0.5),
@@ -131,3 +133,27 @@ def test_a_damaged_record_or_an_empty_folder_is_one_line(tmp_path: Path, capsys,
     assert make_tables.main([str(tmp_path)]) == 2
     assert make_tables.main([str(tmp_path), "--expect", "nosuch"]) == 2
     assert all(line.startswith("make_tables.py: ") for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("peaks", [(700, 240, 140, 138), (100, 101, 102, 103), (5, 600, 610, 1900)])
+def test_labels_of_a_figure_touch_neither_points_nor_each_other(peaks: tuple[int, ...]) -> None:
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    points = [Labelled(peak, 98 - 0.2 * i, f"row {i}\n98.0 ± 0.3%, {peak} MB", 0.3) for i, peak in enumerate(peaks)]
+    axes.plot([p.x for p in points], [p.y for p in points], "o")
+    axes.set_xlim(0, 1.1 * max(peaks))
+    axes.set_ylim(95, 100)
+    boxes = label_points(axes, points)
+    frame = axes.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert not any(box.contains(*axes.transData.transform((p.x, p.y))) for p in points)
+    plt.close(figure)
+
+
+def test_the_caption_says_how_many_images_a_point_is(tmp_path: Path) -> None:
+    make_records(tmp_path)
+    runs = load_runs(tmp_path)
+    assert "2 seeds" in caption(runs) and "test images" not in caption(runs)
+    runs["test_images"] = 719
+    assert "719 test images, of which one is 0.14 points" in caption(runs)

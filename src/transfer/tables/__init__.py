@@ -9,11 +9,12 @@ from transfer.tables.figures import (
     memory_curves,
 )
 from transfer.tables.grid import cells, pivot, title, to_latex, write_grid
-from transfer.tables.render import to_terminal, write_tables
+from transfer.tables.render import caption, to_terminal, write_tables
 from transfer.tables.summary import summarise
 
 __all__ = [
     "accuracy_against_peak",
+    "caption",
     "cells",
     "load_runs",
     "memory_by_layer",

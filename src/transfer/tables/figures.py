@@ -11,6 +11,8 @@ import pandas as pd
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from transfer.tables.labels import Labelled, label_points
+
 SMALLEST_SPAN = 4.0  # points of accuracy that the vertical axis shows at least
 DPI = 150
 PART_COLUMNS = {  # of a summary, from the bottom of a bar to its top: the legend
@@ -54,38 +56,54 @@ def time_against_peak(rows: pd.DataFrame, path: Path) -> Path:
 
 
 def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
-    """Draw test accuracy over measured peak, one point per row, its spread over seeds as a bar, the Pareto front as a
-    dashed line through ringed points; None without a peak.
+    """Draw test accuracy over measured peak, one point per row with its name and figures beside it; None without a
+    peak.
+
+    Rows without a razor, whose gradient is exact, are squares; razored rows are dots. A bar is the deviation over
+    seeds. The Pareto front is a dashed line.
 
     Args:
-        summary: with columns ``method, accuracy, accuracy_std, peak_mb``.
+        summary: with columns ``method, seeds, accuracy, accuracy_std, peak_mb``; ``test_images``, where it is there,
+            is said in the label of the axis.
     """
     drawn = summary.dropna(subset=["accuracy", "peak_mb"])
     if drawn.empty:
         return None
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for _, row in drawn.iterrows():
-        spread = None if pd.isna(row["accuracy_std"]) else row["accuracy_std"]
-        axes.errorbar(row["peak_mb"], row["accuracy"], yerr=spread, fmt="o", capsize=3, label=row["method"])
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     front = pareto_front(drawn)
-    axes.plot(
-        *(front["peak_mb"], front["accuracy"], "--o"),
-        color="black",
-        linewidth=0.8,
-        markerfacecolor="none",
-        markersize=11,
-        label="Pareto front",
-    )
-    axes.set_xlim(left=0)
-    # No closer than this: on a small test split a single image would fill the axis.
+    axes.plot(front["peak_mb"], front["accuracy"], "--", color="grey", linewidth=0.8, zorder=0)
+    shared = "full, " if drawn["method"].str.startswith("full, ").all() else ""
+    points = []
+    for i, (_, row) in enumerate(drawn.iterrows()):
+        spread, color = 0.0 if pd.isna(row["accuracy_std"]) else float(row["accuracy_std"]), f"C{i % 10}"
+        exact = any(word in row["method"] for word in ("dense", "checkpointing", "micro-batches"))
+        marker = "s" if exact and "compact" not in row["method"] else "o"
+        axes.errorbar(row["peak_mb"], row["accuracy"], yerr=spread or None, fmt=marker, capsize=3, color=color)
+        figures = f"{row['accuracy']:.1f}{f' ± {spread:.1f}' if spread else ''}%, {row['peak_mb']:.0f} MB"
+        name = row["method"].removeprefix(shared)
+        points.append(Labelled(row["peak_mb"], row["accuracy"], f"{name}\n{figures}", spread, color))
+    axes.set_xlim(left=0, right=1.1 * drawn["peak_mb"].max())
+    # No closer than this: on a small test split a single image would fill the axis. No accuracy is above 100.
     low, high = axes.get_ylim()
-    margin = max(0.0, SMALLEST_SPAN - (high - low)) / 2
+    margin = max(0.1 * (high - low), (SMALLEST_SPAN - (high - low)) / 2)
     axes.set_ylim(low - margin, high + margin)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low - margin < tick <= min(100, high + margin)])
     axes.set_xlabel("measured peak of a step above weights, gradients and optimizer state, MB")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel(_accuracy_label(drawn))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    handles = [plt.Line2D([], [], marker=m, linestyle="", color="grey") for m in "so"]
+    legend = axes.legend(handles, ["exact gradient", "pruned activations"], fontsize="small", loc="lower right")
+    label_points(axes, points, taken=[legend.get_window_extent()])
     return _save(figure, path)
+
+
+def _accuracy_label(drawn: pd.DataFrame) -> str:
+    """The vertical axis's label: what is scored, over how many images and seeds."""
+    label, seeds = "test accuracy, %", int(drawn["seeds"].max()) if "seeds" in drawn else 1
+    images = drawn["test_images"].dropna() if "test_images" in drawn else pd.Series(dtype=float)
+    parts = [f"{int(images.iloc[0])} images"] if len(images) else []
+    parts += [f"{seeds} seeds"] if seeds > 1 else ["one seed"]
+    return f"{label} ({', '.join(parts)})"
 
 
 def memory_by_part(rows: Mapping[str, Mapping[str, float]], path: Path, title: str = "") -> Path | None:

@@ -76,6 +76,11 @@ def caption(runs: pd.DataFrame) -> str:
     shapes = runs[["measured_batch", "measured_size"]].dropna().drop_duplicates().astype(int)
     where = " and ".join(f"batch {batch}, {size} px" for batch, size in shapes.itertuples(index=False))
     subject = f"{', '.join(sorted(set(runs['model'])))} on {', '.join(sorted(set(runs['data'])))}"
+    images = [int(count) for count in runs["test_images"].dropna().unique()]
+    if len(images) == 1:
+        subject += f", {images[0]} test images, of which one is {100 / images[0]:.2g} points of accuracy"
+    seeds = runs["seed"].nunique()
+    subject += f"; mean and sample deviation over {seeds} seeds" if seeds > 1 else "; one seed"
     return (
         f"{subject}; saved: bytes that autograd holds after a forward; peak: highest allocation of a step above "
         f"weights, gradients and optimizer state; both and the step's time for {where or 'no measured step'}; in all: "
