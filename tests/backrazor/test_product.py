@@ -207,8 +207,8 @@ def test_offsets_beyond_32_bits_are_left_to_the_dense_product() -> None:
 @pytest.mark.parametrize("n", [100, 101, 102, 103, 104, 200_704])
 def test_at_a_sparsity_of_08_the_kept_are_few(n: int) -> None:
     x, flag, grad = torch.empty(1, n), torch.zeros(1, dtype=torch.int32), torch.empty(1, 4)
-    assert products._multiplies(pack(x, Pruned(0.8, "int8"), flag), grad)
-    assert not products._multiplies(pack(x, Pruned(0.7, "int8"), flag), grad)
+    assert products._multiplies(pack(x, Pruned(0.8, "int8"), flag).form, grad)
+    assert not products._multiplies(pack(x, Pruned(0.7, "int8"), flag).form, grad)
 
 
 def test_samples_in_several_matrices_and_short_registers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_no_32_bit_product_feeds_an_address(configurations: list[ahead.Configura
 def test_a_program_waits_for_its_own_values_before_it_quantises_them(configurations: list[ahead.Configuration]) -> None:
     """One thread reads what another of its program has written, which the interpreter cannot get wrong: a barrier lies
     between, and no load goes through the cache that nobody keeps up to date."""
-    packing = [c for c in configurations if c.kernel == "pack_sample" and dict(c.constants)["INT8"]]
+    packing = [c for c in configurations if c.kernel == "pack_sample" and dict(c.constants)["INTEGERS"]]
     assert packing
     for configuration in packing:
         assert "barrier" in binaries.intermediate(configuration)

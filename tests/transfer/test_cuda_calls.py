@@ -88,7 +88,8 @@ def test_the_peak_on_a_gpu_comes_with_what_the_allocator_reserved(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: calls.append("reset"))
     for name, value in (("memory_allocated", 100), ("max_memory_allocated", 700), ("max_memory_reserved", 900)):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert peak._peak_of(Factory(), 1) == (600, 700, 900)
+    found = peak._peak_of(Factory(), 1)
+    assert (found.peak, found.whole, found.reserved, found.bare) == (600, 700, 900, None)
     assert calls == ["emptied", "reset"], "blocks of the warm-up are none of the step's"
     monkeypatch.setattr(peak, "in_fresh_process", lambda function, *rest, **_: function(*rest))
     measured = br.memory.measure_step(Factory(), repeats=2, what=("peak",))

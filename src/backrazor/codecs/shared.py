@@ -37,7 +37,7 @@ def source_of(x: Tensor) -> Packed | None:
 def remember_activation(x: Tensor, codes: Packed | None = None) -> None:
     """Note that x is the output of an activation. ``codes``: what its backward keeps, where they tell of the elements
     of x themselves."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not x.is_inference():  # whose version nobody counts
         _ACTIVATED[x] = x._version, Activation(codes)
 
 
@@ -45,6 +45,8 @@ def activation_of(x: Tensor) -> Activation | None:
     """What is known of the activation that x comes from; None where it comes from none."""
     if torch.compiler.is_compiling():
         return Activation(None)
+    if x.is_inference():
+        return None
     version, known = _ACTIVATED.get(x, (None, None))
     return known if version == x._version else None
 
