@@ -12,20 +12,17 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import pandas as pd
-import timm
 import torch
+from _backbones import ROOT, build, freeze
 from _circumstances import circumstances
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import backrazor as br
-from transfer.models.build import build_backbone
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "outputs/gradients"
 SPARSITIES = (0.9, 0.97, 0.99)
 BATCH, BATCHES = 16, 3
@@ -63,33 +60,20 @@ def trained(name: str) -> nn.Module:
     """The network after its steps, batch norm frozen; its weights are kept in a file."""
     architecture, side, steps, rate = NETWORKS[name]
     torch.manual_seed(0)
+    backbone = build(architecture or name, pretrained=architecture is None)
+    model, file = backbone.model, WEIGHTS / f"{name}.pt"
     if architecture is None:
-        config = {"name": name, "weights": None, "pretrained": True, "drop_rate": 0.0, "head_init": "uniform"}
-        model = build_backbone(config, 10, ROOT / "pretrain").model
-    else:
-        model = timm.create_model(architecture, num_classes=10)
-    file = WEIGHTS / f"{name}.pt"
-    if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
-        return frozen(model)
-    _ = frozen(model) if architecture is None else model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
-    for x, y in itertools.islice(batches(side), steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), file)
-    return frozen(model)
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """The model with batch norm as a fixed scale and shift."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.requires_grad_(False)
+        freeze(backbone)
+    if not file.exists():
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
+        for x, y in itertools.islice(batches(side), steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), file)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    freeze(backbone)
     return model
 
 

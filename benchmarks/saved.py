@@ -7,25 +7,16 @@ Batch 8 (ViT-B/16: 16), 224 px, float32. The rows with a fill have ``values=int4
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 import torch
+from _backbones import ROOT, build, freeze
 from _circumstances import circumstances
 from torch import nn
 
 import backrazor as br
-from transfer.models.build import build_backbone
+from transfer.bench.rows import BATCH
 
-ROOT = Path(__file__).parents[1]
-BACKBONES = {
-    "proxylessnas": 8,
-    "mobilenetv2": 8,
-    "efficientnet_lite0": 8,
-    "resnet18": 8,
-    "resnet50": 8,
-    "vit_b16": 16,
-}
+BACKBONES = ("proxylessnas", "mobilenetv2", "efficientnet_lite0", "resnet18", "resnet50", "vit_b16")
 FILLED = {"values": "int4", "activation": "auto"}
 PRESETS = {
     "compact": {},
@@ -37,13 +28,9 @@ SPARSITIES = (0.9, 0.97, 0.99)
 
 def network(name: str) -> nn.Module:
     """The backbone with random weights, batch norm frozen."""
-    config = {"name": name, "weights": None, "pretrained": False, "drop_rate": 0.0, "head_init": "uniform"}
-    model = build_backbone(config, 10, ROOT / "pretrain").model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.requires_grad_(False)
-    return model
+    backbone = build(name, pretrained=False)
+    freeze(backbone)
+    return backbone.model
 
 
 def saved(model: nn.Module, batch: int) -> int:
@@ -55,8 +42,8 @@ def main() -> None:
     """Predict, print, write."""
     torch.manual_seed(0)
     rows = []
-    for name, batch in BACKBONES.items():
-        model = network(name)
+    for name in BACKBONES:
+        model, batch = network(name), BATCH.get(name, 8)
         dense = saved(model, batch)
         for sparsity in SPARSITIES:
             for preset, changes in PRESETS.items():

@@ -10,9 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .codecs import Packed, Use, pack_shared
-from .codecs.averaged import AveragedForm
-from .codecs.guessed import GuessedForm
+from .codecs import Use, pack_shared
 from .functional.common import sample_chunks
 from .hooks import passive
 from .nn.base import DropIn
@@ -64,21 +62,11 @@ class Energy:
             parts = (
                 _energy(x[start:stop]),
                 _energy(x_hat),
-                x_hat.numel() - _stored(packed, x_hat, start, stop),
+                x_hat.numel() - packed.form.own_values(packed.tensors, x_hat, start, stop),
                 x_hat.new_tensor(x_hat.numel()),
             )
             sums += torch.stack([part.double() for part in parts])
         self._sums[name] = self._sums.get(name, 0) + sums
-
-
-def _stored(packed: Packed, x_hat: Tensor, start: int, stop: int) -> Tensor:
-    """For how many elements of samples start to stop a value of their own is stored."""
-    form = packed.form
-    if isinstance(form, GuessedForm):
-        return form.pruned.read(packed.tensors[: form.pruned.count], start, stop, x_hat.dtype).count_nonzero()
-    if isinstance(form, AveragedForm):
-        return x_hat.new_tensor((stop - start) * form.stored.sample_numel)
-    return x_hat.count_nonzero()
 
 
 def _energy(x: Tensor) -> Tensor:

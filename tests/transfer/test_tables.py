@@ -11,7 +11,7 @@ import pytest
 
 from scripts import make_tables
 from transfer.records import write_record
-from transfer.tables import caption, load_runs, render, summarise, to_terminal, write_tables
+from transfer.tables import accuracy_against_peak, caption, load_runs, render, summarise, to_terminal, write_tables
 from transfer.tables.figures import plt
 from transfer.tables.labels import Labelled, label_points
 
@@ -157,3 +157,17 @@ def test_the_caption_says_how_many_images_a_point_is(tmp_path: Path) -> None:
     assert "2 seeds" in caption(runs) and "test images" not in caption(runs)
     runs["test_images"] = 719
     assert "719 test images, of which one is 0.14 points" in caption(runs)
+
+
+def test_squares_are_the_rows_without_a_razor_whatever_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_records(tmp_path)
+    summary = summarise(load_runs(tmp_path))
+    summary.loc[len(summary)] = summary.iloc[1].to_dict() | {"method": "full, int8, checkpointing", "razor": "int8"}
+    summary.loc[len(summary)] = summary.iloc[0].to_dict() | {"method": "last"}
+    drawn = []
+    errorbar = plt.Axes.errorbar
+    monkeypatch.setattr(plt.Axes, "errorbar", lambda *a, fmt, **k: drawn.append(fmt) or errorbar(*a, fmt=fmt, **k))
+    accuracy_against_peak(summary, tmp_path / "figure.png")
+    assert drawn == ["s", "s", "o", "o", "s"]

@@ -85,3 +85,6 @@ class GuessedForm(Form):
         mask = tensors[-1][start:stop] if self.masked else None
         guess_add_(dense, self.guess(tensors, start, stop), mask, self.features)
         return self.pruned.shaped(dense)
+
+    def own_values(self, tensors: tuple[Tensor, ...], x_hat: Tensor, start: int, stop: int) -> Tensor:
+        return self.pruned.read(tensors[: self.pruned.count], start, stop, x_hat.dtype).count_nonzero()

@@ -41,6 +41,11 @@ class Form(ABC):
     def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Samples start to stop of what stands for the activation: dense (stop - start, ...) of ``dtype``."""
 
+    def own_values(self, tensors: tuple[Tensor, ...], x_hat: Tensor, start: int, stop: int) -> Tensor:
+        """How many elements of samples start to stop, which ``x_hat`` holds, have a value of their own: neither zero
+        nor shared. No dimensions."""
+        return x_hat.count_nonzero()
+
 
 class Packed(NamedTuple):
     """The stored tensors and how they are read."""

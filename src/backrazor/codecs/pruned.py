@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import Stored, index_bytes, stored_dtype, topk_pack, topk_unpack, topk_unpack_normalised
+from ..kernels import INTEGERS, Stored, index_bytes, stored_dtype, topk_pack, topk_unpack, topk_unpack_normalised
 from .packed import Form, Packed
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
 
-INTEGERS = ("int8", "int4")
 # Differences from a guess exist for so many samples that they take no more than this, or for one per thread.
 DIFFERENCES_BYTES = 4 << 20
 

@@ -80,6 +80,7 @@ def pack_shared(x: Tensor, codec: Pruned, use: Use, flag: Tensor, given: Tensor 
     choice = codec, use
     packed = source_of(x) or _packed_before(x, choice)
     if packed is None:
-        packed = pack_input(x, codec, use, activation_of(given), flag)
+        activation = None if codec.fill == "zero" else activation_of(given)  # which then decides nothing
+        packed = pack_input(x, codec, use, activation, flag)
         _remember_packed(x, choice, packed)
     return packed

@@ -23,6 +23,28 @@ def razor_once(model: nn.Module, config: Configs | None) -> Report | None:
     return razor_(model, config)
 
 
+class Looks:
+    """What the callbacks have in common: their settings, the latest figures, and the step that they look at.
+
+    Raises:
+        ValueError: ``every`` is below 1.
+    """
+
+    def __init__(self, config: Configs | None = None, every: int | None = None, layers: bool = False) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every={every} is not allowed: use a number of steps of at least 1, or None")
+        self.config, self.every, self.layers = config, every, layers
+        self.report: Report | None = None
+        self.figures: dict[str, float] = {}
+        self._looking: StepFigures | None = None
+
+    def _close(self) -> None:
+        """Stop looking at a step, if at one; its figures are the latest now."""
+        if self._looking is not None:
+            looking, self._looking = self._looking, None
+            self.figures = looking.close()
+
+
 class StepFigures:
     """Looks at one training step of ``model``, from ``__init__`` to ``close``.
 

@@ -17,12 +17,11 @@ except ImportError as error:
     raise ImportError("backrazor.integrations.lightning needs lightning: pip install backrazor[lightning]") from error
 
 from ..convert import check_finite
-from ..report import Report
 from ..rules import Configs
-from .figures import StepFigures, razor_once
+from .figures import Looks, StepFigures, razor_once
 
 
-class RazorCallback(Callback):
+class RazorCallback(Looks, Callback):
     """Razors a ``LightningModule``, checks for bad numbers, and logs saved bytes and kept energy.
 
     The module is razored in ``setup`` for ``fit``: before the strategy wraps it and before ``configure_optimizers``. A
@@ -49,12 +48,7 @@ class RazorCallback(Callback):
     """
 
     def __init__(self, config: Configs | None = None, every: int | None = None, layers: bool = False) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every={every} is not allowed: use a number of steps of at least 1, or None")
-        self.config, self.every, self.layers = config, every, layers
-        self.report: Report | None = None
-        self.figures: dict[str, float] = {}
-        self._looking: StepFigures | None = None
+        super().__init__(config, every, layers)
         self._seen = 0  # the optimizer step that was looked at last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,7 +58,7 @@ class RazorCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the ledger at the first micro-batch of a step that is going to be logged."""
-        every = self.every or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        every = self.every or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
         step = trainer.global_step + 1
         if step // every > self._seen // every:  # with several optimizers the count may jump over a multiple
             self._seen, self._looking = step, StepFigures(pl_module, self.layers)
@@ -82,16 +76,11 @@ class RazorCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Close the ledger, and hand the latest figures to the loggers, which take them when they log."""
-        self._stop_looking()
+        self._close()
         if self.figures:
             figures = {f"razor/{name}": value for name, value in self.figures.items()}
             pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the ledger of a step that did not end."""
-        self._stop_looking()
-
-    def _stop_looking(self) -> None:
-        if self._looking is not None:
-            looking, self._looking = self._looking, None
-            self.figures = looking.close()
+        self._close()

@@ -19,12 +19,11 @@ except ImportError as error:
 
 from ..convert import check_finite
 from ..hooks import passive
-from ..report import Report
 from ..rules import Configs
-from .figures import StepFigures, razor_once
+from .figures import Looks, StepFigures, razor_once
 
 
-class RazorCallback(TrainerCallback):
+class RazorCallback(Looks, TrainerCallback):
     """Razors the model of a ``Trainer``, checks for bad numbers, and logs saved bytes and kept energy.
 
     The model is razored when the ``Trainer`` is made: before it is wrapped for several devices, after adapters were put
@@ -54,12 +53,7 @@ class RazorCallback(TrainerCallback):
     """
 
     def __init__(self, config: Configs | None = None, every: int | None = None, layers: bool = False) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every={every} is not allowed: use a number of steps of at least 1, or None")
-        self.config, self.every, self.layers = config, every, layers
-        self.report: Report | None = None
-        self.figures: dict[str, float] = {}
-        self._looking: StepFigures | None = None
+        super().__init__(config, every, layers)
         self._hook: RemovableHandle | None = None
 
     def report_first(self, trainer: Trainer) -> RazorCallback:
@@ -129,11 +123,6 @@ class RazorCallback(TrainerCallback):
     ) -> None:
         """Take the hook off."""
         self._stop_looking()
-
-    def _close(self) -> None:
-        if self._looking is not None:
-            looking, self._looking = self._looking, None
-            self.figures = looking.close()
 
     def _stop_looking(self) -> None:
         self._close()

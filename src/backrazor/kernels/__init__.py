@@ -31,10 +31,11 @@ from .product.layout import sums_shape as product_sums_shape
 from .product.ops import add_conv_product, add_linear_product, multiplies_packed, product_transposed
 from .rowquant.ops import row_decode, row_encode
 from .softmax.ops import fused_softmax, softmax_backward
-from .topk.layout import TILE, Stored, index_bytes, stored_dtype
+from .topk.layout import INTEGERS, TILE, Stored, index_bytes, stored_dtype
 from .topk.ops import topk_pack, topk_unpack, topk_unpack_normalised
 
 __all__ = [
+    "INTEGERS",
     "TILE",
     "Stored",
     "Window",

@@ -63,8 +63,8 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     seeds. The Pareto front is a dashed line.
 
     Args:
-        summary: with columns ``method, seeds, accuracy, accuracy_std, peak_mb``; ``test_images``, where it is there,
-            is said in the label of the axis.
+        summary: with columns ``method, razor, seeds, accuracy, accuracy_std, peak_mb``; ``test_images``, where it is
+            there, is said in the label of the axis.
     """
     drawn = summary.dropna(subset=["accuracy", "peak_mb"])
     if drawn.empty:
@@ -76,8 +76,7 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     points = []
     for i, (_, row) in enumerate(drawn.iterrows()):
         spread, color = 0.0 if pd.isna(row["accuracy_std"]) else float(row["accuracy_std"]), f"C{i % 10}"
-        exact = any(word in row["method"] for word in ("dense", "checkpointing", "micro-batches"))
-        marker = "s" if exact and "compact" not in row["method"] else "o"
+        marker = "s" if row["razor"] == "none" else "o"
         axes.errorbar(row["peak_mb"], row["accuracy"], yerr=spread or None, fmt=marker, capsize=3, color=color)
         figures = f"{row['accuracy']:.1f}{f' ± {spread:.1f}' if spread else ''}%, {row['peak_mb']:.0f} MB"
         name = row["method"].removeprefix(shared)

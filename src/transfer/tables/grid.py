@@ -36,9 +36,9 @@ _SOURCES = {
 def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
     """Return one row for each recipe, run or not.
 
-    Columns: ``experiment, row, method, data, seeds, status, accuracy`` (percent, mean over seeds), ``accuracy_std``
-    (sample deviation, NaN for one seed), ``published_accuracy, published_formula_mb`` (NaN where nothing was
-    published), and of the runs what ``_SOURCES`` names.
+    Columns: ``experiment, row, method, razor, data, seeds, status, accuracy`` (percent, mean over seeds),
+    ``accuracy_std`` (sample deviation, NaN for one seed), ``published_accuracy, published_formula_mb`` (NaN where
+    nothing was published), and of the runs what ``_SOURCES`` names.
 
     Args:
         runs: as ``load_runs`` returns them; those of other experiments are left out.
@@ -51,6 +51,7 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
             "experiment": recipe.name,
             "row": recipe.row.name,
             "method": recipe.row.label,
+            "razor": recipe.row.groups["razor"],
             "data": recipe.data,
             "seeds": len(found),
             "status": "run" if len(found) else NOT_RUN,

@@ -22,15 +22,15 @@ METHOD_ORDER = ("last", "bias", "tinytl_l", "tinytl_lb", "norm_last", "full")
 def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
     """Return one row for each configuration in ``runs``.
 
-    Columns: ``method`` (the label), ``config_hash``, ``seeds``, ``test_images`` (that a point is scored on), and for
-    each of ``accuracy`` (percent), ``saved_mb``, ``weights_mb``, ``gradients_mb``, ``optimizer_mb``, ``peak_mb``, the
-    sum of these four ``total_mb`` (1e6 bytes) and ``step_s`` the mean over seeds, ``_std`` (sample deviation, NaN for
-    one seed) and ``_ratio`` (value over that of the dense row: method full, no razor, no checkpointing, the ordinary
-    step).
+    Columns: ``method`` (the label), ``config_hash``, ``seeds``, ``razor``, ``test_images`` (that a point is scored
+    on), and for each of ``accuracy`` (percent), ``saved_mb``, ``weights_mb``, ``gradients_mb``, ``optimizer_mb``,
+    ``peak_mb``, the sum of these four ``total_mb`` (1e6 bytes) and ``step_s`` the mean over seeds, ``_std`` (sample
+    deviation, NaN for one seed) and ``_ratio`` (value over that of the dense row: method full, no razor, no
+    checkpointing, the ordinary step).
 
-        Args:
-            runs: as ``load_runs`` returns them.
-            expected: experiment names that must have a row; one without a record gets an empty row with 0 seeds.
+    Args:
+        runs: as ``load_runs`` returns them.
+        expected: experiment names that must have a row; one without a record gets an empty row with 0 seeds.
     """
     rows = []
     for _, group in runs.groupby(["experiment", "config_hash"], sort=False, dropna=False):
@@ -39,6 +39,7 @@ def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
             "method": first["label"],
             "config_hash": first["config_hash"],
             "seeds": len(group),
+            "razor": first["razor"],
             "test_images": group["test_images"].iloc[0],
             "_order": _order(first),
         }

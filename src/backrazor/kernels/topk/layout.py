@@ -15,6 +15,8 @@ INT8_LIMIT, INT4_LIMIT = 127, 7  # the largest code of int8 and of int4 values
 # How kernels name the type of stored values and the form of the index.
 INT8, INT4 = 3, 4
 VALUE_KIND = KIND | {torch.int8: INT8, torch.uint8: INT4}
+# Values that share scales, and the types that hold them.
+INTEGERS, INTEGER_TYPES = ("int8", "int4"), (torch.int8, torch.uint8)
 NO_INDEX, BITMAP, TILES = 0, 1, 2
 INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 
@@ -78,7 +80,7 @@ def allocate(batch: int, n: int, keep: int, values: torch.dtype, index: str, dev
     return Stored(
         values=new(batch, -(-keep // 2) if values == torch.uint8 else keep, dtype=values),
         scales=new(batch, -(-keep // TILE), dtype=torch.bfloat16)
-        if values in (torch.int8, torch.uint8)
+        if values in INTEGER_TYPES
         else new(0, dtype=torch.bfloat16),
         index={"none": lambda: new(0), "bitmap": lambda: new(batch, -(-n // 8)), "tile": lambda: new(batch, keep)}[
             index
@@ -104,5 +106,5 @@ def cuda_scratch(x: Tensor, keep: int, values: str, index: str) -> int:
     if index == "none" and keep == n:
         return copied
     counters = counter_bytes(n, x.element_size()) if n > SAMPLE_ELEMENTS else 0
-    sample = counters + (keep * x.element_size() if values in ("int8", "int4") else 0)
+    sample = counters + (keep * x.element_size() if values in INTEGERS else 0)
     return copied + min(batch * sample, max(SCRATCH_BYTES, sample))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dispatch import implementation
 from ..operators import operator
 from . import reference
-from .layout import Stored, allocate, cuda_scratch, stored_dtype
+from .layout import INTEGER_TYPES, Stored, allocate, cuda_scratch, stored_dtype
 
 
 def _pack_fake(x, keep, values, index, flag):
@@ -36,7 +36,7 @@ def topk_pack(x: Tensor, keep: int, values: str, index: str, flag: Tensor) -> tu
         return tuple(stored)
     fast = implementation("topk", x)
     dtype = stored.values.dtype
-    if fast is not None and (x.dtype == torch.float32 or dtype in (x.dtype, torch.int8, torch.uint8)):
+    if fast is not None and (x.dtype == torch.float32 or dtype in (x.dtype, *INTEGER_TYPES)):
         if x.is_contiguous():
             fast.pack(x.view(batch, -1), keep, index, stored, flag)
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..derivative.reference import pack_codes, unpack_codes
-from .layout import INT4_LIMIT, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, Stored, kept_of, stored_dtype
+from .layout import INT4_LIMIT, INT8_LIMIT, INTEGERS, NON_FINITE, OVERFLOW, TILE, Stored, kept_of, stored_dtype
 
 _BITS = {
     torch.float64: torch.int64,
@@ -43,7 +43,7 @@ def encode_values(kept: Tensor, values: str) -> tuple[Tensor, Tensor, int]:
     int4: the same with 7 for 127; two codes per byte, (B, ceil(K / 2)) uint8.
     """
     status = 0 if bool(torch.isfinite(kept).all()) else NON_FINITE
-    if values not in ("int8", "int4"):
+    if values not in INTEGERS:
         stored = kept.to(stored_dtype(values))
         if stored.element_size() == 2:
             stored = stored.masked_fill(

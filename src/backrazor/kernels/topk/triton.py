@@ -12,7 +12,18 @@ from torch import Tensor
 from .._triton import check_positions, chunks_of, launch
 from . import _triton_pack, _triton_unpack
 from .layout import COPIED_BYTES as COPIED_BYTES  # read by the operator
-from .layout import DIGITS, INDEX, SAMPLE_ELEMENTS, SCRATCH_BYTES, SLOTS, TILE, Stored, counter_bytes, kept_of
+from .layout import (
+    DIGITS,
+    INDEX,
+    INTEGER_TYPES,
+    SAMPLE_ELEMENTS,
+    SCRATCH_BYTES,
+    SLOTS,
+    TILE,
+    Stored,
+    counter_bytes,
+    kept_of,
+)
 
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
@@ -22,7 +33,6 @@ RUNS = 8  # runs of 256 that a program quantises
 # Of a sample: up to here a program that unpacks a chunk counts what is kept before it from the index, at most 32 KiB.
 COUNTED_ELEMENTS = {"bitmap": 1 << 18, "tile": 1 << 22}
 _BITS = {4: torch.int32, 2: torch.int16}
-_INTEGERS = (torch.int8, torch.uint8)
 
 
 class _Selection(NamedTuple):
@@ -81,7 +91,7 @@ def _select(x: Tensor, keep: int) -> _Selection:
 
 def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
     """Samples that one program packs each, in one launch."""
-    integers = stored.values.dtype in _INTEGERS
+    integers = stored.values.dtype in INTEGER_TYPES
     kept = x.new_empty(x.shape[0], keep) if integers else stored.values
     high, *middle, low = DIGITS[x.element_size()]
     digits = {"HIGH": high, "MIDDLE": sum(middle), "LOW": low}
@@ -158,7 +168,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
         ValueError: a sample has 2^31 elements or nearly so.
     """
     batch, n = x.shape
-    integers = stored.values.dtype in _INTEGERS
+    integers = stored.values.dtype in INTEGER_TYPES
     if keep == n and index_kind == "none":
         if integers:
             _quantise(x, stored, flag)
