@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import guess_add_, guess_means, guess_without, topk_unpack
+from ..kernels import guess_pack, guess_unpack
 from .derivative import Bits
 from .packed import Form, Packed
 from .pruned import Pruned, PrunedForm
@@ -41,15 +41,11 @@ class Guessed:
         """Pack x (B, ...). ``mask`` (B, ceil(n / 8)) uint8: the bits of the activation that x comes from."""
         form = self.form(x)
         low, high = (self.bits.low, self.bits.high) if self.bits is not None else (math.nan, math.nan)
-        flat = x.detach().reshape(x.shape[0], form.sample_numel)
-        means = form.means.pack(guess_means(flat, form.means.shape[1], self.features, low, high), flag)
-        guess = form.means.read(means, 0, x.shape[0], torch.float32)
-
-        def without(part: Tensor, rows: Tensor) -> Tensor:
-            return guess_without(part, rows, self.features, low, high)
-
-        kept = form.pruned.pack_differences(flat, flag, without, guess)
-        stored = (*kept, *(mark(tensor, MEANS) for tensor in means))
+        kept, rows = form.pruned, form.means.shape[1]
+        *parts, codes, scales = guess_pack(
+            x.detach(), kept.keep, kept.values, kept.index, rows, self.features, low, high, flag
+        )
+        stored = (*kept.marked(parts), mark(codes, MEANS), mark(scales, MEANS))
         return Packed(stored if mask is None else (*stored, mask), form)
 
 
@@ -80,11 +76,11 @@ class GuessedForm(Form):
         return self.means.read(tensors[at : at + self.means.count], start, stop, torch.float32)
 
     def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        stored = self.pruned.stored(tensors[: self.pruned.count], start, stop)
-        dense = topk_unpack(*stored, self.sample_numel, self.pruned.index, dtype)
+        kept = self.pruned.stored(tensors[: self.pruned.count], start, stop)
+        codes, scales = (tensor[start:stop] for tensor in tensors[self.pruned.count :][:2])
         mask = tensors[-1][start:stop] if self.masked else None
-        guess_add_(dense, self.guess(tensors, start, stop), mask, self.features)
-        return self.pruned.shaped(dense)
+        n, index = self.sample_numel, self.pruned.index
+        return self.pruned.shaped(guess_unpack(*kept, codes, scales, mask, n, self.features, index, dtype))
 
     def own_values(self, tensors: tuple[Tensor, ...], x_hat: Tensor, start: int, stop: int) -> Tensor:
         return self.pruned.read(tensors[: self.pruned.count], start, stop, x_hat.dtype).count_nonzero()

@@ -7,7 +7,7 @@ released code keeps where no magnitudes tie. It depends on the shape alone, so b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor
 from ..kernels import INTEGERS, Stored, index_bytes, stored_dtype, topk_pack, topk_unpack, topk_unpack_normalised
 from .packed import Form, Packed
 from .roles import INDEX, PRUNED, QUANTISED, SCALES, mark
-
-# Differences from a guess exist for so many samples that they take no more than this, or for one per thread.
-DIFFERENCES_BYTES = 4 << 20
 
 
 def kept_count(n: int, sparsity: float) -> int:
@@ -92,21 +89,10 @@ class PrunedForm(Form):
 
     def pack(self, x: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
         """What is stored of x."""
-        return self._marked(topk_pack(x.detach(), self.keep, self.values, self.index, flag))
+        return self.marked(topk_pack(x.detach(), self.keep, self.values, self.index, flag))
 
-    def pack_differences(
-        self, x: Tensor, flag: Tensor, without: Callable[[Tensor, Tensor], Tensor], guess: Tensor
-    ) -> tuple[Tensor, ...]:
-        """What is stored of ``without(x, guess)`` for x (B, n) and a guess per sample (B, R), some samples at a
-        time."""
-        together = max(DIFFERENCES_BYTES // max(self.sample_numel * x.element_size(), 1), torch.get_num_threads())
-        parts = [
-            topk_pack(without(some, rows), self.keep, self.values, self.index, flag)
-            for some, rows in zip(x.split(together), guess.split(together), strict=True)
-        ]
-        return self._marked(parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)])
-
-    def _marked(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def marked(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What there is of the five tensors of ``kernels.Stored``, with their roles."""
         roles = (PRUNED if self.index != "none" else QUANTISED, SCALES, INDEX, INDEX, INDEX)
         return tuple(
             mark(part, role) for part, role, present in zip(parts, roles, self._present, strict=True) if present

@@ -10,7 +10,7 @@ shapes. Rows that do not lie contiguously are copied first.
     bitmask     one bit per element: the derivative of piecewise-linear functions
     derivative  the quantised derivative of smooth functions
     product     weight gradients straight from what topk packed
-    guess       what stands for dropped elements: a mean per channel or feature
+    guess       topk of what differs from a guess: a mean per channel or feature
     rowquant    normalised rows quantised with a scale each
     layernorm   LayerNorm that packs its output while it is produced, and its backward from the codes
     softmax     the backward of a softmax between a scale and a dropout
@@ -22,7 +22,7 @@ their reference is the arithmetic that PyTorch's own operators do one after anot
 
 from .bitmask.ops import mask_apply, mask_clamp_, mask_encode, mask_scale
 from .derivative.ops import level_apply, level_encode
-from .guess.ops import guess_add_, guess_means, guess_without
+from .guess.ops import guess_pack, guess_unpack
 from .layernorm.ops import fused_norm, norm_backward, norm_forward
 from .product.layout import Window, conv_fits, linear_fits
 from .product.layout import lanes_of_taps as product_lanes
@@ -44,9 +44,8 @@ __all__ = [
     "conv_fits",
     "fused_norm",
     "fused_softmax",
-    "guess_add_",
-    "guess_means",
-    "guess_without",
+    "guess_pack",
+    "guess_unpack",
     "index_bytes",
     "level_apply",
     "level_encode",

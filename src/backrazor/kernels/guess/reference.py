@@ -12,7 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..topk.reference import unpack_bits
+from ..topk.layout import Stored
+from ..topk.ops import topk_pack, topk_unpack
+from ..topk.reference import decode_values, unpack_bits
+from .layout import Guesses
+
+DIFFERENCES_BYTES = 4 << 20  # differences exist for so many samples that they take no more, or for one per thread
 
 
 def inside(x: Tensor, low: float, high: float) -> Tensor:
@@ -53,3 +58,30 @@ def add_(out: Tensor, guess: Tensor, bits: Tensor | None, features: bool) -> Non
         mask = unpack_bits(bits, out.shape[1])
         spread = torch.where(as_rows(mask, guess.shape[1], features), spread, 0)
     seen.add_(spread)
+
+
+def pack(
+    x: Tensor, keep: int, values: str, index: str, made: tuple[Tensor, ...], guesses: Guesses, flag: Tensor
+) -> tuple[Tensor, ...]:
+    """Fill ``made``, the tensors of ``Stored`` and of ``guesses``, from x (B, ...), some samples at a time."""
+    batch, rows = guesses.codes.shape
+    sample_bytes = x[:1].numel() * x.element_size()
+    together = max(DIFFERENCES_BYTES // max(sample_bytes, 1), torch.get_num_threads())
+    for start in range(0, batch, together):
+        part = x[start : start + together].reshape(min(together, batch - start), -1)
+        averages = means(part, rows, guesses.features, guesses.low, guesses.high)
+        codes, scales, *_ = topk_pack(averages, rows, "int8", "none", flag)
+        guess = decode_values(codes, scales, rows, torch.float32)
+        rest = without(part, guess, guesses.features, guesses.low, guesses.high)
+        packed = topk_pack(rest, keep, values, index, flag)
+        for whole, some in zip(made, (*packed, codes, scales), strict=True):
+            whole[start : start + together] = some
+    return made
+
+
+def unpack(stored: Stored, guesses: Guesses, bits: Tensor | None, n: int, index: str, dtype: torch.dtype) -> Tensor:
+    """(B, n) of ``dtype``."""
+    out = topk_unpack(*stored, n, index, dtype)
+    guess = decode_values(guesses.codes, guesses.scales, guesses.codes.shape[1], torch.float32)
+    add_(out, guess, bits, guesses.features)
+    return out

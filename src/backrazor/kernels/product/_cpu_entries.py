@@ -11,7 +11,7 @@ from ..cpu.arguments import arguments, count_threads, take_tasks
 from ..cpu.layout import F32, LANES
 from ..cpu.scalars import get_i32, get_u8, get_u16, popcount, put_i32
 from ..topk._cpu_form import Form, sample_form
-from ..topk._cpu_unpack import decode_values
+from ..topk._cpu_values import decode_values
 from ..topk.layout import BITMAP, TILE
 from ._cpu_lanes import compress_positions, widen_offsets
 

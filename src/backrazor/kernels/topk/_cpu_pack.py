@@ -5,45 +5,21 @@ Shape legend: n elements per sample, K kept, T = ceil(n / 256) tiles.
 
 from __future__ import annotations
 
-import numpy
 from numba import njit
 
 from ..cpu.arguments import arguments, count_threads, take_tasks
-from ..cpu.lanes import (
-    cast_load,
-    cast_store,
-    compress_offset,
-    copy_bytes,
-    element_bytes,
-    gather_values,
-    magnitude_masks,
-    tail_block,
-    valid_lanes,
-)
-from ..cpu.layout import BF16, F16
-from ..cpu.scalars import (
-    atomic_or,
-    bits_float,
-    float_bits,
-    get_f32,
-    get_i32,
-    get_u8,
-    get_u16,
-    popcount,
-    put_f32,
-    put_i32,
-    put_u8,
-    put_u16,
-    round_even,
-    trailing_zeros,
-)
+from ..cpu.lanes import compress_offset, element_bytes, gather_values, magnitude_masks, valid_lanes
+from ..cpu.scalars import atomic_or, get_i32, popcount, put_i32, put_u8, trailing_zeros
+from ..guess._cpu_form import Guess, read_guess, sample_codes
+from ..guess._cpu_guess import NO_GUESS, SLACK, block_at, sample_means
 from ._cpu_form import Form, sample_form
 from ._cpu_select import BUFFER_AT, SPARE_AT, STAGE_AT, threshold_of
-from .layout import BITMAP, INT4_LIMIT, INT8, INT8_LIMIT, NON_FINITE, OVERFLOW, TILE, TILES
+from ._cpu_values import store_values
+from .layout import BITMAP, INT8, TILE, TILES
 
 
 @arguments
-class Pack(Form):
+class Pack(Form, Guess):
     """A batch and where it is packed to."""
 
     source: int
@@ -51,6 +27,8 @@ class Pack(Form):
     scratch: int
     scratch_bytes: int  # of one thread
     capacity: int  # magnitudes that the buffer behind BUFFER_AT holds
+    low: float
+    high: float
 
 
 @njit(forceinline=True)
@@ -65,56 +43,24 @@ def _lowest_bits(mask, count):
 
 
 @njit(forceinline=True)
-def _store_values(value_kind, stage, count, values, scales, position):
-    """Write ``count`` staged float32 from index ``position`` on, cast or quantised; returns their status bits."""
-    status = 0
-    largest = largest_finite = 0
-    spare = stage + (TILE + 32) * 4
-    spill = spare + 64
-    for i in range(count):
-        bits = get_i32(stage + i * 4) & 0x7FFFFFFF
-        largest = max(largest, bits)
-        largest_finite = max(largest_finite, bits if bits < 0x7F800000 else 0)
-    if largest >= 0x7F800000:
-        status |= NON_FINITE
-    if value_kind >= INT8:  # or INT4
-        limit = numpy.float32(INT8_LIMIT) if value_kind == INT8 else numpy.float32(INT4_LIMIT)
-        put_f32(spare, bits_float(largest) / limit)
-        cast_store(BF16, spare, spill)
-        if get_u16(spill) < 0x0080:  # below the normal numbers its reciprocal is infinite
-            put_u16(spill, 0)
-        put_u16(scales + (position // TILE) * 2, get_u16(spill))
-        cast_load(BF16, spill, spare)
-        scale = get_f32(spare)
-        infinite = (float_bits(scale) & 0x7FFFFFFF) >= 0x7F800000
-        inverse = numpy.float32(0.0) if infinite or scale == 0 else numpy.float32(1.0) / scale
-        for i in range(count):
-            quantised = numpy.float32(0.0) if infinite else round_even(get_f32(stage + i * 4) * inverse)
-            code = int(min(max(quantised, -limit), limit))
-            if value_kind == INT8:
-                put_u8(values + position + i, code)
-            elif i & 1 == 0:
-                put_u8(values + (position + i) // 2, code & 15)
-            else:
-                at = values + (position + i) // 2
-                put_u8(at, get_u8(at) | (code & 15) << 4)
-        return status
-    # 65520 and 2^128 - 2^119: from there on a cast rounds to infinity
-    if (value_kind == F16 and largest_finite >= 0x477FF000) or (value_kind == BF16 and largest_finite >= 0x7F7F8000):
-        status |= OVERFLOW
-    size = element_bytes(value_kind)
-    blocks = count // 16
-    for block in range(blocks):
-        cast_store(value_kind, stage + block * 64, values + (position + block * 16) * size)
-    if blocks * 16 < count:
-        cast_store(value_kind, stage + blocks * 64, spill)
-        copy_bytes(spill, values + (position + blocks * 16) * size, (count - blocks * 16) * size)
-    return status
-
-
-@njit(forceinline=True)
 def _emit(
-    kind, value_kind, index_kind, source, n, keep, threshold, ties, stage, spare, values, scales, index, counts, full
+    kind,
+    fill,
+    guess,
+    value_kind,
+    index_kind,
+    source,
+    n,
+    keep,
+    threshold,
+    ties,
+    stage,
+    spare,
+    values,
+    scales,
+    index,
+    counts,
+    full,
 ):
     """Write the kept values and their index; returns the status bits."""
     status = 0
@@ -124,7 +70,7 @@ def _emit(
     tile_start = 0
     flags = 0
     for block in range((n + 15) // 16):
-        address = tail_block(kind, source, n, block, spare)
+        address = block_at(kind, fill, guess, source, n, block, spare)
         valid = valid_lanes(n, block)
         if threshold < 0:
             mask = valid
@@ -164,32 +110,54 @@ def _emit(
         gather_values(kind, address, mask, stage + staged * 4)
         staged += kept
         if staged >= TILE:
-            status |= _store_values(value_kind, stage, TILE, values, scales, written)
+            status |= store_values(value_kind, stage, TILE, values, scales, written)
             written += TILE
             staged -= TILE
             for i in range(staged):
                 put_i32(stage + i * 4, get_i32(stage + (TILE + i) * 4))
     if staged:
-        status |= _store_values(value_kind, stage, staged, values, scales, written)
+        status |= store_values(value_kind, stage, staged, values, scales, written)
     return status
 
 
 @njit(forceinline=True)
-def pack_worker(a, kind):
+def _guess_of(a, kind, fill, source, sample, scratch):
+    """What ``block_at`` is told of a sample: its means, quantised and stored; and the status bits."""
+    means, status = scratch + a.guess_at, 0
+    if fill != NO_GUESS:
+        stage, spare = scratch + STAGE_AT, scratch + SPARE_AT
+        table = means + (a.rows + SLACK) * 4
+        sample_means(kind, a.features, a.rows, source, a.n, a.low, a.high, means, table, spare)
+        codes, scales = sample_codes(a, sample)
+        for start in range(0, a.rows, TILE):
+            count = min(TILE, a.rows - start)
+            for i in range(count):
+                put_i32(stage + i * 4, get_i32(means + (start + i) * 4))
+            status |= store_values(INT8, stage, count, codes, scales, start)
+    return read_guess(a, fill, sample, scratch, scratch + STAGE_AT, scratch + SPARE_AT), status
+
+
+@njit(forceinline=True)
+def pack_worker(a, kind, fill):
     """Take samples until none is left."""
     n, keep = a.n, a.keep
     scratch = a.scratch + count_threads(a, 1) * a.scratch_bytes
+    spare = scratch + SPARE_AT
     sample = take_tasks(a, 1)
     while sample < a.batch:
         at = a.source + sample * n * element_bytes(kind)
+        place, status = _guess_of(a, kind, fill, at, sample, scratch)
+        guess = place[0], place[1], place[2], a.low, a.high
         threshold, ties = -1, 0
         if keep < n:
             threshold, ties = threshold_of(
-                kind, at, n, keep, scratch, scratch + BUFFER_AT, a.capacity, scratch + SPARE_AT
+                kind, fill, guess, at, n, keep, scratch, scratch + BUFFER_AT, a.capacity, spare
             )
         values, scales, index, counts, full = sample_form(a, sample)
-        status = _emit(
+        status |= _emit(
             kind,
+            fill,
+            guess,
             a.value_kind,
             a.index_kind,
             at,
@@ -198,7 +166,7 @@ def pack_worker(a, kind):
             threshold,
             ties,
             scratch + STAGE_AT,
-            scratch + SPARE_AT,
+            spare,
             values,
             scales,
             index,

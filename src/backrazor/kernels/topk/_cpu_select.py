@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..cpu.lanes import gather_magnitudes, magnitude_masks, tail_block, valid_lanes
-from ..cpu.layout import F32
+from ..cpu.lanes import gather_magnitudes, magnitude_masks, valid_lanes
+from ..cpu.layout import F32, LANES
 from ..cpu.scalars import get_i32, get_u16, popcount, put_i32
+from ..guess._cpu_guess import SPARE_BYTES, block_at
 from .layout import TILE
 
 MIN_SAMPLED = 4096  # below this the selection scans the sample itself
 BIN_BITS = 11
 BINS = 1 << BIN_BITS
 # Scratch of one thread, in bytes: a histogram; one tile of staged float32 with the slack of a vector store and two
-# vectors aside; a tail block; for packing, a buffer of collected magnitudes follows.
+# vectors aside; blocks aside; for packing, a buffer of collected magnitudes follows.
 STAGE_AT = BINS * 4
 SPARE_AT = STAGE_AT + (TILE + 64) * 4
-BUFFER_AT = SPARE_AT + 64
+BUFFER_AT = SPARE_AT + SPARE_BYTES
 
 
 @njit(forceinline=True)
@@ -74,7 +75,7 @@ def _kth_largest_int(values, count, rank, low, high, histogram):
 
 
 @njit(forceinline=True)
-def _kth_largest_scan(kind, source, n, rank, histogram):
+def _kth_largest_scan(kind, fill, guess, source, n, rank, histogram, spare):
     """(value, ties) of the rank-th largest magnitude by radix selection over the whole sample: three passes, no
     buffer."""
     prefix = 0
@@ -82,10 +83,12 @@ def _kth_largest_scan(kind, source, n, rank, histogram):
     while shift > 0:
         step = min(BIN_BITS, shift)
         _clear(histogram)
-        for i in range(n):
-            magnitude = _magnitude(kind, source, i)
-            if (magnitude >> shift) == (prefix >> shift):
-                _count(histogram, (magnitude >> (shift - step)) & ((1 << step) - 1))
+        for block in range((n + LANES - 1) // LANES):
+            address = block_at(kind, fill, guess, source, n, block, spare)
+            for lane in range(min(LANES, n - block * LANES)):
+                magnitude = _magnitude(kind, address, lane)
+                if (magnitude >> shift) == (prefix >> shift):
+                    _count(histogram, (magnitude >> (shift - step)) & ((1 << step) - 1))
         shift -= step
         digit = (1 << step) - 1
         while get_i32(histogram + digit * 4) < rank:
@@ -109,7 +112,7 @@ def _bin_at_rank(histogram, rank, shift):
 
 
 @njit(forceinline=True)
-def _guess(kind, source, n, keep, histogram):
+def _interval(kind, fill, guess, source, n, keep, histogram, spare):
     """(low, high): an interval of magnitudes that almost surely holds the keep-th largest, from a fixed pseudo-random
     sample."""
     size = min(max(n >> 6, 1024), 4096)
@@ -118,7 +121,9 @@ def _guess(kind, source, n, keep, histogram):
     state = 12345
     for _ in range(size):
         state = (state * 1103515245 + 12345) & 0x7FFFFFFF  # stays below 2^62: signed overflow would be undefined
-        _count(histogram, _magnitude(kind, source, (state * n) >> 31) >> shift)
+        i = (state * n) >> 31
+        address = block_at(kind, fill, guess, source, n, i // LANES, spare)
+        _count(histogram, _magnitude(kind, address, i & (LANES - 1)) >> shift)
     share = keep / n
     centre = share * size
     # the rank of the true threshold in the sample is binomial: three and a half standard deviations, and a little for
@@ -130,15 +135,15 @@ def _guess(kind, source, n, keep, histogram):
 
 
 @njit(forceinline=True)
-def threshold_of(kind, source, n, keep, histogram, buffer, capacity, spare):
+def threshold_of(kind, fill, guess, source, n, keep, histogram, buffer, capacity, spare):
     """(threshold, ties): the keep-th largest magnitude, and how many elements equal to it are kept (the first by
     index)."""
     if n < MIN_SAMPLED:
-        return _kth_largest_scan(kind, source, n, keep, histogram)
-    low, high = _guess(kind, source, n, keep, histogram)
+        return _kth_largest_scan(kind, fill, guess, source, n, keep, histogram, spare)
+    low, high = _interval(kind, fill, guess, source, n, keep, histogram, spare)
     above = equal_high = equal_low = inside = 0
     for block in range((n + 15) // 16):
-        address = tail_block(kind, source, n, block, spare)
+        address = block_at(kind, fill, guess, source, n, block, spare)
         valid = valid_lanes(n, block)
         above_high, at_high = magnitude_masks(kind, address, high)
         above_low, at_low = magnitude_masks(kind, address, low)
@@ -147,7 +152,7 @@ def threshold_of(kind, source, n, keep, histogram, buffer, capacity, spare):
         equal_low += popcount(at_low & valid)
         chosen = above_low & ~above_high & ~at_high & valid
         if inside + 16 > capacity:
-            return _kth_largest_scan(kind, source, n, keep, histogram)
+            return _kth_largest_scan(kind, fill, guess, source, n, keep, histogram, spare)
         gather_magnitudes(kind, address, chosen, buffer + inside * 4)
         inside += popcount(chosen)
     rank = keep - above
@@ -159,4 +164,4 @@ def threshold_of(kind, source, n, keep, histogram, buffer, capacity, spare):
     rank -= inside
     if low < high and 0 < rank <= equal_low:
         return low, rank
-    return _kth_largest_scan(kind, source, n, keep, histogram)
+    return _kth_largest_scan(kind, fill, guess, source, n, keep, histogram, spare)

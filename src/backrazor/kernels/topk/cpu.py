@@ -19,6 +19,9 @@ from torch import Tensor
 from ..cpu.compiling import EntryPoint
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import KIND
+from ..guess._cpu_form import fill_of, guess_numbers, guess_of
+from ..guess._cpu_guess import FILLS
+from ..guess.layout import Guesses
 from ._cpu_form import form_of
 from ._cpu_pack import Pack, pack_worker
 from ._cpu_select import BUFFER_AT, MIN_SAMPLED
@@ -31,33 +34,48 @@ COPIED_BYTES = 0  # of samples that do not lie contiguous, copied at a time: one
 def entry_points() -> Iterator[EntryPoint]:
     """All that is ever launched from here."""
     for kind in KIND.values():
-        yield pack_worker, Pack, (kind,)
-        yield unpack_worker, Unpack, (kind,)
+        for fill in FILLS:
+            yield pack_worker, Pack, (kind, fill)
+            yield unpack_worker, Unpack, (kind, fill)
 
 
-def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
+def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor, guesses: Guesses | None = None) -> None:
     """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in
-    ``flag`` (int32)."""
+    ``flag`` (int32). With ``guesses``: their codes are written, and x is packed less what they say."""
     batch, n = x.shape
     capacity = n // 8 + 1024
-    scratch_bytes = BUFFER_AT + (capacity * 4 if keep < n and n >= MIN_SAMPLED else 0)
+    guess_at = BUFFER_AT + (capacity * 4 if keep < n and n >= MIN_SAMPLED else 0)
+    scratch_bytes = guess_at + guess_numbers(n, guesses) * 4
     scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8, device="cpu")
+    low, high = (0.0, 0.0) if guesses is None else (guesses.low, guesses.high)
     told = Pack(
         **form_of(stored, n, index_kind) | {"keep": keep},
+        **guess_of(guesses, guess_at),
         source=x.data_ptr(),
         flag=flag.data_ptr(),
         scratch=scratch.data_ptr(),
         scratch_bytes=scratch_bytes,
         capacity=capacity,
+        low=low,
+        high=high,
     )
-    launch(pack_worker, told, batch, (KIND[x.dtype],))
+    launch(pack_worker, told, batch, (KIND[x.dtype], fill_of(n, guesses)))
 
 
-def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
-    """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``."""
+def unpack(
+    stored: Stored, n: int, index_kind: str, out: Tensor, guesses: Guesses | None = None, bits: Tensor | None = None
+) -> None:
+    """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``, and with ``guesses`` from these,
+    everywhere or where ``bits`` (B, ceil(n / 8)) are set."""
     batch = out.shape[0]
-    scratch = torch.empty(threads_for(batch) * BUFFER_AT, dtype=torch.uint8, device="cpu")
+    scratch_bytes = BUFFER_AT + guess_numbers(n, guesses) * 4
+    scratch = torch.empty(threads_for(batch) * scratch_bytes, dtype=torch.uint8, device="cpu")
     told = Unpack(
-        **form_of(stored, n, index_kind), out=out.data_ptr(), scratch=scratch.data_ptr(), scratch_bytes=BUFFER_AT
+        **form_of(stored, n, index_kind),
+        **guess_of(guesses, BUFFER_AT),
+        out=out.data_ptr(),
+        bits=0 if bits is None else bits.data_ptr(),
+        scratch=scratch.data_ptr(),
+        scratch_bytes=scratch_bytes,
     )
-    launch(unpack_worker, told, batch, (KIND[out.dtype],))
+    launch(unpack_worker, told, batch, (KIND[out.dtype], fill_of(n, guesses)))

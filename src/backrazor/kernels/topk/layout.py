@@ -12,12 +12,12 @@ from ..cpu.layout import KIND
 TILE = 256  # elements that share a count of kept ones; kept values that share a scale
 NON_FINITE, OVERFLOW = 1, 2  # status bits
 INT8_LIMIT, INT4_LIMIT = 127, 7  # the largest code of int8 and of int4 values
-# How kernels name the type of stored values and the form of the index.
-INT8, INT4 = 3, 4
+# How kernels name the type of stored values and the form of the index: not 0 or 1, see ``cpu.layout``.
+INT8, INT4 = 111, 112
 VALUE_KIND = KIND | {torch.int8: INT8, torch.uint8: INT4}
 # Values that share scales, and the types that hold them.
 INTEGERS, INTEGER_TYPES = ("int8", "int4"), (torch.int8, torch.uint8)
-NO_INDEX, BITMAP, TILES = 0, 1, 2
+NO_INDEX, BITMAP, TILES = 121, 122, 123
 INDEX = {"none": NO_INDEX, "bitmap": BITMAP, "tile": TILES}
 
 # On CUDA. Of a sample up to this size one program packs all: its passes take less time than six launches.
