@@ -18,6 +18,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from backrazor.kernels.guess.layout import Guesses
+from backrazor.kernels.guess.layout import allocate as allocate_guesses
 from backrazor.kernels.topk.layout import Stored, allocate
 
 FAMILIES = ("topk", "bitmask", "derivative", "rowquant", "layernorm", "softmax")
@@ -124,6 +126,7 @@ def configurations() -> list[Configuration]:
     each place: even sizes and odd ones."""
     with recording() as launched:
         _topk()
+        _guess()
         _elementwise()
         _rows()
         _slices()
@@ -163,6 +166,36 @@ def _topk() -> None:
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
         statistics = _meta(8, 197), _meta(8, 197)
         topk.unpack_normalised(stored, *statistics, n, 768, index, _meta(8, n, dtype=dtype))
+
+
+def _guess() -> None:
+    from backrazor.kernels.guess import triton as guess
+
+    f32, f16, bf16, int8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
+    cases = [
+        (f32, int8, "tile", 48, 3152, False),
+        (bf16, int8, "bitmap", 768, 197, True),
+        (f32, f32, "tile", 13, 999, True),
+    ]
+    cases += [
+        (f16, f16, "bitmap", 96, 49, False),
+        (bf16, bf16, "tile", 24, 784, False),
+        (f32, int8, "none", 8, 64, False),
+    ]
+    for number, (dtype, values, index, rows, length, features) in enumerate(cases):
+        n = rows * length
+        stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
+        guesses = allocate_guesses(8, rows, features, 0.0, 6.0, torch.device("meta"))
+        x = _meta(8, n, dtype=dtype)
+        guess.pack(
+            x,
+            stored.index.shape[1] if index == "tile" else n // 10 if index == "bitmap" else n,
+            index,
+            stored,
+            _meta(1, dtype=torch.int32),
+            guesses,
+        )
+        guess.unpack(stored, n, index, x, guesses, _meta(8, -(-n // 8), dtype=torch.uint8) if number % 2 else None)
 
 
 def _elementwise() -> None:
@@ -231,6 +264,13 @@ def _slices() -> None:
             (x,) = later(_meta(8, size, dtype=bf16))
             topk.pack(x, keep, index, stored, _meta(1, dtype=torch.int32))
             topk.unpack(stored, size, index, x)
+            for rows, features in ((size // 7, False), (size // 49, True)):  # of as many elements as whole rows have
+                of_rows = Stored(*later(*allocate(8, size // rows * rows, keep, values, index, torch.device("meta"))))
+                codes, scales, *limits = allocate_guesses(8, rows, features, 0.0, 6.0, torch.device("meta"))
+                guesses = Guesses(*later(codes, scales), *limits)
+                (some,) = later(_meta(8, size // rows * rows, dtype=bf16))
+                topk.pack(some, keep, index, of_rows, _meta(1, dtype=torch.int32), guesses)
+                topk.unpack(of_rows, size // rows * rows, index, some, guesses)
     x, bits, codes = later(_meta(8, n, dtype=bf16), *(_meta(8, -(-n // per), dtype=torch.uint8) for per in (8, 4)))
     bitmask.clamp_(x, 0.0, 6.0)
     bitmask.encode(x, 0.0, 6.0)

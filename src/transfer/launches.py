@@ -40,8 +40,9 @@ def computes(function: torch._ops.OpOverload) -> bool:
 def as_on_cuda() -> Iterator[None]:
     """Work on fake tensors of any device takes the path of CUDA: its chunks, its kernels."""
     with ExitStack() as patches:
-        for name in ("common", "conv", "conv_norm_act", "epilogue", "rest"):
-            module = import_module(f"backrazor.functional.{name}")
+        functional = (f"functional.{name}" for name in ("common", "conv", "conv_norm_act", "epilogue", "rest"))
+        for name in (*functional, "codecs.products"):
+            module = import_module(f"backrazor.{name}")
             patches.enter_context(mock.patch.object(module, "on_cuda", lambda device: True))
         patches.enter_context(mock.patch.object(dispatch, "_choice", lambda device: "triton"))
         yield

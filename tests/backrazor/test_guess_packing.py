@@ -17,6 +17,8 @@ from backrazor.kernels.topk.layout import Stored
 from tests.backrazor.compare import assert_close, assert_same_bits
 
 NAN = math.nan
+LIMITS = [(NAN, NAN), (0.0, 6.0), (0.0, NAN)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # samples, rows, elements per row, whether rows are features
 SHAPES = [
     (3, 10, 30, False),
@@ -40,37 +42,39 @@ def drawn(shape: tuple[int, int, int, bool], low: float, high: float, dtype: tor
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("limits", [(NAN, NAN), (0.0, 6.0), (0.0, NAN)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_packing_and_unpacking_equal_the_definition(
-    dtype: torch.dtype, limits: tuple[float, float], flag: Tensor
+def check(
+    shape: tuple[int, int, int, bool], dtype: torch.dtype, limits: tuple[float, float], sparsity: float, values: str
 ) -> None:
-    low, high = limits
-    for shape in SHAPES:
-        _, rows, length, features = shape
-        n = rows * length
-        for sparsity, index in ((0.0, "none"), (0.5, "bitmap"), (0.9, "tile"), (0.99, "tile")):
-            keep = n if index == "none" else max(int(n * (1 - sparsity)), 1)
-            if keep == n and index != "none":
-                continue
-            for values in ("int8", "int4", str(dtype).removeprefix("torch.")):
-                name = f"{shape}, {sparsity}, {values}"
-                x = drawn(shape, low, high, dtype)
-                packed = kernels.guess_pack(x, keep, values, index, rows, features, low, high, flag)
-                *stored, codes, scales = packed
-                guess = topk.decode_values(codes, scales, rows, torch.float32)
-                means = reference.means(x, rows, features, low, high)
-                assert_close(f"means of {name}", guess, means, 0.008)  # half a step of 1/127, and the scale's rounding
-                rest = reference.without(x, guess, features, low, high)
-                *wanted, _ = topk.pack(rest, keep, values, index)
-                for part, (got, want) in zip(Stored._fields, zip(stored, wanted, strict=True), strict=True):
-                    assert_same_bits(f"{part} of {name}", got, want)
-                bits = None if math.isnan(low) else kernels.mask_encode(x, low, high)
-                x_hat = kernels.guess_unpack(*packed, bits, n, features, index, dtype)
-                expected = topk.unpack(*stored, n, index, dtype)
-                reference.add_(expected, guess, bits, features)
-                assert torch.equal(x_hat, expected), f"x_hat of {name}"
+    """Pack and unpack against the definition, given the means that were packed; these are right to half a step."""
+    (_, rows, length, features), (low, high), flag = shape, limits, torch.zeros(1, dtype=torch.int32)
+    n = rows * length
+    keep = max(int(n * (1 - sparsity)), 1)
+    index = "none" if keep == n else "bitmap" if sparsity < 0.8 else "tile"
+    name = f"{shape}, {dtype}, {limits}, {sparsity}, {values}"
+    x = drawn(shape, low, high, dtype)
+    packed = kernels.guess_pack(x, keep, values, index, rows, features, low, high, flag)
+    *stored, codes, scales = packed
+    guess = topk.decode_values(codes, scales, rows, torch.float32)
+    means = reference.means(x, rows, features, low, high)
+    assert_close(f"means of {name}", guess, means, 0.008)  # of 127 steps, and the scale's rounding
+    *wanted, _ = topk.pack(reference.without(x, guess, features, low, high), keep, values, index)
+    for part, (got, want) in zip(Stored._fields, zip(stored, wanted, strict=True), strict=True):
+        assert_same_bits(f"{part} of {name}", got, want)
+    bits = None if math.isnan(low) else kernels.mask_encode(x, low, high)
+    x_hat = kernels.guess_unpack(*packed, bits, n, features, index, dtype)
+    expected = topk.unpack(*stored, n, index, dtype)
+    reference.add_(expected, guess, bits, features)
+    assert torch.equal(x_hat, expected), f"x_hat of {name}"
     assert int(flag) == 0
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_and_unpacking_equal_the_definition(dtype: torch.dtype, limits: tuple[float, float]) -> None:
+    for shape in SHAPES:
+        for sparsity in (0.0, 0.5, 0.9, 0.99):
+            for values in ("int8", "int4", str(dtype).removeprefix("torch.")):
+                check(shape, dtype, limits, sparsity, values)
 
 
 def test_samples_that_lie_apart_are_packed_as_contiguous_ones(flag: Tensor) -> None:

@@ -42,6 +42,7 @@ def test_every_kernel_is_in_the_list(configurations: list[ahead.Configuration]) 
         ("topk", "count"),
         ("topk", "expand"),
         ("topk", "decode"),
+        *(("topk", kernel) for kernel in ("average_rows", "average_features")),
         *((family, kernel) for family in ("bitmask", "derivative") for kernel in ("_encode", "_apply")),
         *(("bitmask", kernel) for kernel in ("_clamp", "_scale")),
         *(("rowquant", kernel) for kernel in ("_encode", "_decode")),

@@ -16,7 +16,7 @@ from llvmlite import binding
 from backrazor import kernels, warmup
 from backrazor.codecs.smooth import quantiser
 from backrazor.kernels.cpu import compiling, launch
-from backrazor.kernels.cpu.layout import F16, KIND
+from backrazor.kernels.cpu.layout import F16, F32, KIND
 from backrazor.kernels.cpu.target import missing_helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_compiling_is_told_once_and_kept_for_other_processes(tmp_path: Path) -> 
     (line,) = first.stderr.splitlines()
     assert line.startswith("backrazor: compiling kernels for this processor, kept in") and str(tmp_path) in line
     files = sorted((tmp_path / "kept").rglob("*.nb?"))
-    assert len(files) == 2 and all("bitmask_cpu_encode_worker_0" in file.name for file in files)
+    assert len(files) == 2 and all(f"bitmask_cpu_encode_worker_{F32}" in file.name for file in files)
     changed = {file: file.stat().st_mtime_ns for file in files}
     second = run(MASK, BACKRAZOR_CACHE_DIR=str(tmp_path / "kept"))
     assert (second.returncode, second.stderr) == (0, "")
@@ -173,6 +173,10 @@ def test_the_list_for_warming_up_is_what_is_launched(monkeypatch: pytest.MonkeyP
         x = torch.randn(2, 9 * 16).to(dtype)
         packed = kernels.topk_pack(x, 20, "int8", "bitmap", torch.zeros(1, dtype=torch.int32))
         kernels.topk_unpack(*packed, 144, "bitmap", dtype)
+        for rows in (9, 16):  # of 16 elements and of nine
+            flag = torch.zeros(1, dtype=torch.int32)
+            guessed = kernels.guess_pack(x, 20, "int8", "bitmap", rows, False, 0.0, 6.0, flag)
+            kernels.guess_unpack(*guessed, None, 144, False, "bitmap", dtype)
         kernels.mask_apply(x, kernels.mask_encode(x, 0.0, 6.0))
         for bits in (2, 4, 8):
             thresholds, levels = quantiser("gelu", bits)

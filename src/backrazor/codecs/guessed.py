@@ -34,7 +34,7 @@ class Guessed:
     def form(self, x: Tensor) -> GuessedForm:
         """How x (B, ...) is going to be stored."""
         rows = x.shape[-1] if self.features else x.shape[1]
-        means = Pruned(0.0, "int8").form(x.new_empty(()).expand(x.shape[0], rows).float())
+        means = Pruned(0.0, "int8").form(x.new_empty((), dtype=torch.float32).expand(x.shape[0], rows))
         return GuessedForm(self.pruned.form(x), means, self.features, self.bits is not None)
 
     def pack(self, x: Tensor, flag: Tensor, mask: Tensor | None = None) -> Packed:

@@ -25,6 +25,7 @@ from ..kernels import (
     product_sums_shape,
     product_transposed,
 )
+from ..kernels.dispatch import on_cuda
 from .averaged import AveragedForm
 from .guessed import GuessedForm
 from .inputs import FEWEST_SPARSE
@@ -193,8 +194,11 @@ class AveragedProduct:
         """``grad`` (stop - start, D, H, W) is that of these samples."""
         form, total = self._packed.form, self._total
         averages = form.read_averages(self._packed.tensors, start, stop, total.dtype).flatten(2)
-        for sums, of_sample in zip(form.sums(grad).flatten(2), averages, strict=True):
-            total.addmm_(sums, of_sample.t())
+        sums = form.sums(grad).flatten(2)
+        if on_cuda(grad.device):  # in two copies and one product, not one product per sample
+            total.addmm_(sums.transpose(0, 1).flatten(1), averages.transpose(0, 1).flatten(1).t())
+        else:
+            total.addbmm_(sums, averages.transpose(1, 2))
 
     def result(self) -> Tensor:
         """(D, C, 1, 1), float32 for 16 bits."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from ..codecs.layouts import reshaped
+from ..kernels.dispatch import on_cuda
 from .transforms import is_wrapped, refuse_tracing, refuse_transforms
 
 # Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps
@@ -18,12 +19,6 @@ CHUNK_BYTES = 8 << 20
 # The same on CUDA, where a chunk costs the host about ten launches, 120 microseconds whatever its size. The rule: as
 # large as adds less than a tenth to the predicted peak of ViT-B/16 at batch 128 in bfloat16 (1.76 GB, 1.65 at 64 MiB).
 CUDA_CHUNK_BYTES = 192 << 20
-
-
-def on_cuda(device: torch.device) -> bool:
-    """Whether work there is cut as suits a GPU. Asked in one place, so that a step's launches can be counted without
-    one."""
-    return device.type == "cuda"
 
 
 def sample_chunks(batch: int, sample_bytes: int, device: torch.device) -> Iterator[tuple[int, int]]:

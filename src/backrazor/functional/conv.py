@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import NOTHING, ConvProduct, Form, Packed, Pruned, Use, Window, load, pack_shared, packed_of, save
-from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, on_cuda, placed, sample_chunks, write
+from ..kernels.dispatch import on_cuda
+from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks, write
 from .transforms import RazorFunction, differentiable_once
 
 # Above it the forward of a convolution on CUDA runs some samples at a time too: what it makes on its way would be as

@@ -30,7 +30,8 @@ from ..codecs import (
     times,
 )
 from ..kernels import mask_scale
-from .common import added, autocast_dtype, cast_to, needs_grad, on_cuda
+from ..kernels.dispatch import on_cuda
+from .common import added, autocast_dtype, cast_to, needs_grad
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
 from .epilogue import Epilogue, activate_, encode_and_activate_, joined, packed_epilogue
 from .transforms import RazorFunction, differentiable_once, is_wrapped

@@ -11,7 +11,7 @@ from ..codecs import Bits, Levels, Packed, mark
 from ..codecs.derivative import DerivativeForm
 from ..codecs.smooth import ACTIVATIONS
 from ..kernels import mask_clamp_
-from .common import on_cuda
+from ..kernels.dispatch import on_cuda
 from .transforms import is_wrapped
 
 Epilogue = Bits | Levels

@@ -29,8 +29,8 @@ from ..codecs import Packed, role_of
 from ..codecs.rest import FORMS, SMALLEST, Blocks, Slice, in_memory_order, pack_blocks, without_copies
 from ..codecs.roles import DENSE, QUANTISED, mark
 from ..codecs.shared import source_of
+from ..kernels.dispatch import on_cuda
 from ..kernels.topk.layout import NON_FINITE
-from .common import on_cuda
 from .transforms import calls
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]

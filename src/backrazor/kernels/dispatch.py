@@ -102,6 +102,12 @@ def triton_by_name() -> bool:
     return forced() in ("triton", "interpret")
 
 
+def on_cuda(device: torch.device) -> bool:
+    """Whether work there is cut as suits a GPU. Asked in one place, so that a step's launches can be counted without
+    one."""
+    return device.type == "cuda"
+
+
 @_disable_dynamo  # it would trace through the caches
 def implementation(family: str, tensor: torch.Tensor) -> ModuleType | None:
     """The fast module of a kernel folder for this tensor, or None where the reference has to do: some folders have no

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..topk.layout import TILE
 
+NO_GUESS, ROWS, FEATURES = 0, 1, 2  # how Triton kernels are told of guesses: none, of rows (B, R, m), of (B, m, R)
+
 
 class Guesses(NamedTuple):
     """One guess per row of a sample: codes (B, R) int8 and scales (B, ceil(R / 256)) bfloat16, as of packed values.
@@ -23,6 +25,10 @@ class Guesses(NamedTuple):
     features: bool
     low: float = math.nan
     high: float = math.nan
+
+    def of_samples(self, start: int, stop: int) -> Guesses:
+        """Those of samples start to stop."""
+        return self._replace(codes=self.codes[start:stop], scales=self.scales[start:stop])
 
 
 def allocate(batch: int, rows: int, features: bool, low: float, high: float, device: torch.device) -> Guesses:

@@ -37,6 +37,7 @@ from .._triton import (
     sum_before,
     to_float32,
 )
+from ..guess._triton_guess import without
 from . import layout
 
 SLOTS: tl.constexpr = tl.constexpr(layout.SLOTS)
@@ -61,7 +62,12 @@ def _pick(counts, rank, BINS: tl.constexpr):
 
 @triton.jit
 def count_digits(
-    x,  # (B, n) int32 or int16: the float's bits
+    x,  # (B, n)
+    codes,  # of ``Guesses``, read if GUESS; with the limits
+    code_scales,
+    rows,
+    low,
+    high,
     n,
     keep,
     chunk,
@@ -76,6 +82,7 @@ def count_digits(
     SHIFT: tl.constexpr,
     BINS: tl.constexpr,
     BEFORE_BINS: tl.constexpr,
+    GUESS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -99,7 +106,8 @@ def count_digits(
     for first in range(start, tl.minimum(start + chunk, n), BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)
-        key = magnitude(tl.load(x + (sample * n + first) + lane, mask=inside, other=0)) >> SHIFT
+        value = without(x, codes, code_scales, rows, low, high, n, sample, first, lane, inside, GUESS)
+        key = magnitude(value) >> SHIFT
         if DIGIT > 0:
             if LAST:
                 larger += (inside & (key // BINS > prefix)).to(tl.int32)
@@ -149,6 +157,11 @@ def _raise_flag(flag, seen):
 @triton.jit
 def _write_kept(
     x,
+    codes,
+    code_scales,
+    rows,
+    low,
+    high,
     n,
     keep,
     sample,
@@ -162,6 +175,7 @@ def _write_kept(
     counts,
     full,
     flag,
+    GUESS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -171,7 +185,7 @@ def _write_kept(
     for first in range(start, stop, BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)
-        value = tl.load(x + (sample * n + first) + lane, mask=inside, other=0)
+        value = without(x, codes, code_scales, rows, low, high, n, sample, first, lane, inside, GUESS)
         key = magnitude(value)
         larger = (inside & (key > threshold)).to(tl.int32)
         equal = (inside & (key == threshold)).to(tl.int32)
@@ -237,6 +251,11 @@ def _quantise_block(x, values, scales, keep, sample, first, RUNS: tl.constexpr):
 @triton.jit
 def emit(
     x,  # (B, n)
+    codes,  # of ``Guesses``, read if GUESS; with the limits
+    code_scales,
+    rows,
+    low,
+    high,
     n,
     keep,
     chunk,
@@ -250,6 +269,7 @@ def emit(
     full,
     flag,
     SLOT: tl.constexpr,
+    GUESS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -265,20 +285,56 @@ def emit(
     start = number.to(tl.int64) * chunk
     stop = tl.minimum(start + chunk, n)
     _write_kept(
-        x, n, keep, sample, start, stop, threshold, ties, written, values, index, counts, full, flag, INDEX, BLOCK
+        x,
+        codes,
+        code_scales,
+        rows,
+        low,
+        high,
+        n,
+        keep,
+        sample,
+        start,
+        stop,
+        threshold,
+        ties,
+        written,
+        values,
+        index,
+        counts,
+        full,
+        flag,
+        GUESS,
+        INDEX,
+        BLOCK,
     )
 
 
 @triton.jit
 def _next_digit(
-    x, n, sample, prefix, rank, FIRST: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    codes,
+    code_scales,
+    rows,
+    low,
+    high,
+    n,
+    sample,
+    prefix,
+    rank,
+    FIRST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    GUESS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """(prefix with the digit that begins at bit ``SHIFT``, rank among the elements that share it) of one sample."""
     histogram = tl.zeros((BINS,), tl.int32)
     for first in range(0, n, BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)
-        key = magnitude(tl.load(x + (sample * n + first) + lane, mask=inside, other=0)) >> SHIFT
+        value = without(x, codes, code_scales, rows, low, high, n, sample, first, lane, inside, GUESS)
+        key = magnitude(value) >> SHIFT
         if not FIRST:
             inside = inside & (key // BINS == prefix)
         histogram += tl.histogram(key & (BINS - 1), BINS, mask=inside)
@@ -289,6 +345,11 @@ def _next_digit(
 @triton.jit
 def pack_sample(
     x,  # (B, n)
+    codes,  # of ``Guesses``, read if GUESS; with the limits
+    code_scales,
+    rows,
+    low,
+    high,
     n,
     keep,
     values,  # (B, K); of INTEGERS those on their way, of x's type
@@ -303,18 +364,48 @@ def pack_sample(
     LOW: tl.constexpr,
     INTEGERS: tl.constexpr,
     RUNS: tl.constexpr,
+    GUESS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Selection, compaction and quantisation of a whole sample by one program, in one launch. ``HIGH``, ``MIDDLE`` and
     ``LOW`` are the bits of each digit, the highest first; 16-bit types have no middle one."""
     sample = tl.program_id(0).to(tl.int64)
-    threshold, rank = _next_digit(x, n, sample, 0, keep, True, MIDDLE + LOW, 1 << HIGH, BLOCK)
+    threshold, rank = _next_digit(
+        x, codes, code_scales, rows, low, high, n, sample, 0, keep, True, MIDDLE + LOW, 1 << HIGH, GUESS, BLOCK
+    )
     if MIDDLE > 0:
-        threshold, rank = _next_digit(x, n, sample, threshold, rank, False, LOW, 1 << MIDDLE, BLOCK)
-    threshold, rank = _next_digit(x, n, sample, threshold, rank, False, 0, 1 << LOW, BLOCK)
+        threshold, rank = _next_digit(
+            x, codes, code_scales, rows, low, high, n, sample, threshold, rank, False, LOW, 1 << MIDDLE, GUESS, BLOCK
+        )
+    threshold, rank = _next_digit(
+        x, codes, code_scales, rows, low, high, n, sample, threshold, rank, False, 0, 1 << LOW, GUESS, BLOCK
+    )
     none = tl.full((), 0, tl.int32)
-    _write_kept(x, n, keep, sample, 0, n, threshold, rank, none, values, index, counts, full, flag, INDEX, BLOCK)
+    _write_kept(
+        x,
+        codes,
+        code_scales,
+        rows,
+        low,
+        high,
+        n,
+        keep,
+        sample,
+        0,
+        n,
+        threshold,
+        rank,
+        none,
+        values,
+        index,
+        counts,
+        full,
+        flag,
+        GUESS,
+        INDEX,
+        BLOCK,
+    )
     if INTEGERS:
         tl.debug_barrier()  # what the program's other threads wrote is read below
         for first in range(0, (keep + TILE - 1) // TILE, RUNS):

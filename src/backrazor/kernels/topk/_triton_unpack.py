@@ -8,7 +8,8 @@ and nothing is cleared beforehand.
     decode   no index: values back to their type
 
 Both of the latter may end in an epilogue: (x_hat - mean) * rstd with a mean and a reciprocal deviation per row, so that
-a norm's pruned input is normalised on its way out.
+a norm's pruned input is normalised on its way out; or x_hat + guess, everywhere or where a mask of one bit per element
+says so.
 
 Shape legend: B samples, n elements per sample, K kept, C chunks per sample, T = ceil(n / 256) tiles, r = row elements
 per row of the epilogue.
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .._triton import from_float32, lanes_left, sum_before, to_float32
+from ..guess._triton_guess import NO_GUESS, guessed
 from ._triton_pack import BITMAP, TILE
 
 STEP: tl.constexpr = tl.constexpr(256)  # tile offsets placed at a time
@@ -115,6 +117,7 @@ def _finished(
     mask,
     mean,
     rstd,
+    bits,
     sample,
     n,
     first,
@@ -123,9 +126,19 @@ def _finished(
     inside,
     dtype: tl.constexpr,
     NORMALISE: tl.constexpr,
+    GUESS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """What is written of a sample's elements ``first + lane``: ``values[position]`` where ``mask`` is on."""
-    if NORMALISE:
+    """What is written of a sample's elements ``first + lane``: ``values[position]`` where ``mask`` is on. With GUESS,
+    ``mean`` and ``rstd`` are codes and scales of ``Guesses``, ``row`` is how many there are."""
+    if GUESS != NO_GUESS:
+        guess = to_float32(from_float32(guessed(mean, rstd, row, n, sample, first, lane, inside, GUESS), dtype))
+        if MASKED:
+            byte = sample * ((n + 7) // 8) + first // 8
+            known = tl.load(bits + byte + lane // 8, mask=inside, other=0).to(tl.int32) >> (lane % 8)
+            guess = tl.where((known & 1) == 1, guess, 0.0)
+        return from_float32(to_float32(_decoded(values, scales, position, mask, dtype)) + guess, dtype)
+    elif NORMALISE:
         exact = _decoded(values, scales, position, mask, tl.float32)
         statistic = sample * (n // row) + first // row
         lane_row = ((first % row).to(tl.int32) + lane) // row  # row < 2^31 - 2^15: see the host's side
@@ -142,8 +155,9 @@ def expand(
     index,
     counts,
     full,
-    mean,  # (B, n / r) float32, read if NORMALISE, as rstd is
+    mean,  # (B, n / r) float32, read if NORMALISE, as rstd is; if GUESS, codes and scales
     rstd,
+    bits,  # (B, ceil(n / 8)) uint8, read if MASKED
     out,  # (B, n)
     n,
     keep,
@@ -153,6 +167,8 @@ def expand(
     chunk_counts,  # (B, C) int32, read if COUNTED
     COUNTED: tl.constexpr,
     NORMALISE: tl.constexpr,
+    GUESS: tl.constexpr,
+    MASKED: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -169,8 +185,8 @@ def expand(
         inside = lane < lanes_left(n, first, BLOCK)
         if INDEX == BITMAP:
             byte = sample * ((n + 7) // 8) + first // 8
-            bits = tl.load(index + byte + lane // 8, mask=inside, other=0).to(tl.int32)
-            present = (bits >> (lane % 8)) & 1
+            ones = tl.load(index + byte + lane // 8, mask=inside, other=0).to(tl.int32)
+            present = (ones >> (lane % 8)) & 1
         else:
             tiles = (n + TILE - 1) // TILE
             sizes = _tile_sizes(counts, full, sample, first, tiles, BLOCK)
@@ -192,6 +208,7 @@ def expand(
             present == 1,
             mean,
             rstd,
+            bits,
             sample,
             n,
             first,
@@ -200,13 +217,29 @@ def expand(
             inside,
             out.dtype.element_ty,
             NORMALISE,
+            GUESS,
+            MASKED,
         )
         tl.store(out + (sample * n + first) + lane, value, mask=inside)
         position += tl.sum(present, axis=0)
 
 
 @triton.jit
-def decode(values, scales, mean, rstd, out, keep, row, blocks, NORMALISE: tl.constexpr, BLOCK: tl.constexpr):
+def decode(
+    values,
+    scales,
+    mean,
+    rstd,
+    bits,
+    out,
+    keep,
+    row,
+    blocks,
+    NORMALISE: tl.constexpr,
+    GUESS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     first = (program % blocks).to(tl.int64) * BLOCK
@@ -220,6 +253,7 @@ def decode(values, scales, mean, rstd, out, keep, row, blocks, NORMALISE: tl.con
         inside,
         mean,
         rstd,
+        bits,
         sample,
         keep,
         first,
@@ -228,5 +262,7 @@ def decode(values, scales, mean, rstd, out, keep, row, blocks, NORMALISE: tl.con
         inside,
         out.dtype.element_ty,
         NORMALISE,
+        GUESS,
+        MASKED,
     )
     tl.store(out + (sample * keep + first) + lane, value, mask=inside)

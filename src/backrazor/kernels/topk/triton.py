@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from .._triton import check_positions, chunks_of, launch
+from ..guess import _triton_guess
+from ..guess import reference as guess_reference
+from ..guess.layout import FEATURES, NO_GUESS, ROWS, Guesses
 from . import _triton_pack, _triton_unpack
 from .layout import COPIED_BYTES as COPIED_BYTES  # read by the operator
 from .layout import (
@@ -24,15 +27,16 @@ from .layout import (
     counter_bytes,
     kept_of,
 )
+from .reference import decode_values
 
 BLOCK = 2048  # elements a program looks at together: eight tiles, so one byte of full flags
 WARPS = 4
 SCAN_WARPS = 8  # of the kernels that place values: at four warps they need over 128 registers per thread
 SCAN_REGISTERS = 128  # of the same: left to itself the assembler makes do with fewer and spills
+FEATURES_TOGETHER, TOKENS_TOGETHER = 64, 16  # that a program averages at a time
 RUNS = 8  # runs of 256 that a program quantises
 # Of a sample: up to here a program that unpacks a chunk counts what is kept before it from the index, at most 32 KiB.
 COUNTED_ELEMENTS = {"bitmap": 1 << 18, "tile": 1 << 22}
-_BITS = {4: torch.int32, 2: torch.int16}
 
 
 class _Selection(NamedTuple):
@@ -47,8 +51,27 @@ class _Selection(NamedTuple):
     equal: Tensor
 
 
-def _select(x: Tensor, keep: int) -> _Selection:
-    """Thresholds for the contiguous (B, n) ``x``."""
+def _kind(guesses: Guesses | None) -> int:
+    """What the kernels are told of guesses as GUESS."""
+    if guesses is None:
+        return NO_GUESS
+    return FEATURES if guesses.features else ROWS
+
+
+def _told(x: Tensor, guesses: Guesses | None) -> tuple[Tensor, Tensor, int, float, float]:
+    """What the kernels that read x are told of guesses; without such, never read."""
+    if guesses is None:
+        return x, x, 1, 0.0, 0.0
+    return guesses.codes, guesses.scales, guesses.codes.shape[1], guesses.low, guesses.high
+
+
+def _scan_warps(guesses: Guesses | None) -> int:
+    """Of the kernels that place values: with eight, what guesses need spills."""
+    return SCAN_WARPS if guesses is None else 2 * SCAN_WARPS
+
+
+def _select(x: Tensor, keep: int, guesses: Guesses | None) -> _Selection:
+    """Thresholds for the contiguous (B, n) ``x``, less what is guessed."""
     batch, n = x.shape
     digits = DIGITS[x.element_size()]
     chunk, chunks = chunks_of(batch, n, BLOCK)
@@ -66,7 +89,8 @@ def _select(x: Tensor, keep: int) -> _Selection:
         launch(
             _triton_pack.count_digits,
             batch * chunks,
-            x.view(_BITS[x.element_size()]),
+            x,
+            *_told(x, guesses),
             n,
             keep,
             chunk,
@@ -81,6 +105,7 @@ def _select(x: Tensor, keep: int) -> _Selection:
             SHIFT=shift,
             BINS=size,
             BEFORE_BINS=bins[digit - 1],
+            GUESS=_kind(guesses),
             BLOCK=BLOCK,
             warps=WARPS,
         )
@@ -89,7 +114,7 @@ def _select(x: Tensor, keep: int) -> _Selection:
     return _Selection(chunk, chunks, len(bins) - 1, state, larger, equal)
 
 
-def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
+def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor, guesses: Guesses | None) -> None:
     """Samples that one program packs each, in one launch."""
     integers = stored.values.dtype in INTEGER_TYPES
     kept = x.new_empty(x.shape[0], keep) if integers else stored.values
@@ -99,6 +124,7 @@ def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: T
         _triton_pack.pack_sample,
         x.shape[0],
         x,
+        *_told(x, guesses),
         x.shape[1],
         keep,
         kept,
@@ -109,20 +135,24 @@ def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: T
         **digits,
         INTEGERS=integers,
         RUNS=RUNS,
+        GUESS=_kind(guesses),
         INDEX=INDEX[index_kind],
         BLOCK=BLOCK,
-        warps=SCAN_WARPS,
+        warps=_scan_warps(guesses),
         registers=SCAN_REGISTERS,
     )
 
 
-def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stored, flag: Tensor) -> None:
+def _compact(
+    x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stored, flag: Tensor, guesses: Guesses | None
+) -> None:
     """Select and write the kept values, as the type of ``values``, and their index."""
-    chosen = _select(x, keep)
+    chosen = _select(x, keep, guesses)
     launch(
         _triton_pack.emit,
         x.shape[0] * chosen.chunks,
         x,
+        *_told(x, guesses),
         x.shape[1],
         keep,
         chosen.chunk,
@@ -136,9 +166,10 @@ def _compact(x: Tensor, keep: int, index_kind: str, values: Tensor, stored: Stor
         stored.full,
         flag,
         SLOT=chosen.slot,
+        GUESS=_kind(guesses),
         INDEX=INDEX[index_kind],
         BLOCK=BLOCK,
-        warps=SCAN_WARPS,
+        warps=_scan_warps(guesses),
         registers=SCAN_REGISTERS,
     )
 
@@ -160,15 +191,40 @@ def _quantise(kept: Tensor, stored: Stored, flag: Tensor) -> None:
     )
 
 
-def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) -> None:
+def _average(x: Tensor, guesses: Guesses, flag: Tensor) -> None:
+    """Write the codes and scales of ``guesses``: the means of x (B, n)."""
+    batch, rows = guesses.codes.shape
+    length = x.shape[1] // rows
+    means = torch.empty(batch, rows, dtype=torch.float32, device=x.device)
+    limits = guesses.low, guesses.high
+    if guesses.features:
+        blocks = -(-rows // FEATURES_TOGETHER)
+        sizes = {"TOKENS": TOKENS_TOGETHER, "BLOCK": FEATURES_TOGETHER}
+        arguments = x, means, *limits, length, rows, blocks
+        launch(_triton_guess.average_features, batch * blocks, *arguments, **sizes, warps=WARPS)
+    else:
+        block = min(1 << max(length - 1, 1).bit_length(), BLOCK)
+        arguments = x, means, *limits, length
+        launch(_triton_guess.average_rows, batch * rows, *arguments, BLOCK=block, warps=1 if block < 512 else WARPS)
+    empty = guesses.codes.new_empty(0)
+    _quantise(means, Stored(guesses.codes, guesses.scales, empty, empty, empty), flag)
+
+
+def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor, guesses: Guesses | None = None) -> None:
     """Pack the contiguous (B, n) ``x`` into the preallocated contiguous tensors of ``stored``; sets status bits in
-    ``flag`` (int32).
+    ``flag`` (int32). With ``guesses``: their codes are written, and x is packed less what they say.
 
     Raises:
         ValueError: a sample has 2^31 elements or nearly so.
     """
     batch, n = x.shape
     integers = stored.values.dtype in INTEGER_TYPES
+    if guesses is not None:
+        check_positions(n, "a sample")
+        _average(x, guesses, flag)
+    if keep == n and index_kind == "none" and guesses is not None:  # nobody's default: as the reference does it
+        guess = decode_values(guesses.codes, guesses.scales, guesses.codes.shape[1], torch.float32)
+        x = guess_reference.without(x, guess, guesses.features, guesses.low, guesses.high)
     if keep == n and index_kind == "none":
         if integers:
             _quantise(x, stored, flag)
@@ -182,37 +238,56 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor) ->
     together = max(SCRATCH_BYTES // max(counters + staged, 1), 1)
     for start in range(0, batch, together):
         rows = Stored(*(tensor[start : start + together] for tensor in stored))
+        guess = None if guesses is None else guesses.of_samples(start, start + together)
         if n <= SAMPLE_ELEMENTS:
-            _pack_samples(x[start : start + together], keep, index_kind, rows, flag)
+            _pack_samples(x[start : start + together], keep, index_kind, rows, flag, guess)
             continue
         # a run of 256 kept values spans chunks, so its scale is known only once they lie side by side
         kept = x.new_empty(len(rows.values), keep) if integers else rows.values
-        _compact(x[start : start + together], keep, index_kind, kept, rows, flag)
+        _compact(x[start : start + together], keep, index_kind, kept, rows, flag, guess)
         if integers:
             _quantise(kept, rows, flag)
 
 
-def unpack(stored: Stored, n: int, index_kind: str, out: Tensor) -> None:
-    """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``."""
-    _unpack(stored, stored.values, stored.values, n, n, index_kind, out, False)  # no statistics: never read
+def unpack(
+    stored: Stored, n: int, index_kind: str, out: Tensor, guesses: Guesses | None = None, bits: Tensor | None = None
+) -> None:
+    """Fill the contiguous (B, n) ``out`` from the contiguous tensors of ``stored``, and with ``guesses`` from these,
+    everywhere or where ``bits`` (B, ceil(n / 8)) are set."""
+    if guesses is None:
+        _unpack(stored, stored.values, stored.values, n, n, index_kind, out)  # no statistics: never read
+    else:
+        codes, scales = guesses.codes, guesses.scales
+        _unpack(stored, codes, scales, n, codes.shape[1], index_kind, out, guess=_kind(guesses), bits=bits)
 
 
 def unpack_normalised(
     stored: Stored, mean: Tensor, rstd: Tensor, n: int, row: int, index_kind: str, out: Tensor
 ) -> None:
     """As ``unpack``, with (x_hat - mean) * rstd for contiguous mean and rstd (B, n / row) float32."""
-    _unpack(stored, mean, rstd, n, row, index_kind, out, True)
+    _unpack(stored, mean, rstd, n, row, index_kind, out, normalise=True)
 
 
 def _unpack(
-    stored: Stored, mean: Tensor, rstd: Tensor, n: int, row: int, index_kind: str, out: Tensor, normalise: bool
+    stored: Stored,
+    mean: Tensor,
+    rstd: Tensor,
+    n: int,
+    row: int,
+    index_kind: str,
+    out: Tensor,
+    normalise: bool = False,
+    guess: int = NO_GUESS,
+    bits: Tensor | None = None,
 ) -> None:
     batch, keep = stored.values.shape[0], kept_of(stored, n, index_kind)
+    epilogue = {"NORMALISE": normalise, "GUESS": guess, "MASKED": bits is not None}
+    bits = stored.values if bits is None else bits  # never read
     if index_kind == "none":
-        check_positions(row if normalise else 0, "a row to normalise")
+        check_positions(row if normalise else n if guess else 0, "a row to normalise" if normalise else "a sample")
         blocks = -(-keep // BLOCK)
-        arguments = stored.values, stored.scales, mean, rstd, out, keep, row, blocks
-        launch(_triton_unpack.decode, batch * blocks, *arguments, NORMALISE=normalise, BLOCK=BLOCK, warps=WARPS)
+        arguments = stored.values, stored.scales, mean, rstd, bits, out, keep, row, blocks
+        launch(_triton_unpack.decode, batch * blocks, *arguments, **epilogue, BLOCK=BLOCK, warps=WARPS)
         return
     small = n <= SAMPLE_ELEMENTS  # one chunk: nothing lies before it, so nothing has to be counted
     chunk, chunks = (SAMPLE_ELEMENTS, 1) if small else chunks_of(batch, n, BLOCK)
@@ -222,7 +297,7 @@ def _unpack(
     if counted:
         counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
         launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
-    arguments = *stored, mean, rstd, out, n, keep, row, chunk, chunks, counts
-    warps = 2 * SCAN_WARPS if normalise else SCAN_WARPS  # with eight the epilogue spills
-    constants |= {"COUNTED": counted, "NORMALISE": normalise, "warps": warps, "registers": SCAN_REGISTERS}
+    arguments = *stored, mean, rstd, bits, out, n, keep, row, chunk, chunks, counts
+    warps = 2 * SCAN_WARPS if normalise or guess else SCAN_WARPS  # with eight the epilogues spill
+    constants |= epilogue | {"COUNTED": counted, "warps": warps, "registers": SCAN_REGISTERS}
     launch(_triton_unpack.expand, batch * chunks, *arguments, **constants)
