@@ -92,7 +92,7 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     axes.grid(alpha=0.3)
     handles = [plt.Line2D([], [], marker=m, linestyle="", color="grey") for m in "so"]
     legend = axes.legend(handles, ["exact gradient", "pruned activations"], fontsize="small", loc="lower right")
-    label_points(axes, points, taken=[legend.get_window_extent()])
+    label_points(axes, points, taken=[legend.get_window_extent()], line=front[["peak_mb", "accuracy"]].to_numpy())
     return _save(figure, path)
 
 
