@@ -37,7 +37,7 @@ def label_points(
     taken: Sequence[Bbox] = (),
     line: Sequence[tuple[float, float]] = (),
 ) -> list[Bbox]:
-    """Write each label as near to its point as it fits without touching a marker, an error bar, a line or another label.
+    """Write each label as near to its point as it fits, on no marker, error bar, line or other label.
 
     Limits and layout of ``axes`` have to be final. Points at the edge of a crowd come first, so that the middle of the
     crowd does not take their places.
