@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import csv
 import random
+import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import TINY, compose_plain
 from forked import start_config, start_counted
@@ -27,10 +30,11 @@ CHAINS, KILLS = 4, 5  # runs, and how often each is killed before it may end
 
 
 def event(draw: random.Random, turn: int, whole: dict[str, int]) -> dict[str, int]:
-    """Where to die, counted from the start of a process: at any call, or within one of the next two checkpoints."""
+    """Where to die, counted from the start of a process: at any call, later ones in later turns, so that a run does not
+    end before its last turn; or within one of the next two checkpoints."""
     if turn % 2:
         return {"writes": draw.randrange(1, 2 * whole["writes"] // CHECKPOINTS)}
-    return {"calls": draw.randrange(1, whole["calls"])}
+    return {"calls": draw.randrange(1, whole["calls"] * (turn + 1) // KILLS)}
 
 
 def leftovers(folder: Path) -> dict[str, Any]:
@@ -72,24 +76,35 @@ def curve(folder: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("train/step_loss")]
 
 
-def test_twenty_kills_at_random_points_change_nothing(tmp_path: Path) -> None:
-    configs = [compose_plain(*TINY, *RUN, f"paths.outputs={tmp_path}/{name}") for name in ("whole", *range(CHAINS))]
-    assert start_counted(tmp_path / "whole", configs[0], tmp_path / "counts").end()[0] == 0
-    counted = dict(line.split() for line in (tmp_path / "counts").read_text().splitlines())
-    events = {name: int(number) for name, number in counted.items()}
-    whole = run_directory(configs[0], None)
-    expected = leftovers(whole)
-    assert len(curve(whole)) == 10
-    draw, cut_short, halves = random.Random(0), 0, 0
-    for number, config in enumerate(configs[1:]):
-        folder = run_directory(config, None)
-        for turn in range(KILLS):
-            job = start_counted(tmp_path / str(number), config, tmp_path / "counts", event(draw, turn, events))
-            cut_short += job.end()[0] == -9
-            halves += any(folder.glob("checkpoints/*.part"))
-        assert start_config(tmp_path / str(number), config).end()[0] == 0
-        assert_same(expected, leftovers(folder), f"run {number}")
-    assert cut_short >= CHAINS * KILLS / 2 and halves >= CHAINS, (cut_short, halves)
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing disturbs: what it leaves, and how many events it has."""
+
+    left: dict[str, Any]
+    events: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    config = compose_plain(*TINY, *RUN, f"paths.outputs={folder}")
+    assert start_counted(folder, config, folder / "counts").end()[0] == 0
+    counted = dict(line.split() for line in (folder / "counts").read_text().splitlines())
+    assert len(curve(run_directory(config, None))) == 10
+    return Whole(leftovers(run_directory(config, None)), {name: int(number) for name, number in counted.items()})
+
+
+@pytest.mark.parametrize("chain", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, CHAINS))])
+def test_kills_at_random_points_change_nothing(tmp_path: Path, whole: Whole, chain: int) -> None:
+    config = compose_plain(*TINY, *RUN, f"paths.outputs={tmp_path}")
+    folder, draw, cut_short, halves = run_directory(config, None), random.Random(chain), 0, 0
+    for turn in range(KILLS):
+        job = start_counted(tmp_path, config, tmp_path / "counts", event(draw, turn, whole.events))
+        cut_short += job.end()[0] == -signal.SIGKILL
+        halves += any(folder.glob("checkpoints/*.part"))
+    assert start_config(tmp_path, config).end()[0] == 0
+    assert_same(whole.left, leftovers(folder), f"run {chain}")
+    assert cut_short > KILLS / 2 and halves, (cut_short, halves)
 
 
 def test_tensorboard_curves_have_each_step_once_after_a_kill(tmp_path: Path) -> None:
