@@ -46,6 +46,7 @@ def step(sparsity: float, batch: int = 2) -> br.memory.Step:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_measured_peak_is_the_predicted_one() -> None:
     measured = br.memory.measure_step(functools.partial(step, 0.9), repeats=1, what=("peak",)).peak_bytes
     model = vit()
