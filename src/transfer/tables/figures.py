@@ -106,7 +106,7 @@ def _accuracy_label(drawn: pd.DataFrame) -> str:
 
 
 def memory_by_part(rows: Mapping[str, Mapping[str, float]], path: Path, title: str = "") -> Path | None:
-    """Draw all that a step holds, one bar a row, stacked by its four parts, the sum at its end; None without rows.
+    """Draw all that a step holds, one bar per row, stacked by its four parts, the sum at its end; None without rows.
 
     Args:
         rows: label of the row -> the columns of ``PART_COLUMNS``, MB.
