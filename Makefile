@@ -12,6 +12,7 @@ PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 TABLE_OPTIONS = --preset $(PRESET) $(if $(DRY),--dry) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA)) \
 	--launcher $(LAUNCHER)
 DEMO_ROWS := demo/dense,demo/checkpointing,demo/compact90,demo/compact97
+TWO_AT_A_TIME := hydra/launcher=joblib hydra.launcher.n_jobs=2
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-gpu demo reproduce-table1 reproduce-table2 reproduce-table3 reproduce-digits report test test-all lint docs docs-serve tensorboard clean
@@ -20,8 +21,8 @@ help: ## Print this list
 	@echo "Back Razor: fine-tuning with the activations kept for backward pruned"
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## Fine-tune a pretrained network on digits four ways and print the table
-	$(RUN) train.py -m experiment=$(DEMO_ROWS) trainer.resume=never
+demo: $(VENV)/.installed ## Fine-tune a pretrained network on digits four ways, three seeds each, and print the table
+	$(RUN) train.py -m $(TWO_AT_A_TIME) experiment=$(DEMO_ROWS) seed=0,1,2 trainer.resume=never trainer.progress=false
 	$(RUN) scripts/measure_runs.py $(DEMO)
 	$(RUN) scripts/make_tables.py $(DEMO) --expect demo
 

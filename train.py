@@ -128,16 +128,19 @@ def take_submitit_rank() -> None:
 
 def hydra_app(problems: list[Exception]) -> Callable[[], None]:
     """Return the command line application. A job's user error goes to ``problems``, since Hydra would print a second
-    line about it; in a launcher's own process it is raised instead, for that list is not shared.
+    line about it. In a launcher's own process it is raised instead, for that list is not shared; what is logged there
+    begins with the job's number, for others log beside it.
     """
     process = os.getpid()
 
     @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
     def job(composed: DictConfig) -> None:
+        apart = os.getpid() != process
         try:
-            run_composed(composed)
+            with console_log(f"[{HydraConfig.get().job.num}] ") if apart else contextlib.nullcontext():
+                run_composed(composed)
         except EXPECTED as error:
-            if os.getpid() != process:
+            if apart:
                 raise
             problems.append(error)
 
@@ -191,10 +194,10 @@ def exit_code(problem: BaseException) -> int:
 
 
 @contextlib.contextmanager
-def console_log() -> Iterator[None]:
-    """Show the laboratory's log on the terminal."""
+def console_log(before: str = "") -> Iterator[None]:
+    """Show the laboratory's log on the terminal, each line with ``before`` in front."""
     console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(logging.Formatter(f"{before}%(message)s"))
     logger = logging.getLogger("transfer")
     logger.setLevel(logging.INFO)
     logger.addHandler(console)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 from _circumstances import append_rows, circumstances
 from _digits import SCRATCH_EPOCHS, Digits, accuracy, fit, from_scratch, load
+from _pages import wrap
 
 import backrazor as br
 
@@ -72,13 +73,19 @@ def markdown(table: pd.DataFrame) -> str:
     upright = table.drop_duplicates("seed")
     text = [
         "# Accuracy after fine-tuning",
-        f"""A ViT of 2.7 M parameters (32 pixels, patch 8, width 192, 6 blocks, 6 heads) is trained from scratch on 797
-of scikit-learn's digits for {first.scratch_epochs} epochs, to {upright.upright.mean():.1f}% on
-{first.test_images:,} test images, then fine-tuned, all parameters, for {first.tuning_epochs} epochs to the same images
-turned by 90 degrees, where it starts at {upright.turned_before.mean():.1f}%. Every configuration starts from the same
-weights and sees the same batches; a point is ten images. Spread: standard deviation over seeds. Made by
-`python benchmarks/accuracy.py` on two CPU cores ({first.date}, commit {first.commit}, torch {first.torch}); rows in
-`benchmarks/results/accuracy.csv`.""",
+        wrap(
+            "A ViT of 2.7 M parameters (32 pixels, patch 8, width 192, 6 blocks, 6 heads) is trained from scratch on "
+            f"797 of scikit-learn's digits for {first.scratch_epochs} epochs. It reaches {upright.upright.mean():.1f}% "
+            f"on {first.test_images:,} test images. Then all its parameters are fine-tuned for {first.tuning_epochs} "
+            "epochs to the same images turned by 90 degrees, where it starts at "
+            f"{upright.turned_before.mean():.1f}%. Every configuration starts from the same weights and sees the same "
+            f"batches. A point of accuracy is {first.test_images / 100:.0f} images. The spread is the standard "
+            "deviation over seeds."
+        ),
+        wrap(
+            f"Made by `python benchmarks/accuracy.py` on two CPU cores ({first.date}, commit {first.commit}, torch "
+            f"{first.torch}). The rows are in `benchmarks/results/accuracy.csv`."
+        ),
         pd.DataFrame(rows).to_markdown(index=False),
     ]
     return "\n\n".join(text) + "\n"

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from _circumstances import circumstances
 from _digits import SCRATCH_EPOCHS, accuracy, from_scratch, load
+from _pages import wrap
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,18 +81,28 @@ def page(table: pd.DataFrame, score: float, common: dict[str, str]) -> str:
     rules["cost beside pruning"] = base - rules[f"with pruning at {ABLATED}"]
     text = [
         "# What pruning and quantising cost the gradient",
-        f"""Cosine of the full parameter gradient to the dense one: same weights, same batch. A ViT (32 pixels, patch 8,
-width 192, 6 blocks, 6 heads) trained for {SCRATCH_EPOCHS} epochs on 797 of scikit-learn's digits to {score:.1f}% on
-1,000 test images; three batches of 32: training images, test images, and test images turned by 90 degrees, which are
-new to the network. Made by `python benchmarks/gradients.py` on the CPU ({common["date"]}, commit {common["commit"]},
-torch {common["torch"]}); `benchmarks/results/gradients.csv` has every figure by layer and batch.""",
-        """*pruning alone*: the inputs of Linear and Conv2d pruned, kept values in float32, norms, activations and
-attention dense. It is what the quantisers of the other rows come on top of.""",
+        wrap(
+            "The figures are cosines: of the full parameter gradient to the dense one, with the same weights and the "
+            "same batch. The network is a ViT (32 pixels, patch 8, width 192, 6 blocks, 6 heads). It was trained for "
+            f"{SCRATCH_EPOCHS} epochs on 797 of scikit-learn's digits, to {score:.1f}% on 1,000 test images. There are "
+            "three batches of 32: training images, test images, and test images turned by 90 degrees, which are new "
+            "to the network."
+        ),
+        wrap(
+            f"Made by `python benchmarks/gradients.py` on the CPU ({common['date']}, commit {common['commit']}, torch "
+            f"{common['torch']}). `benchmarks/results/gradients.csv` has every figure by layer and batch."
+        ),
+        wrap(
+            "*pruning alone* prunes the inputs of Linear and Conv2d. Kept values are float32; norms, activations and "
+            "attention stay dense. The quantisers of the other rows come on top of it."
+        ),
         "## By sparsity, mean over the batches",
         by_sparsity.to_markdown(floatfmt=".4f"),
-        f"## Each rule by itself\n\nPruning alone at {ABLATED} has a cosine of {base:.4f}; a negative cost is a gain.",
+        f"## Each rule by itself\n\nPruning alone at {ABLATED} has a cosine of {base:.4f}. A negative cost is a gain.",
         rules.to_markdown(floatfmt=".4f"),
-        """A quantised norm gains: the Linear behind it reads its input from the norm's codes instead of pruning it.""",
+        wrap(
+            "A quantised norm gains: the Linear behind it reads its input from the norm's codes and need not prune it."
+        ),
         f"## By batch, at {ABLATED}",
         by_batch.to_markdown(floatfmt=".4f"),
         f"## By layer, at {ABLATED}, mean over the batches",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def write(planned: list[Cell], folder: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shown.to_csv(out / "table.csv", index=False, float_format="%.6g")
     text = shown.rename(columns=COLUMNS).apply(lambda column: column.map(_text))
-    (out / "table.md").write_text(f"{text.to_markdown(index=False, disable_numparse=True)}\n\n{NOTE}\n")
+    markdown = text.to_markdown(index=False, disable_numparse=True)
+    (out / "table.md").write_text(f"{markdown}\n\n{textwrap.fill(NOTE, 100)}\n")
     (out / "table.tex").write_text(to_latex(text, NOTE))
     pruned = table[table["preset"] != "dense"]
     memory_curves(pruned, "sparsity", "sparsity", out / "memory_against_sparsity.png")

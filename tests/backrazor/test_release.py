@@ -182,6 +182,7 @@ def released_step() -> br.memory.Step:
     return large_step(True)
 
 
+@pytest.mark.slow
 def test_a_measured_step_says_its_four_parts_and_the_process_agrees() -> None:
     ordinary, released = (
         measure_step(step, repeats=1, steps=1, what=("peak",), threads=1) for step in (ordinary_step, released_step)

@@ -46,6 +46,7 @@ def step(sparsity: float, batch: int = 2) -> br.memory.Step:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_measured_peak_is_the_predicted_one() -> None:
     measured = br.memory.measure_step(functools.partial(step, 0.9), repeats=1, what=("peak",)).peak_bytes
     model = vit()
@@ -55,7 +56,7 @@ def test_the_measured_peak_is_the_predicted_one() -> None:
 
 
 def published_table() -> dict[str, tuple[int, ...]]:
-    """Bytes a token (dense, paper, compact) by row of docs/method.md."""
+    """Bytes per token (dense, paper, compact) by row of docs/method.md."""
     cell = r"(\d+)(?: \([^|]*\))?"
     rows = re.findall(rf"^\| ([^|]+?) \| \d* ?\| {cell} \| {cell} \| {cell} \|$", METHOD.read_text(), re.M)
     return {name: tuple(map(int, sizes)) for name, *sizes in rows}

@@ -172,7 +172,7 @@ def test_a_folder_that_is_a_file(tiny, setup_main, tmp_path, capsys):
 
 def test_a_script_as_a_command(tmp_path):
     command = [sys.executable, str(REPOSITORY / "dataset_setup_scripts/cars.py"), "--root", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "car_devkit.tgz" in done.stderr
 

@@ -132,6 +132,8 @@ def test_training_goes_on_after_a_forward_that_failed_in_a_step_that_was_looked_
     trainer = Trainer(model, settings, train_dataset=Broken(), callbacks=[RazorCallback(CONFIG)])
     with pytest.raises(ValueError, match="image size"):
         trainer.train()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None, "the ledger is closed"
+    assert [name for name, module in model.named_modules() if name and module._forward_hooks] == []
     trainer.train_dataset = Images()
     trainer.train()
     assert trainer.state.log_history[-1]["step"] == 4 and not model._forward_hooks

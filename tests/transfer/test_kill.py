@@ -1,17 +1,22 @@
-"""SIGKILL at twenty random points, in the middle of checkpoints too: the run goes on to the same bits."""
+"""SIGKILL at twenty random points, counted in calls and not in seconds, in the middle of checkpoints too: the run goes
+on to the same bits."""
 
 from __future__ import annotations
 
 import csv
 import random
+import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import TINY, compose_plain
-from forked import Job, start_config
+from forked import start_config, start_counted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_processes import wait_for
 
 from transfer.records import outcome, read_record, run_directory
 
@@ -20,31 +25,16 @@ RUN = (
     *("data.train_transform=random_crop", "data.flip=true", "model.drop_rate=0.3", "optim.warmup_steps=2"),
     *("data.val_fraction=0.02", "data.test_fraction=0.02"),
 )
+CHECKPOINTS = 10  # at least: one per step; the best ones are a few more
 CHAINS, KILLS = 4, 5  # runs, and how often each is killed before it may end
-SECONDS = 0.8  # from a start to a kill, at most: about what a whole run takes
 
 
-def kill_in_time(job: Job, draw: random.Random, folder: Path) -> None:
-    """Kill at a random time."""
-    time.sleep(draw.uniform(0, SECONDS))
-    job.process.kill()
-
-
-def kill_in_write(job: Job, draw: random.Random, folder: Path) -> None:
-    """Kill while the partial file of one of the next checkpoints is there; on a machine too busy to see it, soon after
-    that checkpoint."""
-    skipped, seen, there, begun = draw.randrange(3), 0, False, newest(folder)
-    while job.process.is_alive():
-        now = any(folder.glob("checkpoints/*.part"))
-        seen += now and not there
-        there = now
-        if seen > skipped or newest(folder) > begun + skipped:
-            job.process.kill()
-
-
-def newest(folder: Path) -> int:
-    """The step of the newest checkpoint."""
-    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("checkpoints/step-*.pt")), default=0)
+def event(draw: random.Random, turn: int, whole: dict[str, int]) -> dict[str, int]:
+    """Where to die, counted from the start of a process: at any call, later ones in later turns, so that a run does not
+    end before its last turn; or within one of the next two checkpoints."""
+    if turn % 2:
+        return {"writes": draw.randrange(1, 2 * whole["writes"] // CHECKPOINTS)}
+    return {"calls": draw.randrange(1, whole["calls"] * (turn + 1) // KILLS)}
 
 
 def leftovers(folder: Path) -> dict[str, Any]:
@@ -86,33 +76,46 @@ def curve(folder: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("train/step_loss")]
 
 
-def test_twenty_kills_at_random_points_change_nothing(tmp_path: Path) -> None:
-    configs = [compose_plain(*TINY, *RUN, f"paths.outputs={tmp_path}/{name}") for name in ("whole", *range(CHAINS))]
-    assert start_config(tmp_path / "whole", configs[0]).end()[0] == 0
-    whole = run_directory(configs[0], None)
-    expected = leftovers(whole)
-    assert len(curve(whole)) == 10
-    draw, cut_short, halves = random.Random(0), 0, 0
-    for number, config in enumerate(configs[1:]):
-        folder = run_directory(config, None)
-        for turn in range(KILLS):
-            job = start_config(tmp_path / str(number), config)
-            (kill_in_write if turn % 2 else kill_in_time)(job, draw, folder)
-            cut_short += job.end()[0] == -9
-            halves += any(folder.glob("checkpoints/*.part"))
-        assert start_config(tmp_path / str(number), config).end()[0] == 0
-        assert_same(expected, leftovers(folder), f"run {number}")
-    assert cut_short >= CHAINS * KILLS / 2 and halves, (cut_short, halves)
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing disturbs: what it leaves, and how many events it has."""
+
+    left: dict[str, Any]
+    events: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    config = compose_plain(*TINY, *RUN, f"paths.outputs={folder}")
+    assert start_counted(folder, config, folder / "counts").end()[0] == 0
+    counted = dict(line.split() for line in (folder / "counts").read_text().splitlines())
+    assert len(curve(run_directory(config, None))) == 10
+    return Whole(leftovers(run_directory(config, None)), {name: int(number) for name, number in counted.items()})
+
+
+@pytest.mark.parametrize("chain", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, CHAINS))])
+def test_kills_at_random_points_change_nothing(tmp_path: Path, whole: Whole, chain: int) -> None:
+    config = compose_plain(*TINY, *RUN, f"paths.outputs={tmp_path}")
+    folder, draw, cut_short, halves = run_directory(config, None), random.Random(chain), 0, 0
+    for turn in range(KILLS):
+        job = start_counted(tmp_path, config, tmp_path / "counts", event(draw, turn, whole.events))
+        cut_short += job.end()[0] == -signal.SIGKILL
+        halves += any(folder.glob("checkpoints/*.part"))
+    assert start_config(tmp_path, config).end()[0] == 0
+    assert_same(whole.left, leftovers(folder), f"run {chain}")
+    assert cut_short > KILLS / 2 and halves, (cut_short, halves)
 
 
 def test_tensorboard_curves_have_each_step_once_after_a_kill(tmp_path: Path) -> None:
     config = compose_plain(*TINY, *RUN, f"paths.outputs={tmp_path}")
     folder = run_directory(config, None)
     job = start_config(tmp_path, config)
-    while not (folder / "checkpoints" / "step-00000005.pt").exists():
-        assert job.process.is_alive()
+    wait_for(tmp_path, job, step=5)
     job.process.kill()
     job.end()
-    time.sleep(1)  # event files are ordered by the second they were begun in
+    begun = max(int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*"))
+    while int(time.time()) <= begun:  # event files are ordered by the second they were begun in
+        time.sleep(0.01)
     assert start_config(tmp_path, config).end()[0] == 0
     assert [step for step, _ in curve(folder)] == list(range(1, 11))

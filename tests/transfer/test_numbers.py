@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, compose_plain
-from torch import nn
 
 import train
 from transfer.records import config_hash, outcome, read_record, run_directory
@@ -21,72 +19,62 @@ RUN = ("trainer.epochs=2", "trainer.batch_size=30", "data.train_fraction=0.06", 
 RAZORED = ("razor=compact", "razor.sparsity=0.5")
 
 
-def spoil_activation(network: Network) -> None:
-    """One forward through a layer inside brings NaN."""
+class Spoiler:
+    """Brings one bad number into the third training step of the network that it is given."""
 
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output * math.nan if once(module) else output
+    def __init__(self, where: str) -> None:
+        self.where, self.calls, self.networks = where, 0, 0
 
-    network.model.get_submodule("blocks.1.0").register_forward_hook(hook)
+    def __call__(self, network: Network) -> None:
+        self.networks += 1
+        if self.where == "activation":  # NaN, by a forward through a layer inside
+            network.model.get_submodule("blocks.1.0").register_forward_hook(
+                lambda _, __, output: output * math.nan if self.is_now() else output
+            )
+        else:  # Inf, by a backward through a weight
+            network.model.get_parameter("conv_head.weight").register_hook(
+                lambda g: g * math.inf if self.is_now() else g
+            )
 
-
-def spoil_gradient(network: Network) -> None:
-    """One backward through a weight brings Inf."""
-    network.model.get_parameter("conv_head.weight").register_hook(lambda g: g * math.inf if once(network) else g)
-
-
-def once(owner: object) -> bool:
-    """Whether this is the third training step's call."""
-    if isinstance(owner, nn.Module) and not torch.is_grad_enabled():
-        return COUNTS.get("bad", False)  # the look for the layer meets it again
-    COUNTS["calls"] = COUNTS.get("calls", 0) + 1
-    COUNTS["bad"] = COUNTS["calls"] == 3
-    return COUNTS["bad"]
-
-
-COUNTS: dict[str, int] = {}
+    def is_now(self) -> bool:
+        if self.where == "gradient" or torch.is_grad_enabled():  # else the look for the layer, which meets it again
+            self.calls += 1
+        return self.calls == 3
 
 
-@pytest.fixture
-def spoiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Network], None]], None]:
-    """Have every network that a trainer is given spoilt in its third step."""
+@pytest.fixture(params=["activation", "gradient"])
+def spoiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spoiler:
+    """Has the network that a trainer is given spoilt."""
+    spoil, plain = Spoiler(request.param), step.Stepper.__init__
 
-    def apply(spoil: Callable[[Network], None]) -> None:
-        COUNTS.clear()
-        plain = step.Stepper.__init__
+    def spoilt(self: step.Stepper, network: Network, *rest: object) -> None:
+        spoil(network)
+        plain(self, network, *rest)
 
-        def spoilt(self: step.Stepper, network: Network, *rest: object) -> None:
-            spoil(network)
-            plain(self, network, *rest)
-
-        monkeypatch.setattr(step.Stepper, "__init__", spoilt)
-
-    return apply
+    monkeypatch.setattr(step.Stepper, "__init__", spoilt)
+    return spoil
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [(spoil_activation, ("the loss is nan", "blocks.")), (spoil_gradient, ("the gradient of conv_head.weight",))],
-)
+WORDS = {"activation": ("the loss is nan", "blocks."), "gradient": ("the gradient of conv_head.weight",)}
+
+
 @pytest.mark.parametrize("razor", [(), RAZORED], ids=["dense", "razored"])
 def test_a_bad_step_ends_the_run_with_step_layer_and_last_checkpoint(
-    command, tmp_path: Path, spoiled, spoil: Callable, words: tuple[str, ...], razor: tuple[str, ...]
+    command, tmp_path: Path, spoiler: Spoiler, razor: tuple[str, ...]
 ) -> None:
-    spoiled(spoil)
     code, lines = command(*TINY, *RUN, *razor, "trainer.save_every=1")
-    assert code == train.NOT_FINITE
-    assert lines[-1].startswith("train.py: step 3: ") and "step-00000002.pt" in lines[-1]
-    for word in (*words, "trainer.nonfinite=skip"):
-        assert word in lines[-1]
+    assert code == train.NOT_FINITE, lines
+    assert (spoiler.networks, spoiler.calls) == (1, 3), lines
+    assert lines[-1].startswith("train.py: step 3: ") and "step-00000002.pt" in lines[-1], lines
+    for word in (*WORDS[spoiler.where], "trainer.nonfinite=skip"):
+        assert word in lines[-1], lines
     weights = torch.load(next(tmp_path.rglob("step-00000002.pt")), weights_only=True)["model"]
-    assert all(value.isfinite().all() for value in weights.values())
+    assert [name for name, value in weights.items() if not value.isfinite().all()] == []
 
 
-@pytest.mark.parametrize("spoil", [spoil_activation, spoil_gradient])
 def test_skipping_leaves_the_step_out_counts_it_and_keeps_weights_and_statistics(
-    tmp_path: Path, spoiled, spoil: Callable
+    tmp_path: Path, spoiler: Spoiler
 ) -> None:
-    spoiled(spoil)
     config = compose_plain(*TINY, *RUN, "trainer.nonfinite=skip", f"paths.outputs={tmp_path}")
     record = execute(config)
     assert record["skipped_steps"] == 1 and record["steps"] == 6

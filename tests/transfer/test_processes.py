@@ -116,7 +116,7 @@ def test_torchrun_starts_two_processes_that_share_a_run(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert read_record(only(tmp_path, "record.json"))["circumstances"]["processes"] == 2

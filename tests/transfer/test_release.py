@@ -171,6 +171,7 @@ def test_without_the_library_8_bits_are_one_line(command, monkeypatch: pytest.Mo
     assert "optim.state_bits=8 needs bitsandbytes" in lines[0] and "pip install 'backrazor[state8]'" in lines[0]
 
 
+@pytest.mark.slow
 def test_the_record_has_the_four_parts_measured_and_a_label_of_its_own(tmp_path: Path) -> None:
     small = ("trainer.epochs=1", "trainer.measure.mode=all", "trainer.measure.repeats=1", "trainer.measure.steps=1")
     memories = []

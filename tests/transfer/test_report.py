@@ -109,3 +109,13 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert make_report.main([str(outputs), "--out", "/dev/null/report.html"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("make_report.py: ") for line in lines)
+
+
+def test_the_page_follows_dark_mode_and_wide_tables_scroll_by_themselves(outputs: Path, tmp_path: Path) -> None:
+    text = page_of(outputs, tmp_path / "report.html")
+    style, body = text.split("</style>")
+    names = [set(re.findall(r"(--\w+):", rules)) for rules in style.split("@media (prefers-color-scheme: dark)")]
+    assert names[0] == names[1] != set(), "each color has a dark one"
+    colors = re.findall(r"(?<![-\w])(?:color|background):\s*([^;]+);", style)
+    assert colors and set(colors) <= {f"var({name})" for name in names[0]} | {"#ffffff"}  # white: under a figure
+    assert body.count("<table>") == body.count('<div class="scroll" tabindex="0"><table>') > 1

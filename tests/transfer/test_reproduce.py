@@ -138,6 +138,10 @@ def test_a_sweep_runs_under_every_launcher(launcher: str, tmp_path: Path) -> Non
     records = [json.loads(path.read_text()) for path in (tmp_path / "outputs").rglob("record.json")]
     assert sorted(record["seed"] for record in records) == [1, 2]
     assert {record["steps"] for record in records} == {1}
+    if launcher == "joblib":
+        for words in ("run folder", "epoch 1/1", "test accuracy"):
+            said = [line for line in done.stderr.splitlines() if words in line]
+            assert sorted(line[:4] for line in said) == ["[0] ", "[1] "], done.stderr
 
 
 def record_of(recipe, accuracy: float, seed: int, peak: float | None) -> dict:

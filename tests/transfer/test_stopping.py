@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, whole: list[float]) ->
     os.kill(job.process.pid, signal.SIGINT)
     while "stopping at the end of this step" not in job.log.read_text():
         assert job.process.is_alive()
+        time.sleep(0.001)
     os.kill(job.process.pid, signal.SIGINT)
     assert job.end()[0] in (-signal.SIGINT, 130)  # 130 where the step had ended in between
     goes_on(tmp_path, whole)
@@ -88,7 +90,7 @@ def remove_an_image(folder: Path, job: Job) -> str:
 
 def kill_a_worker(folder: Path, job: Job) -> str:
     while not (workers := psutil.Process(job.process.pid).children()):
-        pass
+        time.sleep(0.001)
     workers[0].kill()
     return "a data worker died"
 

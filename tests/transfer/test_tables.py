@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.path import Path as MplPath
 
 from scripts import make_tables
 from transfer.records import write_record
@@ -135,19 +136,24 @@ def test_a_damaged_record_or_an_empty_folder_is_one_line(tmp_path: Path, capsys,
     assert all(line.startswith("make_tables.py: ") for line in capsys.readouterr().err.splitlines())
 
 
-@pytest.mark.parametrize("peaks", [(700, 240, 140, 138), (100, 101, 102, 103), (5, 600, 610, 1900)])
-def test_labels_of_a_figure_touch_neither_points_nor_each_other(peaks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("peaks", [(640, 264, 84, 81), (700, 240, 140, 138), (100, 101, 102, 103), (5, 600, 610, 1900)])
+def test_labels_of_a_figure_touch_neither_points_nor_lines_nor_each_other(peaks: tuple[int, ...]) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     points = [Labelled(peak, 98 - 0.2 * i, f"row {i}\n98.0 ± 0.3%, {peak} MB", 0.3) for i, peak in enumerate(peaks)]
-    axes.plot([p.x for p in points], [p.y for p in points], "o")
+    line = [(p.x, p.y) for p in points]
+    axes.plot(*zip(*line, strict=True), "o--")
     axes.set_xlim(0, 1.1 * max(peaks))
     axes.set_ylim(95, 100)
-    boxes = label_points(axes, points)
+    boxes = label_points(axes, points, line=line)
     frame = axes.get_window_extent()
     for i, box in enumerate(boxes):
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
         assert not any(box.contains(*axes.transData.transform((p.x, p.y))) for p in points)
+        for drawn in axes.lines:  # the one through the points, and those that lead to labels; these end at theirs
+            ends = axes.transData.transform(drawn.get_xydata())
+            inner = box.expanded(1 - 2 / box.width, 1 - 2 / box.height)
+            assert not MplPath(ends).intersects_bbox(inner, filled=False)
     plt.close(figure)
 
 

@@ -1,4 +1,4 @@
-"""One autograd Function an operator: the dense forward, and a backward from what the codecs kept.
+"""One autograd Function per operator: the dense forward, and a backward from what the codecs kept.
 
 Everything kept goes through ``save_for_backward``. Nothing is packed without grad mode or for an operand whose partner
 needs no gradient.

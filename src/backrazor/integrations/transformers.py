@@ -80,9 +80,10 @@ class RazorCallback(Looks, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Razor a model that was made since, by ``model_init``, or a Trainer that was given this callback late."""
-        self._stop_looking()  # what a training before left open when its forward failed: no event tells of that
+        self._stop_looking()  # what a training before left open when it was interrupted: no event tells of that
         self.report = razor_once(kwargs["model"], self.config) or self.report
-        self._hook = kwargs["model"].register_forward_hook(passive(lambda *_: self._after_forward()))
+        hook = passive(lambda _model, _arguments, output: self._after_forward(output))
+        self._hook = kwargs["model"].register_forward_hook(hook, always_call=True)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,8 +95,11 @@ class RazorCallback(Looks, TrainerCallback):
         if step % every == 0 or (step == 1 and args.logging_first_step):
             self._looking = StepFigures(kwargs["model"], self.layers)
 
-    def _after_forward(self) -> None:
-        if self._looking is not None:
+    def _after_forward(self, output: object) -> None:
+        """Read the ledger, or close it where the forward raised: then there is no output, and no event follows."""
+        if output is None:
+            self._close()
+        elif self._looking is not None:
             self._looking.take()
 
     def on_pre_optimizer_step(

@@ -1,10 +1,10 @@
 """Memory by its names: what is predicted, what is saved, what the peak is, and what lies beside the peak.
 
-predicted  bytes from shapes alone (``predict``)
-saved      bytes autograd holds at the end of forward (``ledger``)
-peak       the highest allocation during a full step above what is resident (``measure_step``)
-four parts weights, gradients, optimizer state and peak: all that a step holds (both); gradients can be
-           given back while backward runs (``GradientRelease``)
+- predicted: bytes from shapes alone (``predict``)
+- saved: bytes autograd holds at the end of forward (``ledger``)
+- peak: the highest allocation during a full step above what is resident (``measure_step``)
+- four parts: weights, gradients, optimizer state and peak, all that a step holds (both); gradients can be given back
+  while backward runs (``GradientRelease``)
 """
 
 from .ledger import Ledger, LedgerRow, ledger

@@ -164,7 +164,7 @@ def ledger(model: nn.Module) -> Iterator[Ledger]:
     """
     book = Ledger(model)
     with ExitStack() as stack:
-        for name, module in model.named_modules():
+        for name, module in list(model.named_modules())[1:]:  # the model's own name is where the book begins
             enter = module.register_forward_pre_hook(passive(lambda *_, name=name: book._module.append(name)))
             leave = module.register_forward_hook(passive(lambda *_: _leave(book)), always_call=True)
             stack.callback(enter.remove)

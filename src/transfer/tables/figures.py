@@ -92,7 +92,7 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
     axes.grid(alpha=0.3)
     handles = [plt.Line2D([], [], marker=m, linestyle="", color="grey") for m in "so"]
     legend = axes.legend(handles, ["exact gradient", "pruned activations"], fontsize="small", loc="lower right")
-    label_points(axes, points, taken=[legend.get_window_extent()])
+    label_points(axes, points, taken=[legend.get_window_extent()], line=front[["peak_mb", "accuracy"]].to_numpy())
     return _save(figure, path)
 
 
@@ -106,7 +106,7 @@ def _accuracy_label(drawn: pd.DataFrame) -> str:
 
 
 def memory_by_part(rows: Mapping[str, Mapping[str, float]], path: Path, title: str = "") -> Path | None:
-    """Draw all that a step holds, one bar a row, stacked by its four parts, the sum at its end; None without rows.
+    """Draw all that a step holds, one bar per row, stacked by its four parts, the sum at its end; None without rows.
 
     Args:
         rows: label of the row -> the columns of ``PART_COLUMNS``, MB.

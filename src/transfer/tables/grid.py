@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def write_grid(table: pd.DataFrame, runs: pd.DataFrame, folder: Path, heading: s
     table.to_csv(paths[0], index=False, float_format="%.6g")
     text = pivot(table)
     body = text.to_markdown(index=False, disable_numparse=True)
-    paths[1].write_text(f"# {heading}\n\n{body}\n\n{note(runs)}\n", encoding="utf-8")
+    paths[1].write_text(f"# {heading}\n\n{body}\n\n{textwrap.fill(note(runs), 100)}\n", encoding="utf-8")
     paths[2].write_text(to_latex(text, f"{heading}. {note(runs)}"), encoding="utf-8")
     return paths
 

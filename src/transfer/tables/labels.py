@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.path import Path
 from matplotlib.transforms import Bbox
 
 DISTANCES = (9, 18, 28, 40, 54, 70, 88, 108)  # points of 1/72 inch from a marker's middle to its label
@@ -25,8 +27,17 @@ class Labelled(NamedTuple):
     color: str = "black"
 
 
-def label_points(axes: Axes, points: Sequence[Labelled], size: float = 8, taken: Sequence[Bbox] = ()) -> list[Bbox]:
-    """Write each label as near to its point as it fits without touching a marker, an error bar or another label.
+Segment = tuple[tuple[float, float], tuple[float, float]]  # its two ends, in pixels
+
+
+def label_points(
+    axes: Axes,
+    points: Sequence[Labelled],
+    size: float = 8,
+    taken: Sequence[Bbox] = (),
+    line: Sequence[tuple[float, float]] = (),
+) -> list[Bbox]:
+    """Write each label as near to its point as it fits, on no marker, error bar, line or other label.
 
     Limits and layout of ``axes`` have to be final. Points at the edge of a crowd come first, so that the middle of the
     crowd does not take their places.
@@ -34,6 +45,7 @@ def label_points(axes: Axes, points: Sequence[Labelled], size: float = 8, taken:
     Args:
         size: of the font, in points of 1/72 inch.
         taken: boxes in pixels where no label may stand, such as the legend's.
+        line: corners, in data coordinates, of a line that no label may stand on.
 
     Returns:
         The boxes of the labels, in pixels, in the order of ``points``.
@@ -44,6 +56,8 @@ def label_points(axes: Axes, points: Sequence[Labelled], size: float = 8, taken:
     taken = [*taken, *(box for point in points for box in _own_boxes(axes, point, pixels))]
     middle = [sum(values) / len(points) for values in zip(*(_pixel(axes, p.x, p.y) for p in points), strict=True)]
     order = sorted(range(len(points)), key=lambda i: -math.dist(_pixel(axes, points[i].x, points[i].y), middle))
+    corners = [_pixel(axes, *corner) for corner in line]
+    lines: list[Segment] = list(itertools.pairwise(corners))
     boxes: dict[int, Bbox] = {}
     for index in order:
         point = points[index]
@@ -53,12 +67,19 @@ def label_points(axes: Axes, points: Sequence[Labelled], size: float = 8, taken:
         for dx, dy in _offsets(shape.width / pixels, shape.height / pixels):
             box = shape.translated(dx * pixels, dy * pixels)
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
+            leader = _leader(axes, point, box, pixels)
+            crossed = any(_cross(other, box) for other in lines) or (
+                leader is not None and any(_cross(leader, other) for other in boxes.values())
+            )
+            if inside and not crossed and not any(box.overlaps(other) for other in taken):
                 break
         text.set_position((dx, dy))
         taken.append(box)
         boxes[index] = box
-        _lead(axes, point, box, pixels)
+        if leader:
+            lines.append(leader)
+            ends = axes.transData.inverted().transform(leader)
+            axes.plot(*ends.T, color=point.color, linewidth=0.6, zorder=1, scalex=False, scaley=False)
     return [boxes[index] for index in range(len(points))]
 
 
@@ -84,13 +105,15 @@ def _own_boxes(axes: Axes, point: Labelled, pixels: float) -> list[Bbox]:
     return boxes
 
 
-def _lead(axes: Axes, point: Labelled, box: Bbox, pixels: float) -> None:
-    """Draw a thin line from a point to a label that does not stand right beside it."""
+def _leader(axes: Axes, point: Labelled, box: Bbox, pixels: float) -> Segment | None:
+    """The line from a point to a label that does not stand right beside it."""
     x, y = _pixel(axes, point.x, point.y)
     near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
-    if math.dist(near, (x, y)) > LEADER * pixels:
-        (x1, y1) = axes.transData.inverted().transform(near)
-        axes.plot([point.x, x1], [point.y, y1], color=point.color, linewidth=0.6, zorder=1, scalex=False, scaley=False)
+    return ((x, y), near) if math.dist(near, (x, y)) > LEADER * pixels else None
+
+
+def _cross(segment: Segment, box: Bbox) -> bool:
+    return bool(Path(segment).intersects_bbox(box, filled=False))
 
 
 def _pixel(axes: Axes, x: float, y: float) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def write_tables(summary: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> lis
     numbers.to_csv(paths[0], index=False, float_format="%.6g")
     tables = _both(summary)
     markdown = "\n\n".join(text.to_markdown(index=False, disable_numparse=True) for text in tables)
-    paths[1].write_text(f"{markdown}\n\n{caption(runs)}\n", encoding="utf-8")
+    paths[1].write_text(f"{markdown}\n\n{textwrap.fill(caption(runs), 100)}\n", encoding="utf-8")
     paths[2].write_text("\n".join(_latex(text, caption(runs)) for text in tables), encoding="utf-8")
     return paths
 
