@@ -42,7 +42,7 @@ from transfer.tables.figures import PART_COLUMNS, memory_by_part
 RESULTS = Path(__file__).parent / "results"
 BACKBONES = ("mobilenetv2", "resnet50", "vit_b16")
 BUDGETS = (0.5, 0.2, 0.05)  # shares of the activations that the compiler may keep, the rest is computed again
-FIGURE_ROWS = ("dense", "checkpointing by block", "compile", "LoRA", "compact 0.97")
+FIGURE_ROWS = ("dense", "checkpointing by block", "micro-batches", "compile", "LoRA", "compact 0.97")
 
 
 @dataclass(frozen=True)
