@@ -1,11 +1,15 @@
 """How saved bytes and peak grow with the batch, and the largest batch that a fixed memory holds.
 
     python benchmarks/batches.py            # MobileNetV2 and ResNet-50: batch 1 to 64, and what fits into 2 GiB
+    python benchmarks/batches.py --whole --backbones mobilenetv2 vit_b16    # what fits with weights and optimizer
 
 Each point is measured in fresh processes (one file per point below outputs/batches; what exists is not measured again).
 Slopes are least squares over all batches. The largest batch is searched by measuring: the batch given is the largest
 found to fit, the next column the smallest found not to, at most ``TOLERANCE`` apart. Peaks need no idle machine.
-Written: results/batches.csv (points), results/batches_slopes.csv, results/batches_fits.csv.
+With ``--whole`` the budget holds all of a step: weights, gradients, optimizer state, the input batch and the peak. The
+compact rows of it free each gradient during backward; every row has SGD with momentum.
+Written: results/batches.csv (points), results/batches_slopes.csv, results/batches_fits.csv; with ``--whole``
+results/batches_whole.csv, a row as soon as it is known.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from pathlib import Path
 import numpy
 import pandas
 import torch
-from _circumstances import circumstances, command_line
+from _circumstances import append_rows, circumstances, command_line
+from whole_process import Case
 
 import backrazor as br
 from backrazor.memory.processes import in_fresh_process
@@ -29,6 +34,8 @@ from transfer.files import atomic_write_text
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.02
+WHOLE = (0.9, 0.97, 0.99)  # sparsities
+FIRST = (4, 8)  # batches, through whose needs the search draws its first line
 
 
 def rows_of(backbone: str) -> list[Row]:
@@ -101,24 +108,32 @@ def slopes(points: pandas.DataFrame) -> pandas.DataFrame:
     return table.round(4)
 
 
-def largest_batch(row: Row, budget: int, points: pandas.DataFrame, folder: Path) -> dict:
-    """The largest batch whose measured peak is within ``budget`` bytes; both sides of the edge are measured."""
-    part = points[(points["backbone"] == row.backbone) & (points["row"] == row.label)]
-    peaks = {int(b): peak * 1e6 for b, peak in zip(part["batch"], part["peak_MB"], strict=True)}
-    fits = max((b for b, peak in peaks.items() if peak <= budget), default=0)
-    over = min((b for b, peak in peaks.items() if peak > budget), default=None)
+def search(known: dict[int, float], budget: int, measure: Callable[[int], float]) -> tuple[int, int]:
+    """The largest batch found to fit ``budget`` bytes, and the smallest found not to: both are measured, and put into
+    ``known`` (batch -> bytes), which starts with two batches or more."""
+    fits = max((b for b, size in known.items() if size <= budget), default=0)
+    over = min((b for b, size in known.items() if size > budget), default=None)
     while over is None or over - fits > max(TOLERANCE * fits, 1):
-        slope, start = numpy.polyfit(list(peaks), list(peaks.values()), 1)
+        slope, start = numpy.polyfit(list(known), list(known.values()), 1)
         guess = int((budget - start) / slope)
         if over is not None and not fits < guess < over:  # the other side of the edge, then
             guess = fits + max(int(TOLERANCE * fits), 1) if guess <= fits else over - max(int(TOLERANCE * fits), 1)
         batch = max(guess, fits + 1)
-        peaks[batch] = peak_of(row, batch, folder)
-        print(f"  {row.backbone} {row.label}: batch {batch} peaks at {peaks[batch] / 1e6:.0f} MB", flush=True)
-        if peaks[batch] <= budget:
+        known[batch] = measure(batch)
+        print(f"  batch {batch} takes {known[batch] / 1e6:.0f} MB", flush=True)
+        if known[batch] <= budget:
             fits = max(fits, batch)
         else:
             over = batch if over is None else min(over, batch)
+    return fits, over
+
+
+def largest_batch(row: Row, budget: int, points: pandas.DataFrame, folder: Path) -> dict:
+    """The largest batch whose measured peak is within ``budget`` bytes; both sides of the edge are measured."""
+    part = points[(points["backbone"] == row.backbone) & (points["row"] == row.label)]
+    peaks = {int(b): peak * 1e6 for b, peak in zip(part["batch"], part["peak_MB"], strict=True)}
+    print(f"  {row.backbone} {row.label}", flush=True)
+    fits, over = search(peaks, budget, lambda batch: peak_of(row, batch, folder))
     return {
         "backbone": row.backbone,
         "row": row.label,
@@ -129,15 +144,59 @@ def largest_batch(row: Row, budget: int, points: pandas.DataFrame, folder: Path)
     }
 
 
+def whole_rows(backbone: str) -> list[Case]:
+    """Dense, its rival, and compact rows that free their gradients."""
+    compact = [Row(backbone, f"compact {sparsity}, released", razor=("compact", sparsity)) for sparsity in WHOLE]
+    rivals = [Row(backbone, "dense"), Row(backbone, "checkpointing by block", checkpointing="block")]
+    return [Case(row) for row in rivals] + [Case(row, released=True) for row in compact]
+
+
+def need_of(case: Case, batch: int, folder: Path) -> int:
+    """Bytes of all of a step: its four parts and the input batch."""
+    sized = replace(case, row=replace(case.row, batch=batch))
+    images = batch * 3 * case.row.image**2 * 4
+
+    def measured() -> int:
+        return br.memory.measure_step(sized.build, repeats=1, what=("peak",)).total_bytes + images
+
+    return _kept(folder / f"{_name(case.row)}-{batch}-need.json", measured)
+
+
+def largest_whole(case: Case, budget: int, folder: Path) -> dict:
+    """The largest batch whose step fits ``budget`` bytes whole."""
+    print(f"  {case.row.backbone} {case.label}", flush=True)
+    needs: dict[int, float] = {batch: need_of(case, batch, folder) for batch in FIRST}
+    fits, over = search(needs, budget, lambda batch: need_of(case, batch, folder))
+    found = {"largest_batch": fits, "takes_MB": round(needs[fits] / 1e6, 1) if fits else None, "too_large": over}
+    return {"backbone": case.row.backbone, "row": case.label, "budget_MB": budget / 1e6, **found}
+
+
+def whole(options: argparse.Namespace, common: dict[str, str]) -> None:
+    """The rows that results/batches_whole.csv lacks."""
+    file, budget = options.results / "batches_whole.csv", int(options.budget * 2**30)
+    for case in [case for backbone in options.backbones for case in whole_rows(backbone)]:
+        known = pandas.read_csv(file) if file.exists() else pandas.DataFrame(columns=["backbone", "row"])
+        wanted = options.rows is None or case.label in options.rows
+        if wanted and not ((known["backbone"] == case.row.backbone) & (known["row"] == case.label)).any():
+            append_rows(file, [largest_whole(case, budget, options.folder)], common)
+    if file.exists():
+        print(pandas.read_csv(file)[["backbone", "row", "largest_batch", "takes_MB"]].to_markdown(index=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=["mobilenetv2", "resnet50"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--budget", type=float, default=2.0, help="GiB above what is resident")
+    parser.add_argument("--whole", action="store_true", help="the budget holds all of a step")
+    parser.add_argument("--rows", nargs="+", help="with --whole: labels")
     parser.add_argument("--folder", type=Path, default=Path("outputs/batches"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     common = circumstances(command_line())
+    if options.whole:
+        whole(options, common)
+        return
     rows = [row for backbone in options.backbones for row in rows_of(backbone)]
     points = []
     for row in rows:

@@ -28,6 +28,7 @@ for _ in range(2):
     x = torch.randn(3, 50)
     assert torch.equal(kernels.mask_encode(x, 0.0, 6.0), reference.encode(x, 0.0, 6.0))
 """
+COMPILER = "\nimport sys; print('numba.cpython.numbers' in sys.modules)"
 EVERY_FAMILY = """
 import torch
 from backrazor import kernels
@@ -60,12 +61,16 @@ def test_compiling_is_told_once_and_kept_for_other_processes(tmp_path: Path) -> 
     assert first.returncode == 0, first.stderr
     (line,) = first.stderr.splitlines()
     assert line.startswith("backrazor: compiling kernels for this processor, kept in") and str(tmp_path) in line
-    files = sorted((tmp_path / "kept").rglob("*.nb?"))
-    assert len(files) == 2 and all(f"bitmask_cpu_encode_worker_{F32}" in file.name for file in files)
-    changed = {file: file.stat().st_mtime_ns for file in files}
-    second = run(MASK, BACKRAZOR_CACHE_DIR=str(tmp_path / "kept"))
-    assert (second.returncode, second.stderr) == (0, "")
-    assert {file: file.stat().st_mtime_ns for file in files} == changed
+    (file,) = (file for file in (tmp_path / "kept").rglob("*") if file.is_file())
+    assert f"bitmask_cpu_encode_worker_{F32}" in file.name
+    changed, whole = file.stat().st_mtime_ns, file.read_bytes()
+    second = run(MASK + COMPILER, BACKRAZOR_CACHE_DIR=str(tmp_path / "kept"))
+    assert (second.returncode, second.stderr, second.stdout) == (0, "", "False\n"), "Numba's compiler did not start"
+    assert file.stat().st_mtime_ns == changed
+    file.write_bytes(whole[:-100])
+    third = run(MASK + COMPILER, BACKRAZOR_CACHE_DIR=str(tmp_path / "kept"))
+    assert third.returncode == 0 and third.stderr.startswith("backrazor: compiling") and third.stdout == "True\n"
+    assert len(file.read_bytes()) == len(whole), "what was damaged is replaced"
 
 
 def test_nothing_can_be_written_and_there_is_no_home(tmp_path: Path) -> None:
@@ -86,8 +91,7 @@ def test_a_home_that_nobody_knows_is_no_folder(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_machine_code_belongs_to_the_state_of_the_cpu_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba's own cache looks at one file only, and would run old code after an inlined part changed. The code of other
-    devices is no reason to compile anew."""
+    """A part that is inlined changes what is kept. The code of other devices is no reason to compile anew."""
     copy = tmp_path / "kernels"
     shutil.copytree(compiling.KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compiling, "KERNELS", copy)
@@ -101,10 +105,7 @@ def test_machine_code_belongs_to_the_state_of_the_cpu_sources(tmp_path: Path, mo
             file.write("# a comment\n")
         states.append(compiling.source_digest.__wrapped__())
     assert len(set(states)) == len(states)
-    cached = [
-        file.name for file in compiling.KERNELS.rglob("*.py") if re.search(r"cache=(True|keep)", file.read_text())
-    ]
-    assert cached == ["compiling.py"], "only compiling.py names what it keeps"
+    assert not [file for file in compiling.KERNELS.rglob("*.py") if "cache=True" in file.read_text()]
 
 
 def test_a_processor_without_float16_takes_the_reference_with_one_warning() -> None:
@@ -156,7 +157,7 @@ def test_every_kernel_compiles_for_other_processors(monkeypatch: pytest.MonkeyPa
     points = [point for point in warmup.entry_points() if not point[2] or point[2][0] == F16]
     assert len({point[0] for point in points}) == 12
     for worker, block, settings in points:
-        code = compiling.compiled(worker, block, settings, False)._library.get_llvm_str()
+        _, code = compiling.compiled(worker, block, settings)
         code = re.sub(r'"(?:target-cpu|target-features|tune-cpu)"="[^"]*"', "", code)
         for name, machine in machines.items():
             module = binding.parse_assembly(code)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,15 +19,15 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def batches() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
+def batches() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))  # a fresh process gets it, too
     try:
         spec = importlib.util.spec_from_file_location("batches", BENCHMARKS / "batches.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        yield module
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return module
 
 
 def points(slopes: dict[str, float], start: float = 3.0) -> pandas.DataFrame:
@@ -77,3 +79,11 @@ def test_a_point_is_measured_once(batches: ModuleType, tmp_path: Path) -> None:
     assert batches._kept(file, lambda: 5) == 5
     assert batches._kept(file, lambda: 6) == 5
     assert json.loads(file.read_text())["commit"]
+
+
+def test_a_step_is_counted_whole(batches: ModuleType, tmp_path: Path) -> None:
+    cases = {case.label: replace(case, row=replace(case.row, image=32)) for case in batches.whole_rows("resnet18")}
+    assert list(cases)[2:] == [f"compact {sparsity}, released" for sparsity in (0.9, 0.97, 0.99)]
+    dense, compact = (batches.need_of(cases[name], 4, tmp_path) for name in ("dense", "compact 0.97, released"))
+    trained = sum(p.nbytes for p in cases["dense"].build().model.parameters() if p.requires_grad)
+    assert dense > 3 * trained > compact > 2 * trained, "weights, gradients and momentum; weights and momentum"

@@ -46,6 +46,28 @@ def test_table_holds_ratios_to_dense(measured: tuple[list, Path]) -> None:
     assert compact["forward_s"] > 0 and compact["backward_s"] > 0
 
 
+def test_table_holds_the_four_parts_and_their_sum(measured: tuple[list, Path], tmp_path: Path) -> None:
+    rows, folder = measured
+    table = measure.table_of(rows, folder)
+    dense, compact = table
+    model = rows[0].build().model
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) / 1e6
+    for line in table:
+        assert line["weights_MB"] == pytest.approx(br.memory.weight_bytes(model) / 1e6, abs=0.06)
+        assert line["gradients_MB"] == line["optimizer_MB"] == pytest.approx(trained, abs=0.06)
+        parts = (line[f"{name}_MB"] for name in ("weights", "gradients", "optimizer", "peak"))
+        assert line["total_MB"] == pytest.approx(sum(parts), abs=0.21)
+        assert line["above_bare_MB"] > line["weights_MB"]
+    assert dense["total_ratio"] == 1
+    assert compact["total_ratio"] == pytest.approx(dense["total_MB"] / compact["total_MB"], abs=0.01)
+    results = tmp_path / "steps.csv"
+    measure.write(table, results, "python scripts/benchmark.py")
+    assert all(name in results.with_suffix(".md").read_text() for name in measure.WHOLE)
+    older = [{name: None if name in measure.WHOLE else value for name, value in line.items()} for line in table]
+    measure.write(older, tmp_path / "older.csv", "python scripts/benchmark.py")
+    assert not any(name in (tmp_path / "older.md").read_text() for name in measure.WHOLE)
+
+
 def test_what_is_measured_is_not_measured_again(measured: tuple[list, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("measured again")

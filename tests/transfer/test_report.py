@@ -73,6 +73,27 @@ def test_figures_and_circumstances_are_those_of_the_records(outputs: Path, tmp_p
     assert "test_efficientnet on digits" in words and "not measured" in words
 
 
+def test_a_measured_run_has_a_second_table_and_the_figure_of_its_parts(outputs: Path, tmp_path: Path) -> None:
+    title = "What a step holds: weights, gradients, optimizer state and peak"
+    assert title not in page_of(outputs, tmp_path / "unmeasured.html")
+    for number, path in enumerate(find_records(outputs)):
+        record = read_record(path)
+        sizes = {
+            "weight_bytes": 11e6,
+            "gradient_bytes": 12e6,
+            "optimizer_bytes": 13e6,
+            "peak_bytes": (14 + number) * 1e6,
+        }
+        record["memory"] |= {**sizes, "total_bytes": sum(sizes.values())}
+        (tmp_path / "runs" / str(number)).mkdir(parents=True)
+        write_record(tmp_path / "runs" / str(number) / "record.json", record)
+    page = Page(page_of(tmp_path / "runs", tmp_path / "report.html"))
+    words = " ".join(word.strip() for word in page.words if word.strip())
+    assert title in words and "A step holds, MB" in words
+    for shown in ("11.0", "12.0", "13.0", "14.0", "15.0", "50.0", "51.0"):
+        assert shown in words, shown
+
+
 def test_markup_in_a_record_stays_text(outputs: Path, tmp_path: Path) -> None:
     record = read_record(find_records(outputs)[0])
     record["circumstances"]["cpu"] = "<script>alert(1)</script>"

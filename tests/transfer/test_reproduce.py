@@ -171,7 +171,15 @@ def test_published_stands_beside_measured_and_a_cell_not_run_says_so(tmp_path: P
     for seed, accuracy in enumerate((90.0, 92.0)):
         path = tmp_path / str(seed) / "record.json"
         path.parent.mkdir()
-        path.write_text(json.dumps(record_of(run, accuracy, seed, 2e6 if seed == 0 else None)))
+        record = record_of(run, accuracy, seed, 2e6 if seed == 0 else None)
+        if seed == 0:
+            record["memory"] |= {
+                "weight_bytes": 3e6,
+                "gradient_bytes": 4e6,
+                "optimizer_bytes": 5e6,
+                "total_bytes": 14e6,
+            }
+        path.write_text(json.dumps(record))
     runs = load_runs(tmp_path)
     table = cells(runs, chosen)
     full = table.set_index("experiment").loc["table1/pets_full"]
@@ -181,7 +189,9 @@ def test_published_stands_beside_measured_and_a_cell_not_run_says_so(tmp_path: P
     assert text.loc["full, dense", "pets, %"] == "91.00 ± 1.41" and text.loc["full, dense", "cars, %"] == "not run"
     assert text.loc["full, dense", "pets published, %"] == "93.0"
     assert text.loc["full, Back Razor", "pets published, %"] == "not published"
-    assert text.loc["head alone", "measured peak, MB"] == "not run"
+    held = ("weights", "gradients", "optimizer state", "measured peak", "in all")
+    assert [text.loc["full, dense", f"{name}, MB"] for name in held] == ["3.0", "4.0", "5.0", "2.0", "14.0"]
+    assert [text.loc["head alone", f"{name}, MB"] for name in held] == ["not run"] * 5
     latex = to_latex(pivot(table), "a caption of 50%")
     assert r"\toprule" in latex and r"91.00 $\pm$ 1.41" in latex and r"50\%" in latex
 

@@ -61,10 +61,13 @@ def test_memory_and_final_metrics_are_those_of_the_record(run: Path, events: Eve
     for tag, value in {
         "memory/saved_bytes": record["memory"]["saved_bytes"],
         "memory/predicted_peak_bytes": record["memory"]["predicted_peak_bytes"],
+        "memory/weight_bytes": record["memory"]["weight_bytes"],
+        "memory/gradient_bytes": record["memory"]["gradient_bytes"],
+        "memory/optimizer_bytes": record["memory"]["optimizer_bytes"],
         "final/test_top1": record["test"]["top1"],
     }.items():
         (point,) = events.Scalars(tag)
-        assert point.value == pytest.approx(value, rel=1e-6)
+        assert point.value == pytest.approx(value, rel=1e-6) and value > 0
     assert any(tag.startswith("_hparams_") for tag in events.summary_metadata)
 
 

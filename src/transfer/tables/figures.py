@@ -114,14 +114,14 @@ def memory_by_part(rows: Mapping[str, Mapping[str, float]], path: Path, title: s
     if not rows:
         return None
     table = pd.DataFrame(rows).T[list(PART_COLUMNS)].rename(columns=PART_COLUMNS).iloc[::-1]
-    figure, axes = plt.subplots(figsize=(7.2, 1.4 + 0.4 * len(table)), layout="constrained")
-    table.plot.barh(stacked=True, ax=axes, width=0.7, title=title or None)
+    figure, axes = plt.subplots(figsize=(7.2, 1.6 + 0.4 * len(table)), layout="constrained")
+    table.plot.barh(stacked=True, ax=axes, width=0.7, title=title or None, legend=False)
     for place, total in enumerate(table.sum(axis=1)):
         axes.text(total, place, f" {total:.0f} MB", va="center", fontsize="small")
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)
     axes.set_xlabel("held by a training step, MB")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=len(PART_COLUMNS))
     return _save(figure, path)
 
 

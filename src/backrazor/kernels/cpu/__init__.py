@@ -8,7 +8,8 @@ is that of the bit pattern without its sign: for finite numbers the order of |x|
 NaN above infinity.
 
 arguments  what a kernel is told: structs with named fields
-compiling  from a worker to machine code, kept on disk
+compiling  from a worker to machine code
+objects    machine code on disk, and its way into a process
 target     whether the kernels can run in this process
 launch     running a kernel on PyTorch's threads
 vectors    what intrinsics are written with

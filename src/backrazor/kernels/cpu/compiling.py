@@ -1,8 +1,8 @@
 """From a worker to machine code: one entry point for each worker, argument block and choice of settings.
 
 Settings (the kind of element, the width of a code) are numbers that are constant in an entry point, so LLVM prunes what
-they rule out, and one source serves all. Numba keeps the code on disk, in ``cache_folder()``; its name there holds the
-state of all CPU sources, since Numba itself looks at one file alone and not at what is inlined.
+they rule out, and one source serves all. The code is kept on disk (``objects``), in ``cache_folder()``; its name there
+holds the state of all CPU sources and the processor that it is made for.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import sys
 import tempfile
 import threading
 import types as python_types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numba
-from numba.core import config, types
+from numba.core import types
 from numba.extending import intrinsic
 
+from . import objects
 from .arguments import Arguments
+from .target import target
 
 EntryPoint = tuple[Callable[..., None], type[Arguments], tuple[int, ...]]  # what ``entry_point`` takes
 KERNELS = Path(__file__).resolve().parents[1]
@@ -69,9 +71,10 @@ def source_digest() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
-def _state_folder() -> Path:
-    """Of these sources and this Numba, so that neither finds, or overwrites, what another has left."""
-    return cache_folder() / f"cpu-{source_digest()}-numba-{numba.__version__}"
+def _file(name: str) -> Path:
+    """Of these sources, this Numba and this processor, so that none finds, or overwrites, what another has left."""
+    processor = hashlib.sha256(repr(target()).encode()).hexdigest()[:12]
+    return cache_folder() / f"cpu-{source_digest()}-numba-{numba.__version__}" / f"{name}-{processor}.code"
 
 
 @intrinsic
@@ -90,34 +93,33 @@ def _template(pointer):
     WORKER(_pointee(pointer), *SETTINGS)  # noqa: F821 (globals of each entry point)
 
 
-@contextmanager
-def _kept_in(folder: Path) -> Iterator[None]:
-    """Numba's setting for all of a process, put back at once."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(folder)
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
+def _name(worker: Callable[..., None], settings: tuple[int, ...]) -> str:
+    """Of an entry point: families call their workers alike."""
+    return "_".join(map(str, (*worker.__module__.split("."), worker.__name__, *settings)))
 
 
-def compiled(worker, block: type[Arguments], settings: tuple[int, ...], keep: bool):
-    """Numba's C function of one pointer to a ``block``, which runs ``worker(arguments, *settings)``; ``keep``: on
-    disk."""
-    # no closure: Numba's cache would tell two processes' closures apart
+def compiled(worker: Callable[..., None], block: type[Arguments], settings: tuple[int, ...]) -> tuple[str, str]:
+    """The name of a C function of one pointer to a ``block``, which runs ``worker(arguments, *settings)``, and its
+    optimised LLVM code."""
     own = {"WORKER": worker, "SETTINGS": settings, "_pointee": _pointee, "__name__": __name__}
     function = python_types.FunctionType(_template.__code__, own, worker.__name__)
-    # names the file and the symbol: families call their workers alike
-    function.__qualname__ = "_".join(map(str, (*worker.__module__.split("."), worker.__name__, *settings)))
+    function.__qualname__ = _name(worker, settings)
     signature = types.void(types.CPointer(block.record))
-    with _lock, _kept_in(_state_folder()):
-        return numba.cfunc(signature, cache=keep, error_model="numpy")(function)
+    made = numba.cfunc(signature, error_model="numpy")(function)
+    return made.native_name, made.inspect_llvm()
 
 
 @cache
-def entry_point(worker, block: type[Arguments], settings: tuple[int, ...]) -> int:
+def entry_point(worker: Callable[..., None], block: type[Arguments], settings: tuple[int, ...]) -> int:
     """The address of that function; compiled, or loaded from disk, at first use."""
-    try:
-        return compiled(worker, block, settings, is_writable(cache_folder())).address
-    except OSError:  # a disk that is full, say
-        return compiled(worker, block, settings, False).address
+    keep = is_writable(cache_folder())
+    file = _file(_name(worker, settings))
+    with _lock:
+        kept = objects.read(file) if keep else None
+        if kept is None:
+            name, code = compiled(worker, block, settings)
+            kept = name, objects.object_of(code)
+            if keep:
+                with suppress(OSError):  # a disk that is full, say
+                    objects.write(file, *kept)
+        return objects.load(*kept)

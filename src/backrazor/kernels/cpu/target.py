@@ -32,20 +32,41 @@ def missing_helpers(machine) -> list[str]:
     return sorted(set(_HELPERS.findall(machine.emit_assembly(module))))
 
 
+def target() -> tuple[str, str, str]:
+    """Triple, processor and features that machine code is made for: this processor's, or what Numba is told."""
+    from llvmlite import binding
+    from numba.core import codegen, config
+
+    name = config.CPU_NAME or binding.get_host_cpu_name()
+    features = config.CPU_FEATURES
+    return binding.get_default_triple(), name, codegen.get_host_cpu_features() if features is None else features
+
+
+def target_machine():
+    """A new LLVM target machine for code that runs in this process, as Numba makes it: on x86 without relocation."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    triple, name, features = target()
+    relocation = "static" if triple.startswith(("x86", "i386", "i686")) else "default"
+    return binding.Target.from_triple(triple).create_target_machine(
+        cpu=name, features=features, opt=3, reloc=relocation, codemodel="jitdefault", jit=True
+    )
+
+
 @cache
 def shortcoming() -> str | None:
     """What keeps the CPU kernels from running here, in words, or None."""
     try:
         import numba
         from llvmlite import binding
-        from numba.core.registry import cpu_target
     except ImportError as error:
         return f"Numba does not start ({error})"
     if binding.llvm_version_info[0] < LEAST_LLVM:
         return f"Numba {numba.__version__} brings LLVM {binding.llvm_version_info[0]}: install numba>=0.62"
     if sys.byteorder != "little":
         return "the processor is big-endian"
-    machine = cpu_target.target_context.codegen()._tm
-    if missing := missing_helpers(machine):
+    if missing := missing_helpers(target_machine()):
         return f"the processor has no instructions for float16 ({', '.join(missing)}; on x86 they are called F16C)"
     return None
