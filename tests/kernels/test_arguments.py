@@ -17,6 +17,9 @@ from backrazor.kernels.cpu import compiling
 from backrazor.kernels.cpu.arguments import Arguments, arguments, struct
 from backrazor.kernels.derivative import cpu as derivative
 from backrazor.kernels.derivative import reference as derivative_reference
+from backrazor.kernels.guess import cpu as guess
+from backrazor.kernels.guess import reference as guess_reference
+from backrazor.kernels.guess.layout import allocate as allocate_guesses
 from backrazor.kernels.product import cpu as product
 from backrazor.kernels.product import reference as product_reference
 from backrazor.kernels.rowquant import cpu as rowquant
@@ -46,7 +49,22 @@ def _topk() -> list[tuple[str, Tensor, Tensor]]:
     topk.unpack(stored, 300, "tile", out)
     *wanted, _ = topk_reference.pack(X, 30, "int8", "tile")
     found = list(zip(stored._fields, stored, wanted, strict=True))
-    return [*found, ("x_hat", out, topk_reference.unpack(*wanted, 300, "tile", torch.float32))]
+    return [*found, ("x_hat", out, topk_reference.unpack(*wanted, 300, "tile", torch.float32)), *_guess()]
+
+
+def _guess() -> list[tuple[str, Tensor, Tensor]]:
+    """Its kernels are topk's, told of guesses."""
+    flag, stored = torch.zeros(1, dtype=torch.int32), allocate(3, 300, 30, torch.int8, "tile", X.device)
+    guesses = allocate_guesses(3, 10, False, 0.0, 1.5, X.device)
+    guess.pack(X, 30, "tile", stored, flag, guesses)
+    out = torch.empty(3, 300)
+    guess.unpack(stored, 300, "tile", out, guesses)
+    means = topk_reference.decode_values(guesses.codes, guesses.scales, 10, torch.float32)
+    *wanted, _ = topk_reference.pack(guess_reference.without(X, means, False, 0.0, 1.5), 30, "int8", "tile")
+    x_hat = topk_reference.unpack(*wanted, 300, "tile", torch.float32)
+    guess_reference.add_(x_hat, means, None, False)
+    found = list(zip(stored._fields, stored, wanted, strict=True))
+    return [*found, ("x_hat with guesses", out, x_hat)]
 
 
 def _bitmask() -> list[tuple[str, Tensor, Tensor]]:
@@ -112,7 +130,7 @@ def test_fields_in_another_order_change_nothing(family, monkeypatch: pytest.Monk
 
 
 def test_every_family_with_a_cpu_version_is_here() -> None:
-    folders = {file.parent.name for file in compiling.KERNELS.glob("*/cpu.py")}
+    folders = {file.parent.name for file in compiling.KERNELS.glob("*/cpu.py")} - {"guess"}  # topk's
     assert folders == {module.__name__.split(".")[-2] for module in FAMILIES}
 
 
