@@ -222,10 +222,10 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor, gu
     if guesses is not None:
         check_positions(n, "a sample")
         _average(x, guesses, flag)
-    if keep == n and index_kind == "none" and guesses is not None:  # nobody's default: as the reference does it
-        guess = decode_values(guesses.codes, guesses.scales, guesses.codes.shape[1], torch.float32)
-        x = guess_reference.without(x, guess, guesses.features, guesses.low, guesses.high)
     if keep == n and index_kind == "none":
+        if guesses is not None:  # nobody's default: as the reference does it
+            guess = decode_values(guesses.codes, guesses.scales, guesses.codes.shape[1], torch.float32)
+            x = guess_reference.without(x, guess, guesses.features, guesses.low, guesses.high)
         if integers:
             _quantise(x, stored, flag)
         else:
