@@ -58,11 +58,11 @@ class RazorConfig:
 
     sparsity: float = 0.9
     head_sparsity: float | None = None
-    values: str = "int8"
+    values: str = "int4"
     index: str = "auto"
-    fill: str = "zero"
+    fill: str = "known"
     norm: str = "int4"
-    activation: str = "int2"
+    activation: str = "auto"
     attention: str = "int4"
     rest: str = "int8"
 
@@ -99,7 +99,7 @@ class RazorConfig:
     @classmethod
     def int8(cls, sparsity: float = 0.0, **changes: Any) -> RazorConfig:
         """Nothing pruned, everything at 8 bits: the idea of Mesa (Pan et al., https://arxiv.org/abs/2111.11124)."""
-        preset = cls(sparsity=sparsity, values="int8", index="auto", norm="int8", activation="int8", attention="int8")
+        preset = cls(sparsity=sparsity, values="int8", fill="zero", norm="int8", activation="int8", attention="int8")
         return replace(preset, **changes)
 
     def describe(self) -> str:
