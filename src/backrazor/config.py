@@ -33,14 +33,16 @@ class RazorConfig:
         values: how kept values are stored: "float32" (lossless in any input type), "float16", "bfloat16", "int8" or
             "int4" (with one bfloat16 scale per 256 values), or "paper" (convolutions float32, Linear and attention
             float16, the Linear head of a network with convolutions int8). A 16-bit input keeps its own type under
-            every 16- or 32-bit choice.
+            every 16- or 32-bit choice. Under "int4" the inputs that are kept whole at the ends of a network (image
+            and classifier) and on maps of fewer than four positions take 8 bits.
         index: how positions are stored: "bitmap" (one bit per element), "tile" (8-bit offsets in tiles of 256 elements
             and one count per tile) or "auto", the smaller of the two for each layer.
         fill: what backward reads for a dropped element. "zero" is the paper's rule. "mean" is the mean of its channel,
             or of its feature over the tokens, and what is kept is the largest of what differs from it; inputs of
             convolutions that come from no activation are kept whole instead, as averages of blocks in 4 bits, and so
             is a convolutional network's classifier, in 8 bits. "known" is "mean", but zero where the bit that a ReLU
-            keeps anyway says so, wherever the product with it costs little.
+            keeps anyway says so, wherever the product with it costs little. Under both, the projection behind a
+            quantised attention reads its input from the codes of q, k and v where tokens are few.
         norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned",
             "bfloat16", or the normalised input in "int8" or "int4" with one float16 scale per row.
         activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the

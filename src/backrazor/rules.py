@@ -59,13 +59,15 @@ class Surroundings:
     ends: frozenset[str]
     windowed: frozenset[int]
     is_cnn: bool
+    attends: bool
 
     @classmethod
     def of(cls, model: nn.Module) -> Surroundings:
         """Looks at the whole model."""
         ends = transformer_ends(model)
         has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
-        return cls(head_name(model), ends, _windowed(model), has_convolution and not ends)
+        attends = bool(ends) or any(_is_attention(type(module)) for module in model.modules())
+        return cls(head_name(model), ends, _windowed(model), has_convolution and not ends, attends)
 
 
 def checked(config: Configs | None) -> Configs:
@@ -199,7 +201,9 @@ def _refusal(
 def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings: Surroundings) -> LayerRules:
     """The configuration resolved for one layer."""
     is_head = name == surroundings.head
-    sparsity = 0.0 if name in surroundings.ends else config.sparsity
+    # Most of the gradient, in few bytes (docs/gradients.md): a CNN's classifier reads one vector per image.
+    whole = name in surroundings.ends or (is_head and surroundings.is_cnn and config.fill != "zero")
+    sparsity = 0.0 if whole else config.sparsity
     if is_head and config.head_sparsity is not None:
         sparsity = config.head_sparsity
     values = config.values
@@ -209,15 +213,13 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
             values = "float32"
         elif is_head and surroundings.is_cnn:
             values = "int8"
-    if is_head and surroundings.is_cnn and config.fill != "zero" and config.head_sparsity is None:
-        sparsity, values = 0.0, "int8"  # a vector per image, and most of the gradient (docs/gradients.md)
-    elif name in surroundings.ends and values == "int4":
+    if whole and values == "int4":
         values = "int8"
     pruned = Pruned(sparsity, values, config.index, config.fill)
     norm_values = "float32" if config.values == "paper" else values
     norm = NormCodec(config.norm, replace(pruned, values=norm_values))
     # Elsewhere no residual stream passes by the activations, and the error of their derivatives multiplies with depth.
-    auto = config.activation == "auto" and not surroundings.ends
+    auto = config.activation == "auto" and not surroundings.attends
     activation = "int4" if auto else config.activation
     return LayerRules(pruned, norm, activation, AttentionCodec(config.attention, pruned))
 

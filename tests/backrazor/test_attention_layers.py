@@ -194,7 +194,7 @@ def minus_infinity(mask: Tensor) -> Tensor:
 def test_multihead_self_attention_packs_its_input_once(batch_first: bool) -> None:
     plain = nn.MultiheadAttention(32, 4, batch_first=batch_first, dropout=0.2)
     x = torch.randn(3, 6, 32, requires_grad=True)
-    ours = razored(plain, br.RazorConfig(0.9, values="float32", index="bitmap"))
+    ours = razored(plain, br.RazorConfig(0.9, values="float32", fill="zero", index="bitmap"))
     with br.memory.ledger(ours) as book:
         out = mha(ours, (x,) * 3, need_weights=False)
     packed = {(row.module, row.role): row.bytes for row in book.rows}
@@ -437,7 +437,20 @@ def test_a_transformer_keeps_both_ends_whole() -> None:
     ids=["a layer", "an encoder", "a convolutional network"],
 )
 def test_what_has_no_ends_is_pruned_throughout(model: nn.Module) -> None:
-    br.razor_(model, br.RazorConfig(0.9))
+    br.razor_(model, br.RazorConfig(0.9, fill="zero"))
     pruned = [module.razor.pruned.sparsity for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     assert pruned == [0.9] * len(pruned)
     assert pruned
+
+
+def test_the_classifier_of_a_convolutional_network_is_kept_whole_where_the_dropped_are_guessed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    for fields, sparsity, values in (
+        ({}, 0.0, "int8"),
+        ({"values": "float32"}, 0.0, "float32"),
+        ({"fill": "zero"}, 0.9, "int4"),
+        ({"head_sparsity": 0.5}, 0.5, "int8"),
+    ):
+        br.razor_(model, br.RazorConfig(0.9, **fields))
+        assert (model[2].razor.pruned.sparsity, model[2].razor.pruned.values) == (sparsity, values)
+        assert model[0].razor.pruned.sparsity == 0.9

@@ -99,7 +99,7 @@ def test_pruning_changes_what_backward_sees() -> None:
     """The limit is a limit: at sparsity 0.9 gradients do differ."""
     plain, x = mlp(), torch.randn(6, 20)
     ours = copy.deepcopy(plain)
-    br.razor_(ours, br.RazorConfig(0.9, values="float32", norm="dense", activation="dense"))
+    br.razor_(ours, br.RazorConfig(0.9, values="float32", fill="zero", norm="dense", activation="dense"))
     for model in (plain, ours):
         model(x).square().sum().backward()
     assert relative_rms(ours[0].weight.grad, plain[0].weight.grad) > 1e-2

@@ -25,7 +25,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 def test_rows_are_what_the_codec_keeps() -> None:
     model, x = network(), torch.randn(4, 3, 8, 8)
-    br.razor_(model, br.RazorConfig(0.9, values="float32"))
+    br.razor_(model, br.RazorConfig(0.9, values="float32", fill="zero"))
     inputs = []
     model[-1].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].detach()))
     with br.kept_energy(model) as energy:
@@ -54,7 +54,7 @@ def test_the_step_is_the_same_with_and_without(config: br.RazorConfig) -> None:
 def test_several_forwards_count_together_and_frozen_or_gradless_ones_not_at_all() -> None:
     model, x = network(), torch.randn(6, 3, 8, 8)
     model.eval()
-    br.razor_(model, br.RazorConfig(0.9, values="float32"))
+    br.razor_(model, br.RazorConfig(0.9, values="float32", fill="zero"))
     with br.kept_energy(model) as whole:
         model(x)
     with br.kept_energy(model) as parts:

@@ -14,7 +14,7 @@ from backrazor.functional import common
 from tests.backrazor.compare import assert_close, assert_same_bits
 from tests.backrazor.networks import convnet, freeze_norms
 
-CONFIG = br.RazorConfig(0.8, values="float32", norm="int8", activation="int8")
+CONFIG = br.RazorConfig(0.8, values="float32", fill="zero", norm="int8", activation="int8")
 
 
 def timm_model(name: str) -> Callable[[], nn.Module]:

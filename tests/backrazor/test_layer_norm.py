@@ -47,7 +47,7 @@ def spread(layer: nn.Module) -> nn.Module:
 
 def razored(layer: nn.Module, **fields: object) -> nn.Module:
     copied = copy.deepcopy(layer)
-    br.razor_(copied, br.RazorConfig(**({"sparsity": 0.8, "values": "float32"} | fields)))
+    br.razor_(copied, br.RazorConfig(**({"sparsity": 0.8, "values": "float32", "fill": "zero"} | fields)))
     return copied
 
 
@@ -203,7 +203,7 @@ def test_a_block_that_scales_its_branch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(br.DROP_INS, f"{__name__}.Branch", "scaled.scaled_block()")
     plain, x = Branch(24), torch.randn(3, 8, 24)
     ours = copy.deepcopy(plain)
-    report = br.razor_(ours, br.RazorConfig(0.8, values="float32"))
+    report = br.razor_(ours, br.RazorConfig(0.8, values="float32", fill="zero"))
     assert "what gamma scales" in report.replaced[0].keeps
     with br.memory.ledger(ours) as book:
         out = ours(x)

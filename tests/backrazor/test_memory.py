@@ -64,7 +64,7 @@ def test_roles_and_modules() -> None:
     model = freeze_norms(convnet())
     br.razor_(
         model,
-        br.RazorConfig(0.5, values="int8", index="tile", activation="int4"),
+        br.RazorConfig(0.5, values="int8", index="tile", fill="zero", activation="int4"),
         filter_fn=lambda name, _: name != "12",
     )
     rows = {(row.module, row.role): row for row in saved(model, torch.randn(4, 3, 12, 12)).rows}
@@ -278,7 +278,7 @@ def test_a_ledger_that_has_nothing_to_say_does_not_warn() -> None:
 def test_the_process_grows_by_what_the_ledger_says(razored: bool) -> None:
     """Nothing hides: resident memory after forward, in a fresh process, within 10%."""
     grown, total = in_fresh_process(growth_and_ledger, razored, stable_malloc=True)
-    assert total > 50e6
+    assert total > 30e6
     assert grown == pytest.approx(total, rel=0.1)
 
 

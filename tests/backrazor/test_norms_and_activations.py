@@ -39,7 +39,7 @@ def batch_norm(shape: tuple[int, ...], training: bool) -> nn.Module:
 
 def razored(layer: nn.Module, **fields: object) -> nn.Module:
     copied = copy.deepcopy(layer)
-    br.razor_(copied, br.RazorConfig(**({"sparsity": 0.8, "values": "float32"} | fields)))
+    br.razor_(copied, br.RazorConfig(**({"sparsity": 0.8, "values": "float32", "fill": "zero"} | fields)))
     return copied
 
 
@@ -227,7 +227,7 @@ def test_conv_norm_act_as_one(settings: dict, chunk_bytes: int, end: str, monkey
         conv, norm = nn.Conv2d(4, 6, 3, **settings), batch_norm((1, 6, 1, 1), False).requires_grad_(False)
         plain = nn.Sequential(conv, norm, *([] if activation is None else [activation])).to(dtype)
         ours = copy.deepcopy(plain)
-        assert br.razor_(ours, br.RazorConfig(0.7, values="float32", activation="int4")).fused == 1
+        assert br.razor_(ours, br.RazorConfig(0.7, values="float32", fill="zero", activation="int4")).fused == 1
         x = torch.randn(5, 4, 9, 8).to(dtype).requires_grad_()
         out = ours(x)
         assert_same_bits("forward", out, plain(x))

@@ -146,7 +146,7 @@ def test_mask_and_scale_at_once_have_the_gradients_of_one_after_the_other(
 
     def results(dtype: torch.dtype) -> dict[str, Tensor | None]:
         model, leaf = copy.deepcopy(plain).to(dtype), x.to(dtype, copy=True).requires_grad_()
-        assert br.razor_(model, br.RazorConfig(0.5, values="float32")).fused
+        assert br.razor_(model, br.RazorConfig(0.5, values="float32", fill="zero")).fused
         out = model(leaf)
         out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype))
         return {"output": out, "input": leaf.grad} | {key: p.grad for key, p in model.named_parameters()}

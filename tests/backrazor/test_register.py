@@ -75,7 +75,7 @@ def network() -> nn.Sequential:
 def test_a_registered_layer_is_converted_and_turned_back(registered: Registration) -> None:
     plain, x = network(), torch.randn(6, 16)
     ours = copy.deepcopy(plain)
-    report = br.razor_(ours, br.RazorConfig(0.75, values="float32"))
+    report = br.razor_(ours, br.RazorConfig(0.75, values="float32", fill="zero"))
     assert (report.replaced[0].original, report.replaced[0].replacement) == ("Scaled", "RazorScaled")
     assert type(ours[0]) is RazorScaled and list(ours.state_dict()) == list(plain.state_dict())
     with br.memory.ledger(ours) as book:

@@ -9,7 +9,14 @@ from .products import ConvProduct, LinearProduct, Window
 from .pruned import Pruned, PrunedForm, kept_count, pack
 from .roles import mark, role_of
 from .rows import Rows
-from .shared import activation_of, hand_on_activation, pack_shared, remember_activation, remember_source
+from .shared import (
+    activation_of,
+    hand_on_activation,
+    pack_shared,
+    remember_activation,
+    remember_attended,
+    remember_source,
+)
 
 __all__ = [
     "CHANNELS",
@@ -40,6 +47,7 @@ __all__ = [
     "pack_shared",
     "packed_of",
     "remember_activation",
+    "remember_attended",
     "remember_source",
     "role_of",
     "save",

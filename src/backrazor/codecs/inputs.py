@@ -2,6 +2,7 @@
 
     input                                                        form
     of a norm that keeps codes                                   read from those codes, no bytes (``shared``)
+    of an attention that keeps codes of q, k and v               worked out from those codes, no bytes (``shared``)
     an activation's output, a map (B, C, *)                      differences from the channel's mean, pruned
         the same, where the product with it is cheap             ... and zero where the activation's bit says so
     tokens (B, *, I)                                             differences from the feature's mean over tokens, pruned
@@ -86,7 +87,8 @@ def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None
         return pack(x, codec, flag)
     positions = math.prod(x.shape[1:-1] if use.features else x.shape[2:])
     if positions < FEWEST_POSITIONS or not x.numel():
-        return pack(x, codec if use.features else replace(codec, sparsity=0.0, values="int8"), flag)
+        values = "int8" if codec.values == "int4" else codec.values
+        return pack(x, codec if use.features else replace(codec, sparsity=0.0, values=values), flag)
     if use.features:
         return Guessed(codec, True).pack(x, flag)
     if activation is None and x.dim() == 4:

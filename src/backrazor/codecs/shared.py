@@ -1,4 +1,5 @@
-"""Inputs that several layers consume, inputs that a norm before has kept already, and inputs that an activation made.
+"""Inputs that several layers consume, inputs that a norm or an attention before has kept already, and inputs that an
+activation made.
 
 All are told by the tensor itself: what is known of it lies beside the tensor object, in a dictionary with weak keys,
 and counts while its version is the same. What several layers share is held weakly, so that its memory belongs to the
@@ -19,6 +20,7 @@ from .pruned import Pruned
 
 _SOURCES = WeakTensorKeyDictionary()  # a norm's output -> its version, what the norm keeps
 _ACTIVATED = WeakTensorKeyDictionary()  # an activation's output -> its version, what is known of it
+_ATTENDED = WeakTensorKeyDictionary()  # an attention's output -> its version, what the attention keeps
 _PACKED = WeakTensorKeyDictionary()  # an input -> codec and version, weak references to what was packed, its form
 
 
@@ -32,6 +34,23 @@ def source_of(x: Tensor) -> Packed | None:
     """What the norm that x comes from keeps of it, or None."""
     version, packed = _SOURCES.get(x, (None, None))
     return packed if version == x._version else None
+
+
+def remember_attended(x: Tensor, packed: Packed) -> None:
+    """Note that the tokens (B, N, H e) which are a view of x (B, H, N, e), an attention's output, can be read from what
+    the attention keeps."""
+    if not torch.compiler.is_compiling() and not x.is_inference():
+        _ATTENDED[x] = x._version, packed
+
+
+def _attended_of(x: Tensor) -> Packed | None:
+    """What the attention keeps whose output x (B, ..., I) is a view of, all of it and in the order of its tokens."""
+    if x._base is None or not x.is_contiguous():
+        return None
+    version, packed = _ATTENDED.get(x._base, (None, None))
+    if version != x._version or packed.form.shape != tuple(x.shape):
+        return None
+    return packed
 
 
 def remember_activation(x: Tensor, codes: Packed | None = None) -> None:
@@ -78,7 +97,10 @@ def pack_shared(x: Tensor, codec: Pruned, use: Use, flag: Tensor, given: Tensor 
     if torch.compiler.is_compiling():
         return pack_input(x, codec, use, Activation(None), flag)
     choice = codec, use
-    packed = source_of(x) or _packed_before(x, choice)
+    packed = source_of(x)
+    if packed is None and codec.fill != "zero" and codec.sparsity > 0:
+        packed = _attended_of(x)
+    packed = packed or _packed_before(x, choice)
     if packed is None:
         activation = None if codec.fill == "zero" else activation_of(given)  # which then decides nothing
         packed = pack_input(x, codec, use, activation, flag)

@@ -11,7 +11,7 @@ mean is not kept at all: it adds the same number to every score of a query, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from ..codecs import (
     mark,
     pack,
     pack_derivative,
+    remember_attended,
     role_of,
     save_outputs,
     times,
@@ -37,7 +38,8 @@ from ..codecs.derivative import DerivativeForm
 from ..codecs.roles import DENSE
 from ..config import bits_of
 from ..kernels import fused_softmax, softmax_backward
-from .attention_pieces import Piece, Sums, per_head, pieces
+from .attended import attended, by_tokens
+from .attention_pieces import Piece, Sums, per_head, pieces, scores_of
 from .common import autocast_dtype, needs_grad, not_a_view, sample_chunks
 from .transforms import RazorFunction, differentiable_once
 
@@ -90,7 +92,11 @@ def attention(
     keeps = needs_grad(q, k, v, mask)
     scaled = _Scale(scale, scales_scores)
     fused = fused if dropout_p == 0 and codec.rule != "pruned" else None
-    out, *_ = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
+    out, *kept = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
+    if kept and mask is None and not is_causal and dropout_p == 0 and codec.rule != "pruned" and by_tokens(out):
+        source = attended(_parts(kept, _forms(q, k, v, codec)), *scaled)
+        if source is not None:
+            remember_attended(out, source)
     return out
 
 
@@ -111,10 +117,7 @@ def _of_samples(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_causal: bool, first: int = 0) -> Tensor:
-    if scale.of_scores:
-        scores = (q @ k.transpose(-2, -1)).mul_(scale.factor)
-    else:
-        scores = (q * scale.factor) @ k.transpose(-2, -1)
+    scores = scores_of(q, k, *scale)
     addend = _addend(mask, is_causal, scores, first)
     return (scores if addend is None else scores + addend).softmax(dim=-1)
 
@@ -138,7 +141,8 @@ class _Attention(RazorFunction):
         if fused is not None:
             out = not_a_view(fused(q, k, v))
             return (out, *_kept(q, k, v, [], codec, flag)) if keeps else (out,)
-        out = q.new_empty(batch, heads, queries, v.shape[3])
+        # token by token, as PyTorch's fused kernels lay it out: the tokens behind it are a view
+        out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
         noise = None
         if dropout_p > 0:  # drawn in one call, as the unfused formula draws it
             noise = F.dropout(q.new_ones(batch, heads, queries, keys), dropout_p, True)
@@ -152,6 +156,7 @@ class _Attention(RazorFunction):
             if noise is not None:
                 p = p * noise[start:stop]
             out[start:stop] = p @ part_v
+        out = not_a_view(out)
         if not keeps:
             return (out,)
         dropped = () if noise is None else pack_derivative(noise, Bits()).tensors
@@ -167,8 +172,7 @@ class _Attention(RazorFunction):
         forms = _forms(q, k, v, ctx.codec)
         if ctx.dropout_p > 0:
             forms = [DerivativeForm((*q.shape[:3], k.shape[2]), Bits()), *forms]
-        tensors = iter(kept)
-        parts = [Packed(tuple(islice(tensors, form.count)), form) for form in forms]
+        parts = _parts(kept, forms)
         mask = None if mask is None else mark(mask, DENSE, "attention mask")
         save_outputs(ctx, kept, mask, *parts)
 
@@ -247,6 +251,12 @@ def _forms(q: Tensor, k: Tensor, v: Tensor, codec: AttentionCodec) -> list[Form]
         return [rows.form(x) for rows, x in zip(codec.rows, (q, k, v), strict=True)]
     probabilities = q.new_empty(()).expand(*q.shape[:3], k.shape[2])
     return [codec.pruned.form(x) for x in (q, k, v, probabilities)]
+
+
+def _parts(tensors: Iterable[Tensor], forms: Iterable[Form]) -> list[Packed]:
+    """The tensors of each form, in order."""
+    tensors = iter(tensors)
+    return [Packed(tuple(islice(tensors, form.count)), form) for form in forms]
 
 
 def _join(pieces: tuple[Tensor, ...]) -> Tensor:

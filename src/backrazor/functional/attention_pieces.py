@@ -18,6 +18,13 @@ def per_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def scores_of(q: Tensor, k: Tensor, factor: float, of_scores: bool) -> Tensor:
+    """factor q k^T of q (b, H, N, d) and k (b, H, M, d). ``of_scores``: the product is multiplied, rather than q."""
+    if of_scores:
+        return (q @ k.transpose(-2, -1)).mul_(factor)
+    return (q * factor) @ k.transpose(-2, -1)
+
+
 def _per_group(grad: Tensor, groups: int) -> Tensor:
     """The gradient of ``per_head``'s input from that of its output."""
     return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)

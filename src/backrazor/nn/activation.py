@@ -94,6 +94,11 @@ class RazorSmooth(_RazorActivation):
     def _function(self) -> str:
         """Its name in ``functional.ACTIVATIONS``."""
 
+    @property
+    def stored_as(self) -> str:
+        """The word of the activation rule that holds for its function."""
+        return smooth_word(self._function, self.razor.activation)
+
     # The forward of the layer, where it computes the function by a formula of its own.
     _dense: Callable[[Tensor], Tensor] | None = None
 

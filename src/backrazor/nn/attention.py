@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
+from ..codecs import smooth_word
 from ..functional.rest import exactly
 from ..functional.transforms import refuse_tracing
 from .base import DropIn, LayerRules, MadeDropIn, made
@@ -232,6 +233,11 @@ class RazorTransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
     @classmethod
     def rules_used(cls, module: nn.TransformerEncoderLayer) -> tuple[str, ...]:
         return ("activation",) if module.activation is F.gelu else ()
+
+    @property
+    def stored_as(self) -> str:
+        """The word of the activation rule that holds for GELU."""
+        return smooth_word("gelu", self.razor.activation)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         x = self.linear1(x)
