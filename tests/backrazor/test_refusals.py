@@ -136,7 +136,7 @@ CONFIGS = {
 }
 
 # A razored layer may refuse a call by the same type of exception only; these say more than the dense layer does.
-OWN_WORDS = {"activation='int2' has no float64 form", "activation='int8' has no float64 form"}
+OWN_WORDS = {f"activation='{word}' has no float64 form" for word in ("auto", "int8", "int4", "int2")}
 
 
 def test_every_drop_in_has_a_row() -> None:
