@@ -240,7 +240,8 @@ def _table2(data: str, row: Row) -> Recipe:
     settings["optim"] |= {"head_lr_multiplier": recipe.head_lr_multiplier, "warmup_steps": 500, "grad_clip": 1.0}
     if smoke:
         # No package ships weights of a vision transformer: a small one from random weights walks the same road.
-        settings["model"] = {"name": "vit_tiny_patch16_224.augreg_in21k", "pretrained": False, "drop_rate": 0.1}
+        settings["model"] = {"name": "vit_tiny_patch16_224.augreg_in21k", "pretrained": False}
+        settings["model"] |= {"pos_drop_rate": 0.1, "mlp_drop_rate": 0.1}
         settings["optim"] |= {"warmup_steps": 5}
         settings["data"] |= {"image_size": 128, **SMOKE_SPLITS}
         settings["trainer"] |= {"batch_size": 8, "measure": {"repeats": 1, "steps": 2}}

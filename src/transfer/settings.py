@@ -6,80 +6,15 @@ a test compares it with the files in ``configs/``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transfer.conflicts import check_conflicts
 from transfer.errors import UserError
+from transfer.keys import Key
 
 MIN_IMAGE_SIZE = 32  # every backbone here reduces its input by 32
 MOST_IMAGES = 10**6  # in one batch; more is a slip of the keyboard
-
-
-@dataclass(frozen=True)
-class Key:
-    """One configuration key.
-
-    Args:
-        path: dotted name, as written on the command line.
-        kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
-        help: meaning and unit.
-        choices: the allowed strings; empty for any.
-        low, high: allowed range of a number; ``open_low``/``open_high`` leave the end itself out.
-        optional: whether ``null`` is allowed.
-    """
-
-    path: str
-    kind: type
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False
-    optional: bool = False
-
-    @property
-    def allowed(self) -> str:
-        """What the key takes, in words."""
-        if self.choices:
-            text = "|".join(self.choices)
-        elif self.kind is bool:
-            text = "true|false"
-        elif self.kind is str:
-            text = "a text"
-        else:
-            text = "a whole number" if self.kind is int else "a number"
-            if self.low is not None and self.high is not None:
-                text += (
-                    f" in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
-                )
-            elif self.low is not None:
-                text += f" {'above' if self.open_low else 'from'} {self.low:g}"
-        return text + (" or null" if self.optional else "")
-
-    def check(self, value: Any) -> None:
-        """Raise ``UserError`` where ``value`` is not allowed."""
-        if not self._accepts(value):
-            shown = "null" if value is None else value
-            raise UserError.value(self.path, shown, f"{self.allowed} ({self.help})")
-
-    def _accepts(self, value: Any) -> bool:
-        if value is None:
-            return self.optional
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not self.kind:
-            return False
-        if self.choices:
-            return value in self.choices
-        if self.kind not in (int, float):
-            return True
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
-        return math.isfinite(value) and above and below
 
 
 RAZOR_PRESETS = ("none", "paper", "compact", "int8")
@@ -94,6 +29,10 @@ KEYS: tuple[Key, ...] = (
         "model.weights", str, "weights file; null looks in the package, paths.pretrain, the hub's cache", optional=True
     ),
     Key("model.drop_rate", float, "dropout before the head, probability", low=0, high=1, open_high=True),
+    Key(
+        "model.pos_drop_rate", float, "dropout after a transformer's position embedding", low=0, high=1, open_high=True
+    ),
+    Key("model.mlp_drop_rate", float, "dropout, twice in each transformer MLP", low=0, high=1, open_high=True),
     Key("model.head_init", str, "start of the new head: as torch.nn.Linear, or zero", ("linear", "zero")),
     Key("data.name", str, "data set"),
     Key("data.root", str, "folder that holds the images; null is paths.data/<name>", optional=True),

@@ -39,7 +39,7 @@ ONE_STEP = (
 
 TRANSFORMERS = ("vit_b16", "timm")
 # In their place: the same modules at 0.3 M parameters. One row steps ViT-B/16 itself.
-SMALL_VIT = ("model=timm", "model.name=test_vit.r160_in1k")
+SMALL_VIT = ("model=timm", "model.name=test_vit.r160_in1k", "model.pos_drop_rate=0.1", "model.mlp_drop_rate=0.1")
 STEPS_VIT_B16 = "paper"
 
 
