@@ -249,6 +249,7 @@ def _table2(data: str, row: Row) -> Recipe:
         settings["data"] |= {"train_transform": "resize_crop", "crop_scale_min": 0.08, "flip": True}
     else:
         settings["data"] |= {"train_transform": "random_crop", "crop_scale_min": 0.05, "flip": False}
+        settings["data"] |= {"eval_transform": "squash"}
     if row.name == "full_micro":
         settings["trainer"]["micro_batch"] = 1 if smoke else MICRO_BATCH[recipe.sparsity]
     if row.takes_sparsity:

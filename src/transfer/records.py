@@ -36,6 +36,8 @@ NOT_HASHED = (
 HASHED_UNLESS = {
     "model.pos_drop_rate": 0.0,
     "model.mlp_drop_rate": 0.0,
+    "data.eval_transform": None,
+    "data.interpolation": "bicubic",
     "trainer.nonfinite": "stop",
     "trainer.channels_last": False,
     "trainer.compile": False,

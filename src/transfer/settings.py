@@ -50,6 +50,14 @@ KEYS: tuple[Key, ...] = (
     Key(
         "data.train_transform", str, "how a training image is brought to size", ("plain", "random_crop", "resize_crop")
     ),
+    Key(
+        "data.eval_transform",
+        str,
+        "how an image is brought to size in evaluation; null follows data.train_transform",
+        ("squash", "center_crop", "squash_crop"),
+        optional=True,
+    ),
+    Key("data.interpolation", str, "between pixels, in crops and resizes", ("bilinear", "bicubic")),
     Key("data.crop_scale_min", float, "smallest area of random_crop, share of the image", low=0, high=1, open_low=True),
     Key("data.flip", bool, "mirror half of the training images"),
     Key("data.color_jitter", float, "brightness, contrast and saturation jitter, share", low=0, high=1),
