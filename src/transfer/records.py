@@ -37,6 +37,8 @@ HASHED_UNLESS = {
     "model.pos_drop_rate": 0.0,
     "model.mlp_drop_rate": 0.0,
     "data.eval_transform": None,
+    "data.official_test": "test",
+    "data.val_file": None,
     "data.interpolation": "bicubic",
     "trainer.nonfinite": "stop",
     "trainer.channels_last": False,

@@ -44,9 +44,11 @@ KEYS: tuple[Key, ...] = (
     Key(
         "data.protocol",
         str,
-        "validation: select on held-out images; official: select on test",
+        "validation: the best epoch on held-out images; official: the last weights, all training images train",
         ("validation", "official"),
     ),
+    Key("data.official_test", str, "what protocol=official reports on: test, or validation images", ("test", "val")),
+    Key("data.val_file", str, "text file of validation images, a name per line; null draws them", optional=True),
     Key(
         "data.train_transform", str, "how a training image is brought to size", ("plain", "random_crop", "resize_crop")
     ),

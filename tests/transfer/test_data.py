@@ -61,10 +61,13 @@ def test_digits_are_upsampled_cached_and_made_scarcer_by_the_settings() -> None:
     assert all(data.train.source.images[i].tobytes() in source for i in range(len(data.train)))
 
 
-def test_official_protocol_selects_on_test_and_says_so() -> None:
+def test_official_protocol_trains_on_all_and_selects_nothing() -> None:
     data = digits("data.protocol=official")
     assert len(data.train) == 898 + 180 and len(data.val) == len(data.test) == 719
-    assert "selected on test" in data.note
+    assert "nothing is selected" in data.note and "every other image trains" in data.note
+    data = digits("data.protocol=official", "data.official_test=val")
+    assert len(data.train) == 898 and len(data.val) == len(data.test) == 180
+    assert "test is not used" in data.note
 
 
 def test_one_tree_is_split_reproducibly_whatever_the_order_on_disk(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch:
     columns = ("epoch", "step", "train_loss", "val_top1")
     read = [[[row[column] for column in columns] for row in metrics(f)] for f in (whole_folder, folder)]
     assert read[0] == read[1]
+
+
+def test_the_official_protocol_reports_the_last_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs whose accuracy is told to fall tell the last weights from the best."""
+    caplog.set_level("INFO", logger="transfer")
+    score, told = loop.Trainer._score, itertools.count()
+    monkeypatch.setattr(loop.Trainer, "_score", lambda *given: replace(score(*given), top1=90.0 - next(told)))
+    settings = ("trainer.epochs=3", "data.protocol=official")
+    record, folder = run(tmp_path, *settings)
+    assert record["best_epoch"] == 3 and "epoch 3 is the last" in caplog.text
+    assert same(weights(folder), weights(folder, "best"))
+    record, folder = run(tmp_path, "trainer.epochs=3")
+    assert record["best_epoch"] == 1 and "epoch 1 selected on validation" in caplog.text
+    assert not same(weights(folder), weights(folder, "best"))
 
 
 def test_a_finished_run_is_returned_and_never_starts_it_over(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def note(runs: pd.DataFrame) -> str:
         )
         text += f". Models: {', '.join(sorted(set(runs['model'])))}."
         if runs["protocol"].eq("official").any():
-            text += " data.protocol=official: the epoch was selected on the test split."
+            text += " data.protocol=official: all training images train, the last weights are reported."
     return text
 
 

@@ -146,7 +146,8 @@ class Trainer:
             LOGGER.warning("saved by %d processes, now %d: dropout starts anew", len(state["random"]), self.world.size)
 
     def fit(self, monitor: Monitor) -> Fitted:
-        """Train to the end, then score the best epoch's weights on validation and test.
+        """Train to the end, then score the best epoch's weights on validation and test: under the official protocol
+        the last epoch's.
 
         Raises:
             FloatingPointError: loss, gradient or a kept activation is not finite; nothing of that step reaches the
@@ -266,8 +267,12 @@ class Trainer:
             return evaluate(self.network, loader, self.device, self.settings["precision"], self.world, check)
 
     def _keep_if_best(self, scores: Scores) -> None:
-        """Keep the weights where validation accuracy is the highest so far; a tie goes to the lower loss."""
-        if (scores.top1, -scores.loss) > (self.best["top1"], -self.best["loss"]):
+        """Keep the weights where validation accuracy is the highest so far; a tie goes to the lower loss. Under the
+        official protocol nothing is selected: the last weights stay."""
+        if self.config["data"]["protocol"] == "official" or (scores.top1, -scores.loss) > (
+            self.best["top1"],
+            -self.best["loss"],
+        ):
             self.best = {**asdict(scores), "epoch": self.epoch, "step": self.step}
             if self.world.main:
                 self.checkpoints.save_best(self.step, self.network.model.state_dict())

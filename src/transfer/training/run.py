@@ -112,10 +112,11 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
                 write_record(folder / "record.json", record)
             monitor.finish(config, _final_metrics(record))
             LOGGER.info(
-                "test accuracy %.2f%% (top-5 %.2f%%), epoch %d selected on validation; record in %s",
+                "test accuracy %.2f%% (top-5 %.2f%%), epoch %d %s; record in %s",
                 fitted.test.top1,
                 fitted.test.top5,
                 fitted.best_epoch,
+                "is the last" if config["data"]["protocol"] == "official" else "selected on validation",
                 folder,
             )
     except OSError as error:
