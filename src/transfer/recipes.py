@@ -10,7 +10,7 @@ what was published.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 DATA = ("flowers", "cars", "cub200", "food101", "pets", "aircraft", "cifar10", "cifar100")
@@ -188,6 +188,18 @@ def recipes(table: str) -> list[Recipe]:
         return [_digits(row) for row in DIGITS_ROWS]
     make, rows = {"table1": (_table1, TABLE1_ROWS), "table2": (_table2, TABLE2_ROWS)}[table]
     return [make(data, row) for data in (*DATA, SMOKE_DATA) for row in rows]
+
+
+def pairs() -> list[Recipe]:
+    """Return the recipe of each backbone and data set, ``<model>/<data>``: what the row that prunes sets, but for the
+    method and the preset."""
+    found = []
+    for model, table in (("proxylessnas", "table1"), ("vit_b16", "table2")):
+        for recipe in recipes(table):
+            if recipe.data != SMOKE_DATA and recipe.row.takes_sparsity and recipe.groups["razor"] == "compact":
+                name, groups = f"{model}/{recipe.data}", {"optim": recipe.groups["optim"]}
+                found.append(replace(recipe, name=name, groups=groups))
+    return found
 
 
 def _digits(row: Row) -> Recipe:
