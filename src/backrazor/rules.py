@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .codecs import NormCodec, Pruned
 from .config import RazorConfig
@@ -215,7 +216,8 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
         values = "int8"
     pruned = Pruned(sparsity, values, config.index, config.fill)
     norm_values = "float32" if config.values == "paper" else values
-    norm = NormCodec(config.norm, replace(pruned, values=norm_values))
+    on_batches = config.batch_norm is not None and isinstance(module, _BatchNorm)
+    norm = NormCodec(config.batch_norm if on_batches else config.norm, replace(pruned, values=norm_values))
     # Elsewhere no residual stream passes by the activations, and the error of their derivatives multiplies with depth.
     auto = config.activation == "auto" and not surroundings.ends
     activation = "int4" if auto else config.activation

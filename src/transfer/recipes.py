@@ -219,12 +219,13 @@ def _table1(data: str, row: Row) -> Recipe:
     recipe = TABLE1[data]
     smoke = data == SMOKE_DATA
     settings: dict[str, Any] = {
+        "model": {"head_init": "uniform"},
         "method": {"frozen_bits": 8},
         "data": {"image_size": 64, **SMOKE_SPLITS}
         if smoke
         else {"image_size": 224, "train_transform": "random_crop", "crop_scale_min": 0.22, "flip": True},
         "optim": {"lr": recipe.lr, "weight_decay": 0.0, "label_smoothing": recipe.label_smoothing},
-        "trainer": {"epochs": 50, "batch_size": 8, "eval_batch_size": 100},
+        "trainer": {"epochs": 50, "batch_size": 8, "drop_last": False, "eval_batch_size": 100},
     }
     if smoke:
         settings["trainer"] |= {
@@ -247,7 +248,7 @@ def _table2(data: str, row: Row) -> Recipe:
     settings: dict[str, Any] = {
         "data": {"image_size": 224},
         "optim": {"lr": recipe.lr, "weight_decay": 0.0, "momentum": 0.9, "label_smoothing": 0.0},
-        "trainer": {"steps": recipe.steps, "batch_size": 128},
+        "trainer": {"steps": recipe.steps, "batch_size": 128, "drop_last": False},
     }
     settings["optim"] |= {"head_lr_multiplier": recipe.head_lr_multiplier, "warmup_steps": 500, "grad_clip": 1.0}
     if smoke:

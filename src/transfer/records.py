@@ -39,6 +39,8 @@ HASHED_UNLESS = {
     "data.eval_transform": None,
     "data.official_test": "test",
     "data.val_file": None,
+    "razor.batch_norm": None,
+    "trainer.drop_last": True,
     "data.interpolation": "bicubic",
     "trainer.nonfinite": "stop",
     "trainer.channels_last": False,

@@ -33,7 +33,12 @@ KEYS: tuple[Key, ...] = (
         "model.pos_drop_rate", float, "dropout after a transformer's position embedding", low=0, high=1, open_high=True
     ),
     Key("model.mlp_drop_rate", float, "dropout, twice in each transformer MLP", low=0, high=1, open_high=True),
-    Key("model.head_init", str, "start of the new head: as torch.nn.Linear, or zero", ("linear", "zero")),
+    Key(
+        "model.head_init",
+        str,
+        "start of the new head: as torch.nn.Linear, zero, or uniform: weights as linear, biases zero",
+        ("linear", "zero", "uniform"),
+    ),
     Key("data.name", str, "data set"),
     Key("data.root", str, "folder that holds the images; null is paths.data/<name>", optional=True),
     Key("data.image_size", int, "side of the square input, pixels", low=MIN_IMAGE_SIZE, high=1024),
@@ -99,6 +104,13 @@ KEYS: tuple[Key, ...] = (
         optional=True,
     ),
     Key(
+        "razor.batch_norm",
+        str,
+        "how batch norm on batch statistics keeps its input; null is the preset's",
+        ("dense", "pruned", "bfloat16", "int8", "int4"),
+        optional=True,
+    ),
+    Key(
         "razor.activation",
         str,
         "how smooth activations keep their derivative; null is the preset's",
@@ -159,6 +171,7 @@ KEYS: tuple[Key, ...] = (
     Key("trainer.epochs", int, "passes over the training split", low=1, high=10**6),
     Key("trainer.steps", int, "optimizer steps; overrides trainer.epochs", low=1, high=10**9, optional=True),
     Key("trainer.batch_size", int, "images per optimizer step, over all processes", low=1, high=MOST_IMAGES),
+    Key("trainer.drop_last", bool, "leave images that do not fill the epoch's last batch out of it"),
     Key(
         "trainer.micro_batch",
         int,

@@ -55,6 +55,20 @@ def test_a_size_that_a_network_cannot_be_built_for_is_named_with_its_own() -> No
         build_backbone({**SMALL, "name": "twins_pcpvt_small"}, 5, "pretrain", 100)
 
 
+@pytest.mark.parametrize("how", ["linear", "uniform", "zero"])
+def test_the_head_starts_as_asked(how: str) -> None:
+    torch.manual_seed(0)
+    model = build_backbone({**SMALL, "head_init": how}, 50, "pretrain").model
+    weight, bound = model.classifier.weight.detach(), model.classifier.in_features**-0.5
+    if how == "zero":
+        assert not weight.any()
+    else:
+        assert 0.9 * bound < weight.abs().max() <= bound * 1.0001 and float(weight.std()) == pytest.approx(
+            bound / 3**0.5, rel=0.05
+        )
+    assert bool(model.classifier.bias.any()) == (how == "linear")
+
+
 @pytest.mark.parametrize("section", ["model=vit_b16", "experiment=table2/digits_paper90"])
 def test_the_paper_s_transformer_drops_after_the_position_and_twice_in_each_mlp_only(section: str) -> None:
     config = {**compose_plain(section)["model"], "name": "test_vit", "pretrained": False}

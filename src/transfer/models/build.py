@@ -87,9 +87,10 @@ def _start_head(head: nn.Module, how: str) -> None:
     """
     for module in head.modules():
         if isinstance(module, nn.Linear):
-            module.reset_parameters()
+            module.reset_parameters()  # both uniform in +-1/sqrt(in_features)
             if how == "zero":
                 nn.init.zeros_(module.weight)
+            if how != "linear":
                 nn.init.zeros_(module.bias)
 
 
