@@ -216,8 +216,8 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
         values = "int8"
     pruned = Pruned(sparsity, values, config.index, config.fill)
     norm_values = "float32" if config.values == "paper" else values
-    on_batches = config.batch_norm is not None and isinstance(module, _BatchNorm)
-    norm = NormCodec(config.batch_norm if on_batches else config.norm, replace(pruned, values=norm_values))
+    of_norm = (config.batch_norm if isinstance(module, _BatchNorm) else None) or config.norm
+    norm = NormCodec(of_norm, replace(pruned, values=norm_values))
     # Elsewhere no residual stream passes by the activations, and the error of their derivatives multiplies with depth.
     auto = config.activation == "auto" and not surroundings.ends
     activation = "int4" if auto else config.activation

@@ -7,7 +7,7 @@ To add one: give it a row here and a file in ``configs/model/``. A network that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from transfer.models.proxylessnas import load_published_weights, proxylessnas
+from transfer.models.tinytl import load_released_weights, tinytl_network
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _attention_without_dropout(model: nn.Module) -> None:
 def proxylessnas_spec() -> BackboneSpec:
     """ProxylessNAS-Mobile by ``ofa``, which timm does not have, with its authors' weights."""
     return BackboneSpec(
-        build=_proxylessnas,
+        build=_convolutional(proxylessnas),
         weights_file="proxyless_mobile.pth",
         url="https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/proxyless_mobile.pth",
         mean=IMAGENET_DEFAULT_MEAN,
@@ -123,10 +124,24 @@ def proxylessnas_spec() -> BackboneSpec:
     )
 
 
-def _proxylessnas(num_classes: int, drop_rates: DropRates, image_size: int | None) -> nn.Module:
-    if drop_rates.position or drop_rates.mlp:
-        raise ValueError("it is no transformer: it has no position embedding and no MLP")
-    return proxylessnas(num_classes, dropout=drop_rates.head)
+def tinytl_spec() -> BackboneSpec:
+    """ProxylessNAS-Mobile with TinyTL's branches, group norm and standardised weights, with its authors' weights."""
+    return replace(
+        proxylessnas_spec(),
+        build=_convolutional(tinytl_network),
+        weights_file="proxylessnas_mobile+lite_residual@imagenet@ws+gn",
+        url="https://hanlab18.mit.edu/projects/tinyml/tinyTL/files/proxylessnas_mobile+lite_residual@imagenet@ws+gn",
+        load=load_released_weights,
+    )
+
+
+def _convolutional(build: Callable[..., nn.Module]) -> Callable[[int, DropRates, int | None], nn.Module]:
+    def checked(num_classes: int, drop_rates: DropRates, image_size: int | None) -> nn.Module:
+        if drop_rates.position or drop_rates.mlp:
+            raise ValueError("it is no transformer: it has no position embedding and no MLP")
+        return build(num_classes, dropout=drop_rates.head)
+
+    return checked
 
 
 def _released(name: str) -> BackboneSpec:
@@ -149,6 +164,7 @@ BACKBONES: dict[str, Callable[[], BackboneSpec]] = {
     "proxylessnas": proxylessnas_spec,
     "resnet18": lambda: _released("resnet18.tv_in1k"),
     "resnet50": lambda: _released("resnet50.tv_in1k"),
+    "tinytl": tinytl_spec,
     "vit_b16": lambda: timm_spec(
         "vit_base_patch16_224.orig_in21k",
         weights_file="ViT-B_16.npz",
