@@ -33,6 +33,7 @@ def text(recipe: Recipe) -> str:
         "# @package _global_",
         f"# python train.py experiment={recipe.name}",
         f"# {recipe.row.label}; {figure}",
+        f"# settings: {recipe.origin}",
         "# written by scripts/write_recipes.py",
         "defaults:",
         *(f"  - override /{group}: {name}" for group, name in recipe.groups.items()),
@@ -47,7 +48,7 @@ def pair_text(recipe: Recipe) -> str:
     lines = [
         "# @package _global_",
         f"# python train.py model={model} data={data}",
-        f"# {recipe.row.label}",
+        f"# settings: {recipe.origin}",
         "# written by scripts/write_recipes.py",
         "defaults:",
         *(f"  - override /{group}: {name}" for group, name in recipe.groups.items()),

@@ -64,7 +64,8 @@ def one_of_each_row() -> list[str]:
     for name in train.group_options()["experiment"]:
         groups, trainer = read_experiment(name)
         kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer
-        network = groups["model"] if groups["razor"] != "none" else groups["model"] in TRANSFORMERS
+        alone = groups["razor"] != "none" or groups["model"] == "tinytl"
+        network = groups["model"] if alone else groups["model"] in TRANSFORMERS
         rows[network, groups["method"], groups["razor"], kind].append(name)
     used: Counter[str] = Counter()
     chosen = []

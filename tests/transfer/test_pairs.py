@@ -15,8 +15,8 @@ from transfer.commands import command_of
 from transfer.errors import UserError
 from transfer.help import help_text
 from transfer.pairs import recipe_of, with_recipe
-from transfer.recipes import DATA, TABLE1, TABLE2
 from transfer.records import config_hash
+from transfer.released import CNN, DATA, PROXYLESSNAS, TINYTL_COMMANDS, VIT
 
 USERS_OWN = ("model=vit_b16", "data=cifar100", "razor.sparsity=0.9")
 
@@ -43,13 +43,30 @@ def test_the_user_s_own_command_runs_the_paper_s_recipe(command: Callable, runs:
     assert (config["razor"]["name"], config["razor"]["sparsity"]) == ("compact", 0.9)
 
 
-def test_every_pair_is_what_the_table_s_row_sets(command: Callable, runs: list) -> None:
-    for model, table, row in (("proxylessnas", "table1", "razor90"), ("vit_b16", "table2", "compact")):
-        for data in DATA:
-            suffix = row if model == "proxylessnas" else f"{row}{round(100 * TABLE2[data].sparsity)}"
-            assert command(f"model={model}", f"data={data}")[0] == 0
-            assert runs[-1][2] == f"{model}/{data}"
-            assert config_hash(runs[-1][0]) == config_hash(compose_plain(f"experiment={table}/{data}_{suffix}"))
+def row_of(model: str, data: str) -> str:
+    """The experiment whose settings the pair's are."""
+    if model == "vit_b16":
+        return f"table2/{data}_compact{round(100 * VIT[data].sparsity)}"
+    row = {"proxylessnas": "razor90", "tinytl": "tinytl_lb"}.get(model, f"{model}_razor90")
+    return f"table1/{data}_{row}"
+
+
+@pytest.mark.parametrize("model", ["tinytl", "vit_b16", *CNN])
+def test_every_pair_is_what_the_table_s_row_sets(command: Callable, runs: list, model: str) -> None:
+    for data in CNN.get(model, DATA):
+        assert command(f"model={model}", f"data={data}")[0] == 0
+        assert runs[-1][2] == f"{model}/{data}"
+        assert config_hash(runs[-1][0]) == config_hash(compose_plain(f"experiment={row_of(model, data)}"))
+
+
+def test_tinytl_takes_its_own_commands(command: Callable, runs: list) -> None:
+    for data, (lr, smoothing) in TINYTL_COMMANDS.items():
+        assert command("model=tinytl", f"data={data}")[0] == 0
+        optim = runs[-1][0]["optim"]
+        assert (optim["name"], optim["lr"], optim["label_smoothing"]) == ("adam", lr, smoothing)
+        assert (runs[-1][0]["method"]["name"], runs[-1][0]["razor"]["name"]) == ("tinytl_lb", "none")
+    assert command("model=tinytl", "data=pets", "method=bias")[0] == 0
+    assert runs[-1][0]["method"]["name"] == "bias"
 
 
 def test_every_key_and_group_overrides_the_recipe(command: Callable, runs: list) -> None:
@@ -61,7 +78,7 @@ def test_every_key_and_group_overrides_the_recipe(command: Callable, runs: list)
     assert command("model=proxylessnas", "data=pets", "method=norm_last", "razor=int8")[0] == 0
     assert runs[-1][0]["method"] == {"name": "norm_last", "bn_affine": "train", "bn_stats": "batch", "frozen_bits": 8}
     assert command("model=vit_b16", "data=cars", "razor=paper")[0] == 0
-    assert runs[-1][0]["razor"]["sparsity"] == TABLE2["cars"].sparsity == 0.8
+    assert runs[-1][0]["razor"]["sparsity"] == VIT["cars"].sparsity == 0.8
     assert command("model=vit_b16", "data=cars", "optim=adamw", "optim.lr=1e-4")[0] == 0
     assert (runs[-1][0]["optim"]["name"], runs[-1][0]["optim"]["lr"]) == ("adamw", 1e-4)
 
@@ -90,7 +107,7 @@ def test_each_run_of_a_sweep_takes_its_own_recipe(command: Callable, runs: list)
     for model, data, recipe in found:
         assert recipe == (f"{model}/pets" if data == "pets" else None)
     lr = {recipe: config["optim"]["lr"] for config, _, recipe in runs}
-    assert lr["vit_b16/pets"] == 0.001 and lr["proxylessnas/pets"] == TABLE1["pets"].lr
+    assert lr["vit_b16/pets"] == 0.001 and lr["proxylessnas/pets"] == PROXYLESSNAS["pets"].lr
 
 
 def test_another_optimizer_needs_its_own_learning_rate(command: Callable, runs: list) -> None:
@@ -106,7 +123,8 @@ def test_another_optimizer_needs_its_own_learning_rate(command: Callable, runs: 
 def test_help_and_cfg_show_what_runs(command: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(train.group_options())
     assert "recipe=none takes the plain defaults" in text
-    assert any(line.strip().startswith("proxylessnas or vit_b16 on aircraft") for line in text.splitlines())
+    assert "  resnet18 on cifar10, cifar100" in text.splitlines()
+    assert any("tinytl or vit_b16 on aircraft, cars" in line for line in text.splitlines())
     for arguments in ((*USERS_OWN, "--cfg", "job"), ("--cfg", "job", *USERS_OWN)):
         assert command(*arguments)[0] == 0
     assert recipe_of(with_recipe(USERS_OWN, train.CONFIGS)) == "vit_b16/cifar100"
@@ -114,7 +132,7 @@ def test_help_and_cfg_show_what_runs(command: Callable, capsys: pytest.CaptureFi
 
 def test_the_memory_profile_is_of_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
     config = profile_memory.composed(("model=proxylessnas", "data=cars"))
-    assert config["method"]["bn_stats"] == TABLE1["cars"].bn_stats and config["method"]["frozen_bits"] == 8
+    assert config["method"]["bn_stats"] == PROXYLESSNAS["cars"].bn_stats and config["method"]["frozen_bits"] == 8
 
 
 @pytest.mark.parametrize(
