@@ -14,6 +14,8 @@ import yaml
 from transfer.errors import UserError
 
 NONE = "none"
+# Groups that a backbone's recipes choose, too. A recipe's file cannot: it lies below both, so that they win over it.
+TAKES = {"tinytl": {"method": "tinytl_lb", "razor": "none"}}
 
 
 def recipe_of(overrides: Sequence[str]) -> str | None:
@@ -47,7 +49,8 @@ def with_recipe(overrides: Sequence[str], configs: Path) -> list[str]:
     name = f"{model}/{data}"
     _check_optimizer(words, name, file)
     place = max(index for index, word in enumerate(words) if _group(word) == "model")
-    return [*words[: place + 1], f"recipe={name}", *words[place + 1 :]]
+    chosen = [f"{group}={option}" for group, option in TAKES.get(model, {}).items() if not _touched(words, group)]
+    return [*words[: place + 1], f"recipe={name}", *chosen, *words[place + 1 :]]
 
 
 def _check_optimizer(words: Sequence[str], name: str, file: Path) -> None:
@@ -63,6 +66,11 @@ def _check_optimizer(words: Sequence[str], name: str, file: Path) -> None:
 
 def _group(word: str) -> str:
     return word.partition("=")[0].lstrip("+")
+
+
+def _touched(words: Sequence[str], group: str) -> bool:
+    """Whether a word names ``group`` or a key of it."""
+    return any(_group(word).partition(".")[0] == group for word in words)
 
 
 def _named(words: Sequence[str], group: str) -> str | None:

@@ -158,16 +158,14 @@ def recipes(table: str) -> list[Recipe]:
 def pairs() -> list[Recipe]:
     """Return the recipe of each backbone and data set, ``<model>/<data>``.
 
-    It is what the row that prunes sets, but for the method and the preset; of ``tinytl``, TinyTL-L+B with both.
+    It is what the row that prunes sets, of ``tinytl`` that of TinyTL-L+B, but for the method and the preset.
     """
     found = []
     for recipe in (*recipes("table1"), *recipes("table2")):
         if recipe.data == SMOKE_DATA:
             continue
         model, groups = recipe.groups["model"], {"optim": recipe.groups["optim"]}
-        if recipe.row.name == "tinytl_lb":
-            groups |= {group: recipe.groups[group] for group in ("method", "razor")}
-        elif not recipe.row.takes_sparsity or recipe.groups["razor"] != "compact":
+        if recipe.row.name != "tinytl_lb" and not (recipe.row.takes_sparsity and recipe.groups["razor"] == "compact"):
             continue
         found.append(replace(recipe, name=f"{model}/{recipe.data}", groups=groups))
     return found
