@@ -14,10 +14,12 @@ def offered(group: str, names: Sequence[str], separator: str = ", ") -> str:
     """Return what ``group`` offers: the names, or of many that lie in sub-folders a count per folder."""
     if len(names) <= MOST_NAMES:
         return separator.join(names)
-    counts = Counter(name.partition("/")[0] for name in names if "/" in name)
-    plain = [name for name in names if "/" not in name]
-    tables = separator.join(plain + [f"{folder}/ ({count})" for folder, count in counts.items()])
-    return f"{tables}, such as {next(name for name in names if '/' in name)}; `ls configs/{group}/*` lists them"
+    example = next(name for name in names if "/" in name)
+    if group == "recipe":
+        return f"none{separator}a pair such as {example}; `ls configs/{group}/*` lists them"
+    counts = Counter(name.partition("/")[0] for name in names)
+    tables = separator.join(f"{folder}/ ({count})" for folder, count in counts.items())
+    return f"{tables}, such as {example}; `ls configs/{group}/*` lists them"
 
 
 def help_text(groups: Mapping[str, list[str]]) -> str:
