@@ -6,6 +6,7 @@ A recipe is a file configs/recipe/<model>/<data>.yaml. Every key and group on th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from transfer.errors import UserError
 
 NONE = "none"
+_NAME = re.compile(r"\w+")  # anything else is a list, or no file's name
 # Groups that a backbone's recipes choose, too. A recipe's file cannot: it lies below both, so that they win over it.
 TAKES = {"tinytl": {"method": "tinytl_lb", "razor": "none"}}
 
@@ -41,7 +43,7 @@ def with_recipe(overrides: Sequence[str], configs: Path) -> list[str]:
     model, data = _named(words, "model"), _named(words, "data")
     if model is None or data is None or _named(words, "recipe") is not None:
         return words
-    if _named(words, "experiment") not in (None, "null"):
+    if _named(words, "experiment") not in (None, "null") or not _NAME.fullmatch(model) or not _NAME.fullmatch(data):
         return words
     file = configs / "recipe" / model / f"{data}.yaml"
     if not file.is_file():

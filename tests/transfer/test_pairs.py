@@ -17,15 +17,21 @@ from transfer.help import help_text
 from transfer.pairs import recipe_of, with_recipe
 from transfer.records import config_hash
 from transfer.released import CNN, DATA, PROXYLESSNAS, TINYTL_COMMANDS, VIT
+from transfer.settings import validate
 
 USERS_OWN = ("model=vit_b16", "data=cifar100", "razor.sparsity=0.9")
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], str | None, str | None]]:
-    """What train.py hands to the training, in place of training."""
+    """What train.py hands to the training, checked as there, in place of training."""
     found: list[tuple[dict[str, Any], str | None, str | None]] = []
-    monkeypatch.setattr("transfer.training.run.execute", lambda *given: found.append(given))
+
+    def execute(config: dict[str, Any], experiment: str | None, recipe: str | None) -> None:
+        validate(config)
+        found.append((config, experiment, recipe))
+
+    monkeypatch.setattr("transfer.training.run.execute", execute)
     return found
 
 
@@ -98,6 +104,14 @@ def test_an_experiment_and_a_pair_without_a_recipe_stay_as_they_are(command: Cal
         assert runs[-1][2] is None and runs[-1][0] == compose_plain(*arguments)
     words = ["experiment=table2/cifar100_full", *USERS_OWN]
     assert with_recipe(words, train.CONFIGS) == words
+
+
+@pytest.mark.parametrize("model", ["../experiment", "a\0b", "", "[vit_b16]"])
+def test_what_is_no_name_finds_no_recipe(command: Callable, runs: list, model: str) -> None:
+    words = [f"model={model}", "data=cifar100"]
+    assert with_recipe(words, train.CONFIGS) == words
+    code, lines = command(*words)
+    assert len(lines) == (code != 0) and all(recipe is None for *_, recipe in runs)
 
 
 def test_each_run_of_a_sweep_takes_its_own_recipe(command: Callable, runs: list) -> None:
