@@ -143,7 +143,7 @@ def hydra_app(problems: list[Exception]) -> Callable[[], None]:
         apart = os.getpid() != process
         try:
             with console_log(f"[{HydraConfig.get().job.num}] ") if apart else contextlib.nullcontext():
-                run_composed(composed, list(HydraConfig.get().overrides.task))
+                run_composed(composed, OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
         except EXPECTED as error:
             if apart:
                 raise
