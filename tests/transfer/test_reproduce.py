@@ -19,11 +19,11 @@ from backrazor.memory.peak import WARM_UP_STEPS
 from scripts import reproduce, table3, write_recipes
 from transfer import reproduction
 from transfer.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
-from transfer.table3 import Cell
 from transfer.tables import cells, load_runs, pivot, to_latex
 from transfer.tables.collect import row_label
 from transfer.tables.figures import pareto_front
 from transfer.training.costs import StepFactory, step_shape
+from transfer.training.network import assemble
 
 TINY_RUN = (*(s for s in TINY if not s.startswith(("razor=", "model"))), "trainer.steps=1", "data.test_fraction=0.1")
 
@@ -80,12 +80,14 @@ def test_the_released_rows_of_flowers_and_resnet18_are_to_the_letter() -> None:
 def test_micro_batches_peak_where_compact_does() -> None:
     """``MICRO_BATCH`` is the largest dense micro-batch of ViT-B/16 that peaks no higher than compact's batch of 128."""
     shape = {"input_size": (3, 224, 224)}
-    dense = Cell("vit_b16", "dense", 0.0, 1, 224).network()
-    for sparsity, micro in MICRO_BATCH.items():
-        compact = Cell("vit_b16", "compact", sparsity, 1, 224).network()
+    for data, sparsity in (("flowers", 0.8), ("cifar100", 0.9)):
+        rows = ("full_micro", f"compact{round(100 * sparsity)}")
+        composed = [compose_plain(f"experiment=table2/{data}_{row}", "model.pretrained=false") for row in rows]
+        dense, compact = (assemble(config, 100).model for config in composed)
         budget = br.memory.predict(compact, batch_size=128, **shape).peak_bytes
+        micro = composed[0]["trainer"]["micro_batch"]
         peaks = [br.memory.predict(dense, batch_size=size, **shape).peak_bytes for size in (micro, micro + 1)]
-        assert peaks[0] <= budget < peaks[1], (sparsity, budget, peaks)
+        assert micro == MICRO_BATCH[sparsity] and peaks[0] <= budget < peaks[1], (sparsity, budget, peaks)
 
 
 def test_a_measured_step_in_micro_batches_has_the_gradients_of_the_whole() -> None:
