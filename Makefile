@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## Fine-tune a pretrained network on digits four ways, 
 	$(RUN) scripts/measure_runs.py $(DEMO)
 	$(RUN) scripts/make_tables.py $(DEMO) --expect demo
 
-reproduce-table1: $(VENV)/.installed ## ProxylessNAS, seven methods, eight data sets; PRESET=smoke, DRY=1, DATA=pets, SEEDS=0
+reproduce-table1: $(VENV)/.installed ## ProxylessNAS, eight methods, three more networks, eight data sets; PRESET=smoke, DRY=1, DATA=pets, SEEDS=0
 	$(RUN) scripts/reproduce.py table1 $(TABLE_OPTIONS)
 
 reproduce-table2: $(VENV)/.installed ## ViT-B/16, eight methods, eight data sets; PRESET=smoke, DRY=1, DATA=pets, SEEDS=0

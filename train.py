@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
+from hydra import compose
 from hydra._internal.utils import get_args_parser  # private, but the only way to have its complaint as one line
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
@@ -25,10 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from transfer.errors import Interrupted, RankLost, UserError, one_line
 from transfer.help import help_text, offered
+from transfer.pairs import recipe_of, with_recipe
 from transfer.settings import BY_PATH
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "experiment")
+GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "recipe", "experiment")
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")
 LOADING_FLAGS = ("--experimental-rerun", "--config-", "-cp", "-cn", "-cd")
 # Exit codes; a signal that a run was stopped by gives 128 + its number, as in a shell: 130 Ctrl-C, 143 SIGTERM.
@@ -96,8 +98,8 @@ def refused_sweep(arguments: list[str]) -> str | None:
     return None
 
 
-def run_composed(composed: DictConfig) -> None:
-    """Run the job that Hydra composed.
+def run_composed(composed: DictConfig, overrides: list[str]) -> None:
+    """Run the job that Hydra composed from ``overrides``.
 
     Raises:
         UserError: a setting or file is wrong.
@@ -107,13 +109,16 @@ def run_composed(composed: DictConfig) -> None:
     """
     from transfer.training.run import execute  # here, so that --help and a wrong command line answer at once
 
+    chosen = with_recipe(overrides, CONFIGS)
+    if chosen != overrides:  # a run of a sweep over models or data sets
+        composed = compose("train", overrides=chosen)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         meaning = BY_PATH[missing[0]].help if missing[0] in BY_PATH else "it has no default"
         raise UserError(f"{missing[0]} must be given ({meaning}): write {missing[0]}=...")
     take_submitit_rank()
     config = OmegaConf.to_container(composed, resolve=True)
-    execute(config, HydraConfig.get().runtime.choices.get("experiment"))
+    execute(config, HydraConfig.get().runtime.choices.get("experiment"), recipe_of(chosen))
 
 
 def take_submitit_rank() -> None:
@@ -138,7 +143,7 @@ def hydra_app(problems: list[Exception]) -> Callable[[], None]:
         apart = os.getpid() != process
         try:
             with console_log(f"[{HydraConfig.get().job.num}] ") if apart else contextlib.nullcontext():
-                run_composed(composed)
+                run_composed(composed, OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
         except EXPECTED as error:
             if apart:
                 raise
@@ -154,11 +159,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(help_text(group_options()))
         return 0
     problems: list[Exception] = []
-    with console_log(), hydra_environment(arguments):
+    try:
+        completed = with_recipe(arguments, CONFIGS)
+    except UserError as error:
+        completed, problems = arguments, [error]
+    with console_log(), hydra_environment(completed):
         refused = refused_flag(arguments) or refused_sweep(arguments)
         if refused:
             problems.append(UserError(f"{refused}; `python train.py --help` shows what there is"))
-        else:
+        elif not problems:
             try:
                 hydra_app(problems)()
             except (*EXPECTED, HydraException) as error:

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from transfer.errors import UserError, one_line, stop_with_reader
 from transfer.memory_profile import StepProfile, layer_table, need_table, parse_size
+from transfer.pairs import with_recipe
 from transfer.settings import MIN_IMAGE_SIZE, validate
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -63,7 +64,7 @@ def whole(own: dict[str, str], name: str, least: int, most: int) -> int:
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the configuration of ``overrides``, validated, as plain values; weights are random."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", overrides=["model.pretrained=false", *overrides])
+        config = compose("train", overrides=["model.pretrained=false", *with_recipe(overrides, CONFIGS)])
     missing = sorted(OmegaConf.missing_keys(config) - {"data.root"})
     if missing:
         raise UserError(f"{missing[0]} must be given: write {missing[0]}=...")

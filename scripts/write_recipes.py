@@ -1,6 +1,7 @@
-"""Write the experiment files of tables 1 and 2 and on digits from the one table of recipes in src/transfer/recipes.py.
+"""Write the experiment files of tables 1 and 2 and on digits, and the recipes of backbones and data sets, from the one
+table in src/transfer/recipes.py.
 
-python scripts/write_recipes.py            write configs/experiment/table1/, table2/ and digits/
+python scripts/write_recipes.py            write configs/experiment/table1/, table2/ and digits/, and configs/recipe/
 python scripts/write_recipes.py --check    say which files differ, and write nothing
 """
 
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from transfer.recipes import Recipe, recipes
+from transfer.recipes import Recipe, pairs, recipes
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+EXPERIMENTS = CONFIGS / "experiment"
 TABLES = ("table1", "table2", "digits")
 
 
@@ -31,6 +33,22 @@ def text(recipe: Recipe) -> str:
         "# @package _global_",
         f"# python train.py experiment={recipe.name}",
         f"# {recipe.row.label}; {figure}",
+        f"# settings: {recipe.origin}",
+        "# written by scripts/write_recipes.py",
+        "defaults:",
+        *(f"  - override /{group}: {name}" for group, name in recipe.groups.items()),
+        "",
+    ]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(dict(recipe.settings), sort_keys=False)
+
+
+def pair_text(recipe: Recipe) -> str:
+    """Return the content of the file of a backbone and a data set."""
+    model, data = recipe.name.split("/")
+    lines = [
+        "# @package _global_",
+        f"# python train.py model={model} data={data}",
+        f"# settings: {recipe.origin}",
         "# written by scripts/write_recipes.py",
         "defaults:",
         *(f"  - override /{group}: {name}" for group, name in recipe.groups.items()),
@@ -40,13 +58,15 @@ def text(recipe: Recipe) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Return path and content of every experiment file."""
-    return {EXPERIMENTS / f"{recipe.name}.yaml": text(recipe) for table in TABLES for recipe in recipes(table)}
+    """Return path and content of every file."""
+    experiments = {EXPERIMENTS / f"{recipe.name}.yaml": text(recipe) for table in TABLES for recipe in recipes(table)}
+    return experiments | {CONFIGS / "recipe" / f"{recipe.name}.yaml": pair_text(recipe) for recipe in pairs()}
 
 
 def differences(wanted: dict[Path, str]) -> list[Path]:
     """Return the files that are missing, hold something else, or should not be there."""
     there = {path for table in TABLES for path in (EXPERIMENTS / table).glob("*.yaml")}
+    there |= set((CONFIGS / "recipe").glob("*/*.yaml"))
     differing = {path for path, content in wanted.items() if path not in there or path.read_text() != content}
     return sorted(differing | (there - wanted.keys()))
 
@@ -67,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             path.write_text(wanted[path], encoding="utf-8")
         else:
             path.unlink()
-    print(f"{len(wanted)} experiment files, {len(changed)} of them written or removed now")
+    print(f"{len(wanted)} files, {len(changed)} of them written or removed now")
     return 0
 
 

@@ -11,6 +11,7 @@ _CHOICES = {
     "fill": ("zero", "mean", "known"),
     "index": ("auto", "bitmap", "tile"),
     "norm": ("dense", "pruned", "bfloat16", "int8", "int4"),
+    "batch_norm": (None, "dense", "pruned", "bfloat16", "int8", "int4"),
     "activation": ("dense", "float16", "int8", "int4", "int2", "auto"),
     "attention": ("dense", "pruned", "int8", "int4"),
     "rest": ("dense", "int8"),
@@ -45,6 +46,7 @@ class RazorConfig:
             quantised attention reads its input from the codes of q, k and v where tokens are few.
         norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned",
             "bfloat16", or the normalised input in "int8" or "int4" with one float16 scale per row.
+        batch_norm: the same for BatchNorm on batch statistics alone; None means ``norm``.
         activation: what smooth activations (GELU, SiLU, Hardswish) keep: "dense", "float16" (the input), or the
             derivative quantised to 256, 16 or 4 levels ("int8", "int4", "int2"); "auto" is "int2" for GELU in a network
             with attention and "int4" otherwise. ReLU, ReLU6 and Hardtanh always keep
@@ -64,6 +66,7 @@ class RazorConfig:
     index: str = "auto"
     fill: str = "known"
     norm: str = "int4"
+    batch_norm: str | None = None
     activation: str = "auto"
     attention: str = "int4"
     rest: str = "int8"
@@ -75,7 +78,7 @@ class RazorConfig:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(map(str, allowed))}")
 
     @classmethod
     def compact(cls, sparsity: float = 0.9, **changes: Any) -> RazorConfig:
@@ -92,6 +95,7 @@ class RazorConfig:
             index="bitmap",
             fill="zero",
             norm="pruned",
+            batch_norm="dense",
             activation="float16",
             attention="pruned",
             rest="dense",

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .codecs import NormCodec, Pruned
 from .config import RazorConfig
@@ -217,7 +218,8 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
         values = "int8"
     pruned = Pruned(sparsity, values, config.index, config.fill)
     norm_values = "float32" if config.values == "paper" else values
-    norm = NormCodec(config.norm, replace(pruned, values=norm_values))
+    of_norm = (config.batch_norm if isinstance(module, _BatchNorm) else None) or config.norm
+    norm = NormCodec(of_norm, replace(pruned, values=norm_values))
     # Elsewhere no residual stream passes by the activations, and the error of their derivatives multiplies with depth.
     auto = config.activation == "auto" and not surroundings.attends
     activation = "int4" if auto else config.activation

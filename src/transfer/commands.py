@@ -19,23 +19,34 @@ UNNAMED = {"model": "timm"}  # the group's file for a name that has none of its 
 def command_of(record: Mapping[str, Any], configs: Path) -> str:
     """Return ``python train.py ...`` with what ``record`` sets otherwise than the files in ``configs``.
 
-    Where a run goes (``paths.*``) is left out. The experiment's own file is used if it is there.
+    Where a run goes (``paths.*``) is left out. The experiment's or the recipe's own file is used if it is there.
     """
-    config, experiment = record["config"], record["experiment"]
-    base, choices = _defaults(configs)
-    arguments = []
+    config, experiment, recipe = record["config"], record["experiment"], record.get("recipe")
+    body = _read(configs / "train.yaml")
+    choices = _choices(body)
+    arguments, beneath = [], {}
+    own = {group: _choice(config, group, configs) for group in choices if group in config}
     if experiment and (file := configs / "experiment" / f"{experiment}.yaml").is_file():
-        arguments.append(f"experiment={experiment}")
-        body = _read(file)
-        overridden = [entry for entry in body.pop("defaults", []) if isinstance(entry, Mapping)]
-        choices |= {key.removeprefix("override /"): name for entry in overridden for key, name in entry.items()}
-        base |= {group: _read(configs / group / f"{name}.yaml") for group, name in choices.items()}
-        _merge(base, body)
-    for group in choices:
-        name = _choice(config, group, configs)
+        arguments, beneath = [f"experiment={experiment}"], {"experiment": _read(file)}
+    elif (file := configs / "recipe" / f"{own['model']}" / f"{own['data']}.yaml").is_file():
+        if recipe:
+            beneath = {"recipe": _read(file)}
+            arguments = [f"{group}={own[group]}" for group in ("model", "data")]
+            choices |= {group: own[group] for group in ("model", "data")}
+        else:
+            arguments = ["recipe=none"]
+    for content in beneath.values():
+        choices |= {group.removeprefix("override /"): name for group, name in _choices(content).items()}
+    for group, name in own.items():
         if name is not None and name != choices[group]:
             arguments.append(f"{group}={name}")
-            base[group] = _read(configs / group / f"{name}.yaml")
+            choices[group] = name
+    base: dict[str, Any] = body
+    for group, name in choices.items():
+        if group in beneath:
+            _merge(base, beneath[group])
+        elif group in config:
+            _merge(base.setdefault(group, {}), _read(configs / group / f"{name}.yaml"))
     known = dict(flatten(base))
     for path, value in flatten(config):
         if not path.startswith("paths.") and known.get(path, "???") != value:
@@ -43,14 +54,11 @@ def command_of(record: Mapping[str, Any], configs: Path) -> str:
     return shlex.join(["python", "train.py", *arguments])
 
 
-def _defaults(configs: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    body = _read(configs / "train.yaml")
-    body.pop("hydra", None)
-    chosen = [entry for entry in body.pop("defaults") if isinstance(entry, Mapping)]
-    choices = {
-        group: name for entry in chosen for group, name in entry.items() if name and not group.startswith("override")
-    }
-    return body | {group: _read(configs / group / f"{name}.yaml") for group, name in choices.items()}, choices
+def _choices(body: dict[str, Any]) -> dict[str, str]:
+    """Take the defaults list out of a file's content and return what it chooses, in its order."""
+    entries = [entry for entry in body.pop("defaults", []) if isinstance(entry, Mapping)]
+    chosen = {group: name for entry in entries for group, name in entry.items()}
+    return {group: name for group, name in chosen.items() if not group.startswith("override hydra/")}
 
 
 def _choice(config: Mapping[str, Any], group: str, configs: Path) -> str | None:

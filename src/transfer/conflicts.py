@@ -23,7 +23,10 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             )
         extra = [
             path
-            for path in ("values", "index", "fill", "norm", "activation", "attention", "rest", "head_sparsity")
+            for path in (
+                *("values", "index", "fill", "norm", "batch_norm", "activation", "attention", "rest"),
+                "head_sparsity",
+            )
             if given[f"razor.{path}"] is not None
         ]
         if extra and preset == "none":

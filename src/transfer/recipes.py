@@ -1,19 +1,32 @@
-"""The experiments of tables 1 and 2 and of the table on digits, in one place: what each row and data set sets, and
-what was published.
+"""The experiments of tables 1 and 2 and of the table on digits, in one place: what each row and data set sets.
 
-``scripts/write_recipes.py`` writes configs/experiment/ from this module, ``scripts/reproduce.py`` runs those files and
-``transfer.tables.grid`` lays their records out. Settings are those of the commands released with Back Razor
-(VITA-Group/BackRazor_Neurips22); published figures are from table 2 of TinyTL (Cai et al., NeurIPS 2020, arXiv
-2007.11622). The paper's own result tables could not be checked, so no figure of them is here.
+``scripts/write_recipes.py`` writes configs/experiment/ and configs/recipe/ from this module, ``scripts/reproduce.py``
+runs those files and ``transfer.tables.grid`` lays their records out. ``transfer.released`` holds the values and where
+each comes from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-DATA = ("flowers", "cars", "cub200", "food101", "pets", "aircraft", "cifar10", "cifar100")
+from transfer.released import (
+    CNN,
+    CNN_SPARSITY,
+    DATA,
+    DIGITS_CNN,
+    DIGITS_VIT,
+    NOT_RELEASED,
+    RELEASED,
+    TINYTL,
+    TINYTL_COMMANDS,
+    VIT,
+    CnnRecipe,
+    Published,
+    VitRecipe,
+)
+
 SMOKE_DATA = "digits"
 SMOKE_SPLITS = {"train_fraction": 0.25, "val_fraction": 0.05, "test_fraction": 0.1}
 
@@ -29,6 +42,7 @@ class Row:
         settings: further keys.
         takes_sparsity: whether the data set's sparsity applies.
         published: the row of ``TINYTL`` that stands beside it.
+        model: the backbone whose recipes it takes.
     """
 
     name: str
@@ -37,32 +51,23 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     takes_sparsity: bool = False
     published: str | None = None
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published row: memory by its authors' formula in MB (1e6 bytes) at batch 8, accuracy in percent by data set."""
-
-    memory_mb: float
-    accuracy: Mapping[str, float]
-
-
-def _tinytl(memory_mb: float, *accuracy: float) -> Published:
-    return Published(memory_mb, dict(zip(DATA, accuracy, strict=True)))
-
-
-TINYTL = {
-    "FT-Last": _tinytl(31, 90.1, 50.9, 73.3, 68.7, 91.3, 44.9, 85.9, 68.8),
-    "TinyTL-B": _tinytl(32, 93.5, 73.4, 75.3, 75.5, 92.1, 63.2, 93.7, 78.8),
-    "TinyTL-L": _tinytl(37, 95.3, 84.2, 76.8, 79.2, 91.7, 76.4, 96.1, 80.9),
-    "TinyTL-L+B": _tinytl(37, 95.5, 85.0, 77.1, 79.7, 91.8, 75.4, 95.9, 81.4),
-    "FT-Norm+Last": _tinytl(192, 94.3, 77.9, 76.3, 77.0, 92.2, 68.1, 94.8, 80.2),
-    "FT-Full": _tinytl(391, 96.8, 90.2, 81.0, 84.6, 93.0, 86.0, 97.1, 84.1),
-}
+    model: str = "proxylessnas"
 
 
 def _plain(name: str, label: str, method: str, published: str | None = None, **settings: Any) -> Row:
     return Row(name, label, {"method": method, "razor": "none"}, settings, published=published)
+
+
+def _razored(name: str, label: str, razor: str, model: str = "proxylessnas") -> Row:
+    return Row(name, label, {"method": "full", "razor": razor}, takes_sparsity=True, model=model)
+
+
+def _of_another(model: str, label: str, *razors: str) -> Iterator[Row]:
+    """A dense row of another backbone and its razored ones."""
+    yield Row(f"{model}_full", f"full, dense ({label})", {"method": "full", "razor": "none"}, model=model)
+    for razor in razors:
+        name = {"compact": "razor", "paper": "paper"}[razor]
+        yield _razored(f"{model}_{name}{{sparsity}}", f"full, Back Razor ({razor}, {label})", razor, model)
 
 
 TABLE1_ROWS = (
@@ -72,11 +77,15 @@ TABLE1_ROWS = (
     _plain("tinytl_lb", "TinyTL-L+B", "tinytl_lb", "TinyTL-L+B"),
     _plain("norm_last", "norm + head", "norm_last", "FT-Norm+Last"),
     _plain("full", "full, dense", "full", "FT-Full"),
-    Row("razor{sparsity}", "full, Back Razor", {"method": "full", "razor": "compact"}, takes_sparsity=True),
+    _razored("paper{sparsity}", "full, Back Razor (paper)", "paper"),
+    _razored("razor{sparsity}", "full, Back Razor (compact)", "compact"),
+    *_of_another("resnet18", "ResNet-18", "paper", "compact"),
+    *_of_another("mobilenetv2", "MobileNetV2", "compact"),
+    *_of_another("resnet50", "ResNet-50", "compact"),
 )
 
 # Dense images of 224 px whose step peaks no higher than compact's at batch 128, by `predict`; a test holds them.
-MICRO_BATCH = {0.8: 16, 0.9: 14}
+MICRO_BATCH = {0.8: 18, 0.9: 17}
 
 TABLE2_ROWS = (
     _plain("last", "head alone", "last"),
@@ -85,8 +94,8 @@ TABLE2_ROWS = (
     Row("full_int8", "full, 8 bits (as Mesa)", {"method": "full", "razor": "int8"}),
     _plain("full_checkpointing", "full, checkpointing", "full", trainer={"checkpointing": "block"}),
     _plain("full_micro", "full, micro-batches", "full"),
-    Row("paper{sparsity}", "full, Back Razor (paper)", {"method": "full", "razor": "paper"}, takes_sparsity=True),
-    Row("compact{sparsity}", "full, Back Razor (compact)", {"method": "full", "razor": "compact"}, takes_sparsity=True),
+    _razored("paper{sparsity}", "full, Back Razor (paper)", "paper"),
+    _razored("compact{sparsity}", "full, Back Razor (compact)", "compact"),
 )
 
 
@@ -115,55 +124,6 @@ DIGITS_LR = {"last": 3e-3, "bias": 1e-2, "norm_last": 1e-2, "full": 3e-4}
 
 
 @dataclass(frozen=True)
-class CnnRecipe:
-    """What table 1 sets for one data set; the batch norm columns are those of the pruned row."""
-
-    lr: float
-    label_smoothing: float
-    jitter: bool
-    bn_affine: str
-    bn_stats: str
-
-
-TABLE1 = {
-    "cifar10": CnnRecipe(3e-5, 0.1, False, "frozen", "frozen"),
-    "cifar100": CnnRecipe(3e-5, 0.1, False, "frozen", "frozen"),
-    "pets": CnnRecipe(3e-5, 0.3, False, "frozen", "frozen"),
-    "food101": CnnRecipe(3e-5, 0.1, False, "frozen", "batch"),
-    "cub200": CnnRecipe(1e-4, 0.7, False, "frozen", "batch"),
-    "aircraft": CnnRecipe(3e-4, 0.3, True, "frozen", "batch"),
-    "cars": CnnRecipe(3e-4, 0.7, True, "train", "batch"),
-    "flowers": CnnRecipe(1e-4, 0.7, False, "train", "batch"),
-    "digits": CnnRecipe(3e-4, 0.1, False, "frozen", "frozen"),
-}
-TABLE1_SPARSITY = 0.9
-
-
-@dataclass(frozen=True)
-class VitRecipe:
-    """What table 2 sets for one data set."""
-
-    sparsity: float
-    lr: float
-    steps: int
-    co_tuning: bool = False
-    head_lr_multiplier: float = 1.0
-
-
-TABLE2 = {
-    "cifar10": VitRecipe(0.9, 0.01, 20000),
-    "cifar100": VitRecipe(0.9, 0.01, 20000),
-    "cub200": VitRecipe(0.9, 0.01, 6000),
-    "pets": VitRecipe(0.9, 0.001, 20000, co_tuning=True),
-    "aircraft": VitRecipe(0.8, 0.03, 6000, co_tuning=True, head_lr_multiplier=10.0),
-    "flowers": VitRecipe(0.8, 0.03, 2000),
-    "food101": VitRecipe(0.8, 0.01, 30000),
-    "cars": VitRecipe(0.8, 0.1, 16000),
-    "digits": VitRecipe(0.9, 0.01, 20),
-}
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One experiment: configs/experiment/<name>.yaml.
 
@@ -172,6 +132,7 @@ class Recipe:
         groups: the defaults list of its file.
         settings: the keys that it sets.
         published: its published figures, None where there are none.
+        origin: where its settings come from.
     """
 
     name: str
@@ -180,14 +141,41 @@ class Recipe:
     groups: Mapping[str, str]
     settings: Mapping[str, Any]
     published: Published | None
+    origin: str
 
 
 def recipes(table: str) -> list[Recipe]:
     """Return every experiment of ``table1`` or ``table2``, those on the embedded digits last, or of ``digits``."""
     if table == "digits":
         return [_digits(row) for row in DIGITS_ROWS]
-    make, rows = {"table1": (_table1, TABLE1_ROWS), "table2": (_table2, TABLE2_ROWS)}[table]
-    return [make(data, row) for data in (*DATA, SMOKE_DATA) for row in rows]
+    sets = (*DATA, SMOKE_DATA)
+    if table == "table2":
+        return [_table2(data, row) for data in sets for row in TABLE2_ROWS]
+    assert table == "table1", table
+    return [_table1(data, row) for data in sets for row in TABLE1_ROWS if _cnn(data, row) is not None]
+
+
+def pairs() -> list[Recipe]:
+    """Return the recipe of each backbone and data set, ``<model>/<data>``.
+
+    It is what the row that prunes sets, of ``tinytl`` that of TinyTL-L+B, but for the method and the preset.
+    """
+    found = []
+    for recipe in (*recipes("table1"), *recipes("table2")):
+        if recipe.data == SMOKE_DATA:
+            continue
+        model, groups = recipe.groups["model"], {"optim": recipe.groups["optim"]}
+        if recipe.row.name != "tinytl_lb" and not (recipe.row.takes_sparsity and recipe.groups["razor"] == "compact"):
+            continue
+        found.append(replace(recipe, name=f"{model}/{recipe.data}", groups=groups))
+    return found
+
+
+def _cnn(data: str, row: Row) -> CnnRecipe | None:
+    """What ``row`` begins with; None where its backbone has no recipe for ``data``."""
+    if data == SMOKE_DATA:
+        return DIGITS_CNN if row.model == "proxylessnas" else None
+    return CNN[row.model].get(data)
 
 
 def _digits(row: Row) -> Recipe:
@@ -200,19 +188,21 @@ def _digits(row: Row) -> Recipe:
         "trainer": {"epochs": 8, "eval_every": 8, "batch_size": 16},
     }
     settings["trainer"]["measure"] = {"mode": "saved", "batch_size": 8, "image_size": 224, "repeats": 3, "steps": 5}
-    return _recipe("digits", None, row, "efficientnet_lite0", "adam", 0.0, settings)
+    return _recipe("digits", None, row, "efficientnet_lite0", "adam", 0.0, settings, "ours")
 
 
 def _table1(data: str, row: Row) -> Recipe:
-    recipe = TABLE1[data]
+    recipe = _cnn(data, row)
+    assert recipe is not None, (data, row.name)
     smoke = data == SMOKE_DATA
     settings: dict[str, Any] = {
-        "method": {"frozen_bits": 8},
+        "model": {"head_init": "uniform"},
+        "method": {"frozen_bits": 8 if row.model == "proxylessnas" else None},  # as released
         "data": {"image_size": 64, **SMOKE_SPLITS}
         if smoke
         else {"image_size": 224, "train_transform": "random_crop", "crop_scale_min": 0.22, "flip": True},
         "optim": {"lr": recipe.lr, "weight_decay": 0.0, "label_smoothing": recipe.label_smoothing},
-        "trainer": {"epochs": 50, "batch_size": 8, "eval_batch_size": 100},
+        "trainer": {"epochs": 50, "batch_size": 8, "drop_last": False, "eval_batch_size": 100},
     }
     if smoke:
         settings["trainer"] |= {
@@ -221,26 +211,35 @@ def _table1(data: str, row: Row) -> Recipe:
         }
     if recipe.jitter:
         settings["data"] |= {"color_jitter": 0.4, "hue_jitter": 0.1}
-    if row.takes_sparsity:
-        settings["method"] |= {"bn_affine": recipe.bn_affine, "bn_stats": recipe.bn_stats}
-        settings["razor"] = {"sparsity": TABLE1_SPARSITY}
     # ProxylessNAS's weights need a network to fetch; Lite0's, a near twin, come with a package.
-    model = "efficientnet_lite0" if smoke else "proxylessnas"
-    return _recipe("table1", data, row, model, "adam", TABLE1_SPARSITY, settings)
+    model, origin = "efficientnet_lite0" if smoke else row.model, NOT_RELEASED
+    if row.takes_sparsity:
+        origin = recipe.origin
+        settings["method"] |= {"bn_affine": recipe.bn_affine, "bn_stats": recipe.bn_stats}
+        settings["razor"] = {"sparsity": CNN_SPARSITY}
+    elif row.published and row.published.startswith("TinyTL") and not smoke:
+        model, origin = "tinytl", "TinyTL's released L+B command"
+        settings["optim"] |= dict(zip(("lr", "label_smoothing"), TINYTL_COMMANDS[data], strict=True))
+    elif row.groups["method"] == "full" and recipe.dense is not None:
+        dense, origin = recipe.dense, recipe.dense.origin
+        settings["optim"]["lr"] = dense.lr
+        settings["method"] |= {"bn_affine": dense.bn_affine, "bn_stats": dense.bn_stats}
+    return _recipe("table1", data, row, model, "adam", CNN_SPARSITY, settings, "ours: a smoke run" if smoke else origin)
 
 
 def _table2(data: str, row: Row) -> Recipe:
-    recipe = TABLE2[data]
     smoke = data == SMOKE_DATA
+    recipe: VitRecipe = DIGITS_VIT if smoke else VIT[data]
     settings: dict[str, Any] = {
         "data": {"image_size": 224},
         "optim": {"lr": recipe.lr, "weight_decay": 0.0, "momentum": 0.9, "label_smoothing": 0.0},
-        "trainer": {"steps": recipe.steps, "batch_size": 128},
+        "trainer": {"steps": recipe.steps, "batch_size": 128, "drop_last": False},
     }
     settings["optim"] |= {"head_lr_multiplier": recipe.head_lr_multiplier, "warmup_steps": 500, "grad_clip": 1.0}
     if smoke:
         # No package ships weights of a vision transformer: a small one from random weights walks the same road.
-        settings["model"] = {"name": "vit_tiny_patch16_224.augreg_in21k", "pretrained": False, "drop_rate": 0.1}
+        settings["model"] = {"name": "vit_tiny_patch16_224.augreg_in21k", "pretrained": False}
+        settings["model"] |= {"pos_drop_rate": 0.1, "mlp_drop_rate": 0.1}
         settings["optim"] |= {"warmup_steps": 5}
         settings["data"] |= {"image_size": 128, **SMOKE_SPLITS}
         settings["trainer"] |= {"batch_size": 8, "measure": {"repeats": 1, "steps": 2}}
@@ -248,15 +247,26 @@ def _table2(data: str, row: Row) -> Recipe:
         settings["data"] |= {"train_transform": "resize_crop", "crop_scale_min": 0.08, "flip": True}
     else:
         settings["data"] |= {"train_transform": "random_crop", "crop_scale_min": 0.05, "flip": False}
+        settings["data"] |= {"eval_transform": "squash"}
+    if data == "pets":  # 2,940 and 740 images, the second of which the released run reports on
+        settings["data"] |= {"val_fraction": 0.201, "official_test": "val"}
     if row.name == "full_micro":
         settings["trainer"]["micro_batch"] = 1 if smoke else MICRO_BATCH[recipe.sparsity]
     if row.takes_sparsity:
         settings["razor"] = {"sparsity": recipe.sparsity}
-    return _recipe("table2", data, row, "timm" if smoke else "vit_b16", "sgd", recipe.sparsity, settings)
+    origin = "ours: a smoke run" if smoke else RELEASED if row.takes_sparsity else NOT_RELEASED
+    return _recipe("table2", data, row, "timm" if smoke else "vit_b16", "sgd", recipe.sparsity, settings, origin)
 
 
 def _recipe(
-    table: str, data: str | None, row: Row, model: str, optim: str, sparsity: float, settings: dict[str, Any]
+    table: str,
+    data: str | None,
+    row: Row,
+    model: str,
+    optim: str,
+    sparsity: float,
+    settings: dict[str, Any],
+    origin: str,
 ) -> Recipe:
     for section, values in row.settings.items():
         settings[section] = settings.get(section, {}) | values
@@ -265,4 +275,4 @@ def _recipe(
     data = data or SMOKE_DATA
     groups = {"model": model, "data": data, "optim": optim, **row.groups}
     published = TINYTL.get(row.published) if row.published and data != SMOKE_DATA else None
-    return Recipe(f"{table}/{name}", data, row, groups, settings, published)
+    return Recipe(f"{table}/{name}", data, row, groups, settings, published, origin)

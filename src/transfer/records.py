@@ -34,6 +34,14 @@ NOT_HASHED = (
 )
 # Keys that came after the first runs: left out where they change nothing, so that those runs keep their folders.
 HASHED_UNLESS = {
+    "model.pos_drop_rate": 0.0,
+    "model.mlp_drop_rate": 0.0,
+    "data.eval_transform": None,
+    "data.official_test": "test",
+    "data.val_file": None,
+    "razor.batch_norm": None,
+    "trainer.drop_last": True,
+    "data.interpolation": "bicubic",
     "trainer.nonfinite": "stop",
     "trainer.channels_last": False,
     "trainer.compile": False,

@@ -6,80 +6,15 @@ a test compares it with the files in ``configs/``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transfer.conflicts import check_conflicts
 from transfer.errors import UserError
+from transfer.keys import Key
 
 MIN_IMAGE_SIZE = 32  # every backbone here reduces its input by 32
 MOST_IMAGES = 10**6  # in one batch; more is a slip of the keyboard
-
-
-@dataclass(frozen=True)
-class Key:
-    """One configuration key.
-
-    Args:
-        path: dotted name, as written on the command line.
-        kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
-        help: meaning and unit.
-        choices: the allowed strings; empty for any.
-        low, high: allowed range of a number; ``open_low``/``open_high`` leave the end itself out.
-        optional: whether ``null`` is allowed.
-    """
-
-    path: str
-    kind: type
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False
-    optional: bool = False
-
-    @property
-    def allowed(self) -> str:
-        """What the key takes, in words."""
-        if self.choices:
-            text = "|".join(self.choices)
-        elif self.kind is bool:
-            text = "true|false"
-        elif self.kind is str:
-            text = "a text"
-        else:
-            text = "a whole number" if self.kind is int else "a number"
-            if self.low is not None and self.high is not None:
-                text += (
-                    f" in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
-                )
-            elif self.low is not None:
-                text += f" {'above' if self.open_low else 'from'} {self.low:g}"
-        return text + (" or null" if self.optional else "")
-
-    def check(self, value: Any) -> None:
-        """Raise ``UserError`` where ``value`` is not allowed."""
-        if not self._accepts(value):
-            shown = "null" if value is None else value
-            raise UserError.value(self.path, shown, f"{self.allowed} ({self.help})")
-
-    def _accepts(self, value: Any) -> bool:
-        if value is None:
-            return self.optional
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not self.kind:
-            return False
-        if self.choices:
-            return value in self.choices
-        if self.kind not in (int, float):
-            return True
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
-        return math.isfinite(value) and above and below
 
 
 RAZOR_PRESETS = ("none", "paper", "compact", "int8")
@@ -94,7 +29,16 @@ KEYS: tuple[Key, ...] = (
         "model.weights", str, "weights file; null looks in the package, paths.pretrain, the hub's cache", optional=True
     ),
     Key("model.drop_rate", float, "dropout before the head, probability", low=0, high=1, open_high=True),
-    Key("model.head_init", str, "start of the new head: as torch.nn.Linear, or zero", ("linear", "zero")),
+    Key(
+        "model.pos_drop_rate", float, "dropout after a transformer's position embedding", low=0, high=1, open_high=True
+    ),
+    Key("model.mlp_drop_rate", float, "dropout, twice in each transformer MLP", low=0, high=1, open_high=True),
+    Key(
+        "model.head_init",
+        str,
+        "start of the new head: as torch.nn.Linear, zero, or uniform: weights as linear, biases zero",
+        ("linear", "zero", "uniform"),
+    ),
     Key("data.name", str, "data set"),
     Key("data.root", str, "folder that holds the images; null is paths.data/<name>", optional=True),
     Key("data.image_size", int, "side of the square input, pixels", low=MIN_IMAGE_SIZE, high=1024),
@@ -105,12 +49,22 @@ KEYS: tuple[Key, ...] = (
     Key(
         "data.protocol",
         str,
-        "validation: select on held-out images; official: select on test",
+        "validation: the best epoch on held-out images; official: the last weights, all training images train",
         ("validation", "official"),
     ),
+    Key("data.official_test", str, "what protocol=official reports on: test, or validation images", ("test", "val")),
+    Key("data.val_file", str, "text file of validation images, a name per line; null draws them", optional=True),
     Key(
         "data.train_transform", str, "how a training image is brought to size", ("plain", "random_crop", "resize_crop")
     ),
+    Key(
+        "data.eval_transform",
+        str,
+        "how an image is brought to size in evaluation; null follows data.train_transform",
+        ("squash", "center_crop", "squash_crop"),
+        optional=True,
+    ),
+    Key("data.interpolation", str, "between pixels, in crops and resizes", ("bilinear", "bicubic")),
     Key("data.crop_scale_min", float, "smallest area of random_crop, share of the image", low=0, high=1, open_low=True),
     Key("data.flip", bool, "mirror half of the training images"),
     Key("data.color_jitter", float, "brightness, contrast and saturation jitter, share", low=0, high=1),
@@ -146,6 +100,13 @@ KEYS: tuple[Key, ...] = (
         "razor.norm",
         str,
         "how norm layers keep their input; null is the preset's",
+        ("dense", "pruned", "bfloat16", "int8", "int4"),
+        optional=True,
+    ),
+    Key(
+        "razor.batch_norm",
+        str,
+        "how batch norm on batch statistics keeps its input; null is the preset's",
         ("dense", "pruned", "bfloat16", "int8", "int4"),
         optional=True,
     ),
@@ -210,6 +171,7 @@ KEYS: tuple[Key, ...] = (
     Key("trainer.epochs", int, "passes over the training split", low=1, high=10**6),
     Key("trainer.steps", int, "optimizer steps; overrides trainer.epochs", low=1, high=10**9, optional=True),
     Key("trainer.batch_size", int, "images per optimizer step, over all processes", low=1, high=MOST_IMAGES),
+    Key("trainer.drop_last", bool, "leave images that do not fill the epoch's last batch out of it"),
     Key(
         "trainer.micro_batch",
         int,

@@ -183,6 +183,32 @@ def test_presets() -> None:
         paper.sparsity = 0.1
 
 
+def test_the_paper_leaves_batch_norm_on_batch_statistics_exact_and_prunes_layer_norm() -> None:
+    """Its released CNN keeps torch's batch norm; its released transformer prunes the input of LayerNorm."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.LayerNorm(4 * 6 * 6))
+    x = torch.randn(3, 4, 6, 6, requires_grad=True)
+    gradients = {}
+    for name, config in (
+        ("dense", None),
+        ("paper", br.RazorConfig.paper(0.9)),
+        ("pruned", br.RazorConfig.paper(0.9, batch_norm="pruned")),
+        ("as norm", br.RazorConfig.paper(0.9, batch_norm=None)),
+    ):
+        model = copy.deepcopy(plain)
+        if config is not None:
+            br.razor_(model, config)
+        with br.memory.ledger(model) as ledger:
+            y = model[0](x)
+        if name == "paper":
+            assert ledger.total_bytes >= x.nbytes
+            assert model[0].razor.norm.kind == "dense" and model[2].razor.norm.kind == "pruned"
+        (gradients[name],) = torch.autograd.grad(y.pow(3).sum(), x)
+    assert torch.equal(gradients["paper"], gradients["dense"])
+    assert torch.equal(gradients["pruned"], gradients["as norm"])
+    assert not torch.equal(gradients["pruned"], gradients["dense"])
+
+
 def test_the_paper_chooses_values_by_operator() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2))
     br.razor_(model, br.RazorConfig.paper(0.9))

@@ -25,6 +25,7 @@ from transfer.data.published import PUBLISHED, SPLIT_SEED, VAL_FRACTION, build, 
 from transfer.data.published.cifar import read_pickle
 from transfer.data.published.listing import read_listing
 from transfer.data.splits import stratified_holdout
+from transfer.errors import UserError
 
 NAMES = tuple(MAKERS)
 OFFERED = tuple(name for name in NAMES if name != "cars")
@@ -217,6 +218,38 @@ def test_the_configuration_that_ships_loads_the_data_set(name, tiny, setup_main,
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label == bundle.train.labels[0]
     official = build_data(settings | {"protocol": "official"}, {"data": str(tmp_path)})
     assert len(official.train) == spec.train and len(official.val) == spec.test
+
+
+def test_validation_images_can_be_named_in_a_file(tiny, setup_main, tmp_path, monkeypatch):
+    spec = tiny["pets"].spec
+    tiny["pets"].place(tmp_path)
+    assert run(setup_main, spec, tmp_path) == 0
+    monkeypatch.setitem(PUBLISHED, "pets", spec)
+    train = read_listing(spec, tmp_path / "pets").train
+    first = [train.labels.index(label) for label in range(spec.classes)]
+    names = [train.images.paths[index].name for index in first]
+    file = tmp_path / "val.txt"
+    file.write_text("".join(f"train/{label}/{name} {label}\n" for label, name in enumerate(names)))
+    settings = dict(OmegaConf.load(REPOSITORY / "configs/data/pets.yaml"))
+    settings |= {"image_size": 32, "val_file": str(file), "protocol": "official", "official_test": "val"}
+    bundle = build_data(settings, {"data": str(tmp_path)})
+    held = bundle.test.source.images
+    assert [held.source.paths[index].name for index in held.indices] == names
+    assert len(bundle.train) == spec.train - spec.classes and str(file) in bundle.note
+    for text, word in (("nobody.jpg", "nobody.jpg"), ("", "names 0 images"), (f"{names[0]}\n" * 2, "names 2 images")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=word):
+            build_data(settings, {"data": str(tmp_path)})
+    with pytest.raises(UserError, match="cannot be read"):
+        build_data(settings | {"val_file": str(tmp_path)}, {"data": str(tmp_path)})
+
+
+def test_the_vit_recipe_of_pets_holds_740_images_out():
+    """As many as the released split file: a stratified share of 3,680 images in 37 classes."""
+    settings = OmegaConf.load(REPOSITORY / "configs/experiment/table2/pets_paper90.yaml")["data"]
+    labels = [label for label in range(37) for _ in range(100 if label < 17 else 99)]
+    kept, out = stratified_holdout(labels, settings["val_fraction"], 0, "data.val_fraction")
+    assert (len(kept), len(out), settings["official_test"]) == (2940, 740, "val")
 
 
 def test_the_documented_table_is_the_one_in_use():

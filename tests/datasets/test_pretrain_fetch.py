@@ -166,7 +166,7 @@ def test_wrong_words(home, capsys):
     assert "restore it from the repository" in one_error(capsys)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2", "resnet18", "resnet50", "vit_b16"])
+@pytest.mark.parametrize("name", ["mobilenetv2", "resnet18", "resnet50", "tinytl", "vit_b16"])
 def test_what_is_fetched_is_what_the_backbone_looks_for(name):
     row = fetch.read_catalogue(REPOSITORY / "pretrain")[name]
     assert (BACKBONES[name]().weights_file, BACKBONES[name]().url) == (row.file, row.url)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from conftest import compose_plain, write_image, write_tree
 from PIL import Image
+from torchvision.transforms import v2
 
 from transfer.data import build_data
 from transfer.data.images import read_image, to_rgb
 from transfer.data.splits import stratified_holdout
+from transfer.data.transforms import eval_transform, train_transform
 from transfer.errors import UserError
 
 # Pixels and labels in order: a library that drew another split from the same seed would change it.
@@ -59,10 +61,13 @@ def test_digits_are_upsampled_cached_and_made_scarcer_by_the_settings() -> None:
     assert all(data.train.source.images[i].tobytes() in source for i in range(len(data.train)))
 
 
-def test_official_protocol_selects_on_test_and_says_so() -> None:
+def test_official_protocol_trains_on_all_and_selects_nothing() -> None:
     data = digits("data.protocol=official")
     assert len(data.train) == 898 + 180 and len(data.val) == len(data.test) == 719
-    assert "selected on test" in data.note
+    assert "nothing is selected" in data.note and "every other image trains" in data.note
+    data = digits("data.protocol=official", "data.official_test=val")
+    assert len(data.train) == 898 and len(data.val) == len(data.test) == 180
+    assert "test is not used" in data.note
 
 
 def test_one_tree_is_split_reproducibly_whatever_the_order_on_disk(tmp_path: Path) -> None:
@@ -184,6 +189,43 @@ def test_transforms_end_at_the_input_size_in_uint8(tmp_path: Path, kind: str) ->
         image, _ = part[0]
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert torch.equal(data.test[0][0], data.test[0][0]), "evaluation draws nothing"
+
+
+def levels_apart(ours: torch.Tensor, theirs: Image.Image) -> float:
+    """Mean difference of two images in levels of 255."""
+    return (ours.float() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).float()).abs().mean().item()
+
+
+def test_evaluation_squashes_or_crops_as_the_released_code_does() -> None:
+    """The reference is Pillow's own resize, which that code applies before it makes tensors. Some images are wide."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((300, 200), Image.Resampling.BICUBIC)
+    middle = (round(15.5), round(15.5), 240, 240)  # as it places the crop in 256 pixels
+    wanted = {
+        "experiment=table2/cifar100_paper90": image.resize((224, 224), Image.Resampling.BILINEAR),
+        "experiment=table2/pets_paper90": image.resize((256, 256)).crop(middle),
+        "experiment=table1/pets_full": image.resize((384, 256), Image.Resampling.BILINEAR).crop((80, 16, 304, 240)),
+        "data=digits data.image_size=224": image.resize((224, 224), Image.Resampling.BICUBIC),
+    }
+    got = {name: eval_transform(compose_plain(*name.split())["data"]).fixed(image) for name in wanted}
+    for name, tensor in got.items():
+        apart = {other: levels_apart(tensor, reference) for other, reference in wanted.items()}
+        assert min(apart, key=apart.__getitem__) == name and apart[name] < 0.5, (name, apart)
+
+
+def test_the_co_tuning_transform_squashes_before_it_crops() -> None:
+    """A crop of the whole area is the squashed image itself; the plain random crop is bilinear."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 30, 3), dtype=np.uint8))
+    whole = {"image_size": 32, "crop_scale_min": 1.0, "flip": False, "color_jitter": 0.0, "hue_jitter": 0.0}
+    data = whole | {"train_transform": "resize_crop", "interpolation": "bilinear"}
+    transform = train_transform(data)
+    assert levels_apart(transform.fixed(image), image.resize((37, 37))) < 1
+    assert transform.random(transform.fixed(image)).shape == (3, 32, 32)
+    for name in ("cifar100_paper90", "pets_paper90", "aircraft_compact80"):
+        data = compose_plain(f"experiment=table2/{name}")["data"]
+        crop = train_transform(data).random.transforms[0]
+        assert crop.interpolation == v2.InterpolationMode.BILINEAR
+        assert tuple(crop.scale) == ((0.05 if name.startswith("cifar") else 0.08), 1.0)
 
 
 def write_classes(root: Path, **images: int) -> Path:

@@ -39,7 +39,7 @@ ONE_STEP = (
 
 TRANSFORMERS = ("vit_b16", "timm")
 # In their place: the same modules at 0.3 M parameters. One row steps ViT-B/16 itself.
-SMALL_VIT = ("model=timm", "model.name=test_vit.r160_in1k")
+SMALL_VIT = ("model=timm", "model.name=test_vit.r160_in1k", "model.pos_drop_rate=0.1", "model.mlp_drop_rate=0.1")
 STEPS_VIT_B16 = "paper"
 
 
@@ -64,7 +64,8 @@ def one_of_each_row() -> list[str]:
     for name in train.group_options()["experiment"]:
         groups, trainer = read_experiment(name)
         kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer
-        network = groups["model"] if groups["razor"] != "none" else groups["model"] in TRANSFORMERS
+        alone = groups["razor"] != "none" or groups["model"] == "tinytl"
+        network = groups["model"] if alone else groups["model"] in TRANSFORMERS
         rows[network, groups["method"], groups["razor"], kind].append(name)
     used: Counter[str] = Counter()
     chosen = []

@@ -55,6 +55,37 @@ def test_a_size_that_a_network_cannot_be_built_for_is_named_with_its_own() -> No
         build_backbone({**SMALL, "name": "twins_pcpvt_small"}, 5, "pretrain", 100)
 
 
+@pytest.mark.parametrize("how", ["linear", "uniform", "zero"])
+def test_the_head_starts_as_asked(how: str) -> None:
+    torch.manual_seed(0)
+    model = build_backbone({**SMALL, "head_init": how}, 50, "pretrain").model
+    weight, bound = model.classifier.weight.detach(), model.classifier.in_features**-0.5
+    if how == "zero":
+        assert not weight.any()
+    else:
+        assert 0.9 * bound < weight.abs().max() <= bound * 1.0001 and float(weight.std()) == pytest.approx(
+            bound / 3**0.5, rel=0.05
+        )
+    assert bool(model.classifier.bias.any()) == (how == "linear")
+
+
+@pytest.mark.parametrize("section", ["model=vit_b16", "experiment=table2/digits_paper90"])
+def test_the_paper_s_transformer_drops_after_the_position_and_twice_in_each_mlp_only(section: str) -> None:
+    config = {**compose_plain(section)["model"], "name": "test_vit", "pretrained": False}
+    model = build_backbone(config, 5, "pretrain").model
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    dropping = {name for name, rate in rates.items() if rate}
+    assert dropping == {"pos_drop"} | {f"blocks.{i}.mlp.drop{n}" for i in range(len(model.blocks)) for n in (1, 2)}
+    assert {rates[name] for name in dropping} == {0.1} and rates["head_drop"] == 0
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "proxylessnas"])
+@pytest.mark.parametrize("key", ["pos_drop_rate", "mlp_drop_rate"])
+def test_a_network_without_an_mlp_has_no_dropout_in_one(name: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.name={name} cannot be built .*model\.{key}=0\.2"):
+        build_backbone({**SMALL, "name": name, key: 0.2}, 5, "pretrain")
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), file)

@@ -19,11 +19,11 @@ from backrazor.memory.peak import WARM_UP_STEPS
 from scripts import reproduce, table3, write_recipes
 from transfer import reproduction
 from transfer.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
-from transfer.table3 import Cell
 from transfer.tables import cells, load_runs, pivot, to_latex
 from transfer.tables.collect import row_label
 from transfer.tables.figures import pareto_front
 from transfer.training.costs import StepFactory, step_shape
+from transfer.training.network import assemble
 
 TINY_RUN = (*(s for s in TINY if not s.startswith(("razor=", "model"))), "trainer.steps=1", "data.test_fraction=0.1")
 
@@ -34,7 +34,8 @@ def test_the_experiment_files_are_those_of_the_recipes() -> None:
 
 def test_every_row_and_data_set_is_there_with_its_published_figure() -> None:
     first = {recipe.name: recipe for recipe in recipes("table1")}
-    assert len(first) == 7 * 9 and len(recipes("table2")) == len(TABLE2_ROWS) * 9
+    others = 2 * 3 + 8 * 2 * 2  # ResNet-18, MobileNetV2 and ResNet-50
+    assert len(first) == 8 * 9 + others and len(recipes("table2")) == len(TABLE2_ROWS) * 9
     for data in DATA:
         assert first[f"table1/{data}_tinytl_lb"].published is TINYTL["TinyTL-L+B"]
         assert first[f"table1/{data}_razor90"].published is None
@@ -42,16 +43,51 @@ def test_every_row_and_data_set_is_there_with_its_published_figure() -> None:
     assert "not published here" in write_recipes.text(first["table1/cars_razor90"])
 
 
+def test_every_experiment_says_where_its_settings_come_from() -> None:
+    """The released commands are those of the rows that prune, but for two data sets' dense ones."""
+    text = {recipe.name: write_recipes.text(recipe) for table in ("table1", "table2") for recipe in recipes(table)}
+    released = {name for name, lines in text.items() if "# settings: the released command" in lines}
+    for data in DATA:
+        razored = {f"table1/{data}_razor90", f"table1/{data}_paper90"}
+        assert released >= razored if data != "flowers" else not released & razored
+    dense = {"table1/flowers_full", "table1/cifar10_resnet18_full", "table1/cifar100_resnet18_full"}
+    assert {name for name in released if name.endswith("_full")} == dense
+    assert "extrapolated" in text["table1/flowers_razor90"] and "extrapolated" in text["table1/flowers_paper90"]
+    assert "TinyTL's released L+B command" in text["table1/pets_tinytl_l"]
+    assert "# settings: ours: no command" in text["table1/pets_mobilenetv2_razor90"]
+    assert "# settings: not released" in text["table1/pets_full"] and "# settings: ours" in text["table1/digits_full"]
+
+
+def test_the_released_rows_of_flowers_and_resnet18_are_to_the_letter() -> None:
+    found = {}
+    for name in ("flowers_full", "cifar10_resnet18_full", "cifar10_resnet18_razor90", "cifar100_resnet18_full"):
+        config = compose_plain(f"experiment=table1/{name}")
+        method = config["method"]
+        found[name] = config["optim"]["lr"], method["bn_affine"], method["bn_stats"], method["frozen_bits"]
+    assert found == {
+        "flowers_full": (1e-4, "train", "batch", 8),
+        "cifar10_resnet18_full": (3e-5, "train", "batch", None),
+        "cifar10_resnet18_razor90": (1e-5, "frozen", "frozen", None),
+        "cifar100_resnet18_full": (3e-5, "frozen", "frozen", None),
+    }
+    rates = [compose_plain(f"experiment=table1/cars_{row}")["optim"]["lr"] for row in ("razor90", "resnet50_razor90")]
+    assert rates == [3e-4, 1e-4]
+    assert compose_plain("experiment=table1/pets_paper90")["model"]["head_init"] == "uniform"
+    assert br.RazorConfig.paper(0.9).batch_norm == "dense"
+
+
 @pytest.mark.slow
 def test_micro_batches_peak_where_compact_does() -> None:
     """``MICRO_BATCH`` is the largest dense micro-batch of ViT-B/16 that peaks no higher than compact's batch of 128."""
     shape = {"input_size": (3, 224, 224)}
-    dense = Cell("vit_b16", "dense", 0.0, 1, 224).network()
-    for sparsity, micro in MICRO_BATCH.items():
-        compact = Cell("vit_b16", "compact", sparsity, 1, 224).network()
+    for data, sparsity in (("flowers", 0.8), ("cifar100", 0.9)):
+        rows = ("full_micro", f"compact{round(100 * sparsity)}")
+        composed = [compose_plain(f"experiment=table2/{data}_{row}", "model.pretrained=false") for row in rows]
+        dense, compact = (assemble(config, 100).model for config in composed)
         budget = br.memory.predict(compact, batch_size=128, **shape).peak_bytes
+        micro = composed[0]["trainer"]["micro_batch"]
         peaks = [br.memory.predict(dense, batch_size=size, **shape).peak_bytes for size in (micro, micro + 1)]
-        assert peaks[0] <= budget < peaks[1], (sparsity, budget, peaks)
+        assert micro == MICRO_BATCH[sparsity] and peaks[0] <= budget < peaks[1], (sparsity, budget, peaks)
 
 
 def test_a_measured_step_in_micro_batches_has_the_gradients_of_the_whole() -> None:
@@ -188,10 +224,13 @@ def test_published_stands_beside_measured_and_a_cell_not_run_says_so(tmp_path: P
     text = pivot(table).set_index("Method")
     assert text.loc["full, dense", "pets, %"] == "91.00 ± 1.41" and text.loc["full, dense", "cars, %"] == "not run"
     assert text.loc["full, dense", "pets published, %"] == "93.0"
-    assert text.loc["full, Back Razor", "pets published, %"] == "not published"
+    assert text.loc["full, Back Razor (compact)", "pets published, %"] == "not published"
     held = ("weights", "gradients", "optimizer state", "measured peak", "in all")
     assert [text.loc["full, dense", f"{name}, MB"] for name in held] == ["3.0", "4.0", "5.0", "2.0", "14.0"]
     assert [text.loc["head alone", f"{name}, MB"] for name in held] == ["not run"] * 5
+    both = [recipe for recipe in recipes("table1") if recipe.data in ("pets", "cifar100")]
+    gaps = pivot(cells(runs, both)).set_index("Method").loc["full, dense (ResNet-18)"]
+    assert (gaps["pets, %"], gaps["pets published, %"], gaps["cifar100, %"]) == ("no recipe", "no recipe", "not run")
     latex = to_latex(pivot(table), "a caption of 50%")
     assert r"\toprule" in latex and r"91.00 $\pm$ 1.41" in latex and r"50\%" in latex
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from transfer.records import run_directory
 from transfer.training import loop
 from transfer.training.monitor import Monitor
 from transfer.training.run import execute
+from transfer.training.sampling import BatchOrder
 
 STEPS = ("trainer.epochs=3", "trainer.batch_size=100", "data.train_fraction=0.15", "optim.lr=0.01")
 
@@ -94,6 +97,22 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch:
     assert read[0] == read[1]
 
 
+def test_the_official_protocol_reports_the_last_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs whose accuracy is told to fall tell the last weights from the best."""
+    caplog.set_level("INFO", logger="transfer")
+    score, told = loop.Trainer._score, itertools.count()
+    monkeypatch.setattr(loop.Trainer, "_score", lambda *given: replace(score(*given), top1=90.0 - next(told)))
+    settings = ("trainer.epochs=3", "data.protocol=official")
+    record, folder = run(tmp_path, *settings)
+    assert record["best_epoch"] == 3 and "epoch 3 is the last" in caplog.text
+    assert same(weights(folder), weights(folder, "best"))
+    record, folder = run(tmp_path, "trainer.epochs=3")
+    assert record["best_epoch"] == 1 and "epoch 1 selected on validation" in caplog.text
+    assert not same(weights(folder), weights(folder, "best"))
+
+
 def test_a_finished_run_is_returned_and_never_starts_it_over(tmp_path: Path) -> None:
     first, folder = run(tmp_path)
     stamp = (folder / "record.json").stat().st_mtime_ns
@@ -164,13 +183,44 @@ def test_every_method_and_optimizer_changes_what_trains_and_nothing_else(
     assert len(changed) > 0.6 * len(trained)
 
 
-def test_learning_rate_warms_up_and_falls_to_zero_by_step(tmp_path: Path) -> None:
-    _, folder = run(tmp_path, "optim.warmup_steps=2", "trainer.epochs=5")
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_learning_rate_warms_up_and_falls_to_zero_by_step(tmp_path: Path, warmup: int) -> None:
+    """The rates of the released code, whose warm-up counts from one and whose cosine without one from zero."""
+    _, folder = run(tmp_path, f"optim.warmup_steps={warmup}", "trainer.epochs=5")
     events = EventAccumulator(str(folder))
     events.Reload()
     rates = [event.value for event in events.Scalars("train/lr")]
-    assert rates[0] == 0 and rates[2] == pytest.approx(0.01) and rates[-1] < 0.01 * 0.1
-    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
+    steps = len(rates)
+    taken = range(1, steps + 1) if warmup else range(steps)
+    cosine = [0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) for step in taken]
+    wanted = [step / warmup if step < warmup else factor for step, factor in zip(taken, cosine, strict=True)]
+    assert rates == pytest.approx([0.01 * factor for factor in wanted], abs=1e-8)
+    assert rates[0] == pytest.approx(0.005 if warmup else 0.01)
+
+
+def test_the_last_batch_of_an_epoch_may_be_part_of_one(tmp_path: Path) -> None:
+    """Its loss is the mean over the images that it has; every image of the epoch is seen once."""
+    settings = ("trainer.epochs=1", "trainer.batch_size=100", "data.train_fraction=0.15", "method.bn_stats=frozen")
+    dropped, _ = run(tmp_path, *settings)
+    kept, folder = run(tmp_path, *settings, "trainer.drop_last=false")
+    assert (dropped["steps"], kept["steps"]) == (2, 3)
+    order = BatchOrder(243, 100, 0, drop_last=False)
+    batches = list(order)
+    assert [len(batch) for batch in batches] == [order.images(number) for number in range(3)] == [100, 100, 43]
+    assert sorted(index for batch in batches for _, index in batch) == list(range(243))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train/step_loss")]
+    (row,) = metrics(folder)
+    whole = sum(loss * count for loss, count in zip(losses, (100, 100, 43), strict=True)) / 243
+    assert float(row["train_loss"]) == pytest.approx(whole, rel=1e-6)
+    assert losses[-1] == pytest.approx(losses[0], rel=0.3), "not a sum over 43 of 100 images"
+
+
+def test_a_last_batch_of_fewer_images_than_processes_is_left_out() -> None:
+    assert [len(BatchOrder(203, 100, 0, rank, 4, drop_last=False)) for rank in range(4)] == [2] * 4
+    shares = [list(BatchOrder(205, 100, 0, rank, 4, drop_last=False))[-1] for rank in range(4)]
+    assert [len(share) for share in shares] == [2, 1, 1, 1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_code_three(command, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from ofa.utils import replace_bn_with_gn, replace_conv2d_with_my_conv2d
 from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
 
@@ -23,7 +25,8 @@ from transfer.models.frozen_storage import (
     store_frozen_at_8_bits,
 )
 from transfer.models.proxylessnas import proxylessnas
-from transfer.models.tinytl import LiteResidual, insert_lite_residuals
+from transfer.models.standardised import StandardisedConv2d
+from transfer.models.tinytl import LiteResidual, insert_lite_residuals, tinytl_network
 from transfer.models.zoo import BACKBONES
 from transfer.training.methods import apply_method, set_train_mode
 
@@ -65,6 +68,78 @@ def test_tinytl_trains_the_branches_and_the_head_alone_and_the_branches_learn() 
     model.zero_grad()
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert branch[1].weight.grad.abs().sum() > 0
+
+
+class ReleasedBranch(nn.Module):
+    """A branch beside a path, with the names of TinyTL's released file, in plain layers."""
+
+    def __init__(self, path: nn.Module, kernel_size: int) -> None:
+        super().__init__()
+        self.main_branch = path
+        inner = path.in_channels
+        self.lite_residual = nn.Sequential()
+        wide = nn.Conv2d(inner, inner, kernel_size, path.stride, kernel_size // 2, groups=2, bias=False)
+        parts = {"pooling": nn.AvgPool2d(2), "conv1": wide, "bn1": nn.BatchNorm2d(inner, eps=1e-3), "act": nn.ReLU()}
+        parts["conv2"] = nn.Conv2d(inner, path.out_channels, 1, bias=False)
+        parts["final_bn"] = nn.BatchNorm2d(path.out_channels, eps=1e-3)
+        for name, part in parts.items():
+            self.lite_residual.add_module(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.main_branch(x)
+        return y + nn.functional.interpolate(self.lite_residual(x), y.shape[2:], mode="bilinear")
+
+
+def released_tinytl() -> nn.Module:
+    """The released network from once-for-all's own parts: kernels fit the maps that images of 128 px would make."""
+    network = proxylessnas(5)
+    resolution = 128
+    for block in list(network.blocks)[1:]:
+        if not hasattr(block.conv, "stride"):
+            continue  # reduced to its shortcut
+        kernel_size = 5 if resolution // 2 >= 5 else 3
+        resolution //= block.conv.stride
+        block.conv = ReleasedBranch(block.conv, kernel_size)
+    replace_bn_with_gn(network, gn_channel_per_group=8)
+    replace_conv2d_with_my_conv2d(network, ws_eps=1e-5)
+    for name, parameter in network.named_parameters():
+        nn.init.normal_(parameter, 1.0 if "bn" in name else 0.0, 0.3)
+    return network
+
+
+def test_the_released_network_is_built_and_read_as_its_authors_do(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = released_tinytl().eval()
+    file = tmp_path / "released"
+    torch.save({"state_dict": theirs.state_dict()}, file)
+    section = {"name": "tinytl", "pretrained": True, "weights": str(file), "drop_rate": 0.2, "head_init": "zero"}
+    backbone = build_backbone(section, 5, tmp_path)
+    ours, head = backbone.model.eval(), theirs.classifier
+    branches = [module for module in ours.modules() if isinstance(module, LiteResidual)]
+    assert [branch.lite[1].kernel_size[0] for branch in branches] == [5] * 15 + [3] * 4
+    ours.classifier.load_state_dict(head.state_dict())
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+    assert insert_lite_residuals(ours) and sum(isinstance(m, LiteResidual) for m in ours.modules()) == 19
+    state = theirs.state_dict()
+    state.popitem()
+    state.pop("first_conv.conv.weight")
+    torch.save({"state_dict": state}, file)
+    with pytest.raises(UserError, match=r"cannot be read as weights of this network .*first_conv\.conv\.weight"):
+        build_backbone(section, 5, tmp_path)
+    with pytest.raises(UserError, match=r"pretrain/fetch\.py tinytl"):
+        build_backbone({**section, "weights": None}, 5, tmp_path)
+
+
+def test_tinytl_with_biases_leaves_the_last_shift_of_a_branch() -> None:
+    model = tinytl_network(5)
+    apply_method(model, "classifier", {"name": "tinytl_lb", "bn_affine": "train", "bn_stats": "frozen"})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    branch = next(name for name, module in model.named_modules() if isinstance(module, LiteResidual))
+    assert f"{branch}.lite.5.weight" in trained and f"{branch}.lite.2.bias" in trained
+    assert f"{branch}.lite.5.bias" not in trained and "first_conv.bn.bias" in trained
+    assert "first_conv.conv.weight" not in trained and "first_conv.bn.weight" not in trained
 
 
 def test_a_network_without_such_blocks_is_refused() -> None:
@@ -137,6 +212,7 @@ def test_every_backbone_s_frozen_weights_take_a_quarter(name: str) -> None:
         nn.Conv2d(16, 16, 4, padding="same"),
         nn.Conv2d(16, 16, 3, padding="valid", stride=2),
         nn.Conv2d(16, 16, 3, padding=(1, 2), padding_mode="circular"),
+        StandardisedConv2d(16, 16, 3, stride=2, padding=1, bias=False),
         Conv2dSame(16, 16, 3, stride=2),
         Conv2dSame(16, 16, 5, stride=2, groups=4),
     ],

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from transfer.data.images import CHECKED
 from transfer.data.registry import DATASETS
-from transfer.data.spec import LabelledImages
+from transfer.data.spec import LabelledImages, Splits
 from transfer.data.splits import check_classes, lacking, stratified_holdout
 from transfer.data.transforms import TwoPartTransform, eval_transform, train_transform
 from transfer.errors import UserError
@@ -81,9 +81,7 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = 
         CHECKED.reset(token)
     names = splits.class_names
     if data["protocol"] == "official":
-        note = "official protocol: validation images train, the best epoch is selected on test"
-        joined, given = splits.train + splits.val, ("val", "test") if "test" in splits.given else ("val",)
-        splits = replace(splits, train=joined, val=splits.test, given=given, note=f"{splits.note}; {note}")
+        splits = official(splits, data.get("official_test", "test"))
     if (share := data["train_fraction"]) < 1:
         _, used = stratified_holdout(splits.train.labels, share, data["split_seed"], "data.train_fraction", names)
         splits = replace(splits, train=splits.train.select(used))
@@ -96,3 +94,18 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = 
         class_names=names,
         note=splits.note + lacking(splits),
     )
+
+
+def official(splits: Splits, reported_on: str) -> Splits:
+    """Return the splits as the released code uses them: nothing is selected, so validation is the part reported on.
+
+    Args:
+        reported_on: ``test``, and every other image trains; or ``val``, and the training images but for those train.
+    """
+    note = f"{splits.note}; official protocol: nothing is selected, the last weights are reported on"
+    if reported_on == "val":
+        given = ("val", "test") if "val" in splits.given else ()
+        return replace(splits, test=splits.val, given=given, note=f"{note} the validation images, test is not used")
+    given = ("val", "test") if "test" in splits.given else ("val",)
+    joined = splits.train + splits.val
+    return replace(splits, train=joined, val=splits.test, given=given, note=f"{note} test, every other image trains")

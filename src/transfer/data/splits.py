@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,35 @@ def stratified_holdout(
         )
     kept, out = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=seed, stratify=list(labels))
     return sorted(kept.tolist()), sorted(out.tolist())
+
+
+def named_holdout(paths: Sequence[Path], file: str) -> tuple[list[int], list[int]]:
+    """Split the indices of ``paths`` in two: the second part are the images that a text file names.
+
+    Args:
+        paths: image files, empty for images that lie in no files of their own.
+        file: one image per line by its file name; folders before it, and words behind it, such as a class, are not
+            looked at.
+
+    Raises:
+        UserError: the file cannot be read, or a line names none of the images or one that is not the only one so named.
+    """
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.val_file={file} cannot be read ({error}): give a text file of image names") from error
+    wanted = [line.split()[0].rpartition("/")[2] for line in lines if line.strip()]
+    places = Counter(path.name for path in paths)
+    wrong = next((name for name in wanted if places[name] != 1), None)
+    if wrong is not None or len(set(wanted)) != len(wanted) or not 0 < len(wanted) < len(paths):
+        found = f"{places[wrong]} training images are called {wrong!r}" if wrong else f"it names {len(wanted)} images"
+        raise UserError(
+            f"data.val_file={file} does not fit: {found}; it takes some of the {len(paths)} training images that are "
+            "files, each once by its file name"
+        )
+    names = set(wanted)
+    out = {index for index, path in enumerate(paths) if path.name in names}
+    return [index for index in range(len(paths)) if index not in out], sorted(out)
 
 
 def check_classes(splits: Splits, data: Mapping[str, Any]) -> None:

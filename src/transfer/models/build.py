@@ -14,7 +14,7 @@ from torch import nn
 
 from transfer.errors import UserError, one_line
 from transfer.models.weights import find_weights, load_weights
-from transfer.models.zoo import BACKBONES, BackboneSpec, find_spec
+from transfer.models.zoo import BACKBONES, BackboneSpec, DropRates, find_spec
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ def build_backbone(
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError.value("model.name", name, f"{'|'.join(BACKBONES)} or any name of timm.list_models(){hint}")
     file = find_weights(name, spec, config["weights"], Path(pretrain)) if config["pretrained"] else None
+    drop_rates = DropRates.of(config)
     try:
-        model = spec.build(num_classes, config["drop_rate"], image_size)
+        model = spec.build(num_classes, drop_rates, image_size)
         head = spec.head or _head_name(model)
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
         sized = spec.one_size and image_size is not None and not isinstance(error, AttributeError)
         own = f"; it is made for {spec.own_size} px, set data.image_size={spec.own_size}"
         raise UserError(
-            f"model.name={name} cannot be built as a classifier with model.drop_rate={config['drop_rate']}"
+            f"model.name={name} cannot be built as a classifier with {drop_rates}"
             f"{f' for images of {image_size} px' if sized else ''}: {one_line(error) or type(error).__name__}"
             f"{own if sized and spec.own_size not in (None, image_size) else ''}"
         ) from error
@@ -86,9 +87,10 @@ def _start_head(head: nn.Module, how: str) -> None:
     """
     for module in head.modules():
         if isinstance(module, nn.Linear):
-            module.reset_parameters()
+            module.reset_parameters()  # both uniform in +-1/sqrt(in_features)
             if how == "zero":
                 nn.init.zeros_(module.weight)
+            if how != "linear":
                 nn.init.zeros_(module.bias)
 
 

@@ -17,6 +17,8 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from transfer.models.standardised import StandardisedConv2d, standardised
+
 CODEBOOK = 256
 ITERATIONS = 20
 MAX_POINTS = 4096  # a layer with more weights is clustered by its sorted weights' means in as many equal runs
@@ -60,26 +62,34 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
 
 
 class _Conv(torch.autograd.Function):
-    """``F.conv2d`` with a coded weight that does not train."""
+    """``F.conv2d`` with a coded weight that does not train, standardised where ``standardise`` says so."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None, options: dict[str, Any]
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        bias: Tensor | None,
+        options: dict[str, Any],
+        standardise: bool,
     ) -> Tensor:
         ctx.save_for_backward(codes, codebook)
-        ctx.shape, ctx.dtype, ctx.options = x.shape, x.dtype, options
-        return F.conv2d(x, decode(codes, codebook), bias, **options)
+        ctx.shape, ctx.dtype, ctx.options, ctx.standardise = x.shape, x.dtype, options, standardise
+        weight = decode(codes, codebook)
+        return F.conv2d(x, standardised(weight) if standardise else weight, bias, **options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            weight = decode(*ctx.saved_tensors).to(grad.dtype)
+            weight = decode(*ctx.saved_tensors)
+            weight = (standardised(weight) if ctx.standardise else weight).to(grad.dtype)
             x_grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, **ctx.options).to(ctx.dtype)
         if ctx.needs_input_grad[3]:
             bias_grad = grad.sum((0, 2, 3), dtype=torch.float32)
-        return x_grad, None, None, bias_grad, None
+        return x_grad, None, None, bias_grad, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -116,11 +126,13 @@ class _Coded:
 class CodedConv2d(_Coded, nn.Conv2d):
     """``nn.Conv2d`` whose frozen weight is stored at 8 bits."""
 
+    standardise = False
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
         x, padding = self._padded(x)
         options = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
-        return _Conv.apply(x, self.weight_codes, self.weight_codebook, self.bias, options)
+        return _Conv.apply(x, self.weight_codes, self.weight_codebook, self.bias, options, self.standardise)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """``x`` with what the convolution cannot pad by itself, and what it can."""
@@ -139,6 +151,12 @@ class CodedConv2dSame(CodedConv2d, Conv2dSame):
         return pad_same(x, self.kernel_size, self.stride, self.dilation), (0, 0)
 
 
+class CodedStandardisedConv2d(CodedConv2d, StandardisedConv2d):
+    """The convolution whose decoded weight is standardised whenever it is used."""
+
+    standardise = True
+
+
 class CodedLinear(_Coded, nn.Linear):
     """``nn.Linear`` whose frozen weight is stored at 8 bits."""
 
@@ -147,7 +165,12 @@ class CodedLinear(_Coded, nn.Linear):
         return _Linear.apply(x, self.weight_codes, self.weight_codebook, self.bias)
 
 
-CODED = {nn.Conv2d: CodedConv2d, Conv2dSame: CodedConv2dSame, nn.Linear: CodedLinear}
+CODED = {
+    nn.Conv2d: CodedConv2d,
+    Conv2dSame: CodedConv2dSame,
+    StandardisedConv2d: CodedStandardisedConv2d,
+    nn.Linear: CodedLinear,
+}
 
 
 def store_frozen_at_8_bits(model: nn.Module) -> tuple[str, ...]:

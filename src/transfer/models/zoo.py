@@ -6,15 +6,41 @@ To add one: give it a row here and a file in ``configs/model/``. A network that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from transfer.models.proxylessnas import load_published_weights, proxylessnas
+from transfer.models.tinytl import load_released_weights, tinytl_network
+
+
+@dataclass(frozen=True)
+class DropRates:
+    """Where dropout stands in a network, as probabilities.
+
+    Args:
+        head: before the classifier.
+        position: after a transformer's position embedding.
+        mlp: in every MLP of a transformer, after its activation and after its output.
+    """
+
+    head: float = 0.0
+    position: float = 0.0
+    mlp: float = 0.0
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any]) -> DropRates:
+        """Read the ``model`` section of a configuration; one that is older than a key has none there."""
+        return cls(model["drop_rate"], model.get("pos_drop_rate", 0.0), model.get("mlp_drop_rate", 0.0))
+
+    def __str__(self) -> str:
+        inner = {"pos_drop_rate": self.position, "mlp_drop_rate": self.mlp}
+        return f"model.drop_rate={self.head}" + "".join(f" model.{key}={p}" for key, p in inner.items() if p)
 
 
 @dataclass(frozen=True)
@@ -22,7 +48,7 @@ class BackboneSpec:
     """One backbone.
 
     Args:
-        build: ``build(num_classes, drop_rate, image_size)`` makes the network with random weights; a network that
+        build: ``build(num_classes, drop_rates, image_size)`` makes the network with random weights; a network that
             takes any size may leave ``image_size`` (pixels; None for its own) aside.
         weights_file: file name under ``paths.pretrain``.
         url: where that file comes from, for the error that names it.
@@ -35,7 +61,7 @@ class BackboneSpec:
         own_size: side of the images that it was made for, pixels; None where that is not known.
     """
 
-    build: Callable[[int, float, int | None], nn.Module]
+    build: Callable[[int, DropRates, int | None], nn.Module]
     weights_file: str
     url: str
     mean: tuple[float, float, float]
@@ -59,10 +85,17 @@ def timm_spec(
 
     one_size = config is not None and config.fixed_input_size
 
-    def build(num_classes: int, drop_rate: float, image_size: int | None) -> nn.Module:
+    def build(num_classes: int, drop_rates: DropRates, image_size: int | None) -> nn.Module:
         # A transformer's position embedding is made for one size; a convolutional network has no such argument.
-        size = {"img_size": image_size} if one_size and image_size is not None else {}
-        return timm.create_model(name, pretrained=False, num_classes=num_classes, drop_rate=drop_rate, **size)
+        options: dict[str, Any] = {"img_size": image_size} if one_size and image_size is not None else {}
+        if drop_rates.position:
+            options["pos_drop_rate"] = drop_rates.position
+        if drop_rates.mlp:
+            options["proj_drop_rate"] = drop_rates.mlp
+        model = timm.create_model(name, pretrained=False, num_classes=num_classes, drop_rate=drop_rates.head, **options)
+        if drop_rates.mlp:
+            _attention_without_dropout(model)
+        return model
 
     mean, std = (config.mean, config.std) if config is not None else ((0.5,) * 3, (0.5,) * 3)
     own_size = config.input_size[-1] if config is not None else None
@@ -70,10 +103,17 @@ def timm_spec(
     return BackboneSpec(build, file, url, mean, std, package, hub, one_size=one_size, own_size=own_size)
 
 
+def _attention_without_dropout(model: nn.Module) -> None:
+    """timm's ``proj_drop_rate`` is one number for the MLP and for attention's output projection."""
+    for module in model.modules():
+        if isinstance(getattr(module, "proj_drop", None), nn.Dropout):
+            module.proj_drop.p = 0.0
+
+
 def proxylessnas_spec() -> BackboneSpec:
     """ProxylessNAS-Mobile by ``ofa``, which timm does not have, with its authors' weights."""
     return BackboneSpec(
-        build=lambda num_classes, drop_rate, _: proxylessnas(num_classes, dropout=drop_rate),
+        build=_convolutional(proxylessnas),
         weights_file="proxyless_mobile.pth",
         url="https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/proxyless_mobile.pth",
         mean=IMAGENET_DEFAULT_MEAN,
@@ -82,6 +122,26 @@ def proxylessnas_spec() -> BackboneSpec:
         head="classifier",
         own_size=224,
     )
+
+
+def tinytl_spec() -> BackboneSpec:
+    """ProxylessNAS-Mobile with TinyTL's branches, group norm and standardised weights, with its authors' weights."""
+    return replace(
+        proxylessnas_spec(),
+        build=_convolutional(tinytl_network),
+        weights_file="proxylessnas_mobile+lite_residual@imagenet@ws+gn",
+        url="https://hanlab18.mit.edu/projects/tinyml/tinyTL/files/proxylessnas_mobile+lite_residual@imagenet@ws+gn",
+        load=load_released_weights,
+    )
+
+
+def _convolutional(build: Callable[..., nn.Module]) -> Callable[[int, DropRates, int | None], nn.Module]:
+    def checked(num_classes: int, drop_rates: DropRates, image_size: int | None) -> nn.Module:
+        if drop_rates.position or drop_rates.mlp:
+            raise ValueError("it is no transformer: it has no position embedding and no MLP")
+        return build(num_classes, dropout=drop_rates.head)
+
+    return checked
 
 
 def _released(name: str) -> BackboneSpec:
@@ -104,6 +164,7 @@ BACKBONES: dict[str, Callable[[], BackboneSpec]] = {
     "proxylessnas": proxylessnas_spec,
     "resnet18": lambda: _released("resnet18.tv_in1k"),
     "resnet50": lambda: _released("resnet50.tv_in1k"),
+    "tinytl": tinytl_spec,
     "vit_b16": lambda: timm_spec(
         "vit_base_patch16_224.orig_in21k",
         weights_file="ViT-B_16.npz",

@@ -11,6 +11,8 @@ import pandas as pd
 from transfer.recipes import Recipe
 from transfer.tables.render import NOT_MEASURED, NOT_RUN
 
+NO_RECIPE = "no recipe"
+
 MEMORY = {  # heading: column of ``cells``
     "official formula, MB": "official_mb",
     "saved, MB": "saved_mb",
@@ -92,7 +94,7 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
             if published_columns[cell["data"]]:
                 row[f"{cell['data']} published, %"] = _number(cell["published_accuracy"], 1, "not published")
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna(NO_RECIPE)
 
 
 def _number(value: float | None, digits: int, otherwise: str) -> str:
@@ -138,7 +140,7 @@ def note(runs: pd.DataFrame) -> str:
         )
         text += f". Models: {', '.join(sorted(set(runs['model'])))}."
         if runs["protocol"].eq("official").any():
-            text += " data.protocol=official: the epoch was selected on the test split."
+            text += " data.protocol=official: all training images train, the last weights are reported."
     return text
 
 

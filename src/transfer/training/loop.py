@@ -104,7 +104,7 @@ class Trainer:
         self.batch = min(settings["batch_size"], len(data.train))
         if self.batch < size:
             raise UserError.value("trainer.batch_size", self.batch, f"at least one image for each of {size} processes")
-        self.order = BatchOrder(len(data.train), self.batch, config["seed"], rank, size)
+        self.order = BatchOrder(len(data.train), self.batch, config["seed"], rank, size, settings["drop_last"])
         workers = worker_count(settings["workers"], self.device, self.world.local_size)
         options = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
         self.train_loader = train_loader(data.train, self.order, config["seed"], **options)
@@ -146,7 +146,8 @@ class Trainer:
             LOGGER.warning("saved by %d processes, now %d: dropout starts anew", len(state["random"]), self.world.size)
 
     def fit(self, monitor: Monitor) -> Fitted:
-        """Train to the end, then score the best epoch's weights on validation and test.
+        """Train to the end, then score the best epoch's weights on validation and test: under the official protocol
+        the last epoch's.
 
         Raises:
             FloatingPointError: loss, gradient or a kept activation is not finite; nothing of that step reaches the
@@ -187,14 +188,15 @@ class Trainer:
         rate = self.schedule.set(self.step)
         stop = self.stop.received or 0
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+        count = self.order.images(self.step % len(self.order))
         with fits(f"step {self.step + 1}", f"else {LESS}, which starts a run of its own", self._goes_on()):
-            outcome = self.stepper.take(images, labels, stop)
+            outcome = self.stepper.take(images, labels, stop, count)
         self._judge(outcome)
         self.step += 1
         seconds = time.perf_counter() - start
         self.step_seconds.append(seconds)
         if outcome.problem is None:
-            self.tally.add(outcome.loss, outcome.correct, self.batch, seconds)
+            self.tally.add(outcome.loss, outcome.correct, count, seconds)
             monitor.scalar("train/step_loss", outcome.loss, self.step)
         monitor.scalar("train/lr", rate, self.step)
         row = self.tally.row()
@@ -266,8 +268,12 @@ class Trainer:
             return evaluate(self.network, loader, self.device, self.settings["precision"], self.world, check)
 
     def _keep_if_best(self, scores: Scores) -> None:
-        """Keep the weights where validation accuracy is the highest so far; a tie goes to the lower loss."""
-        if (scores.top1, -scores.loss) > (self.best["top1"], -self.best["loss"]):
+        """Keep the weights where validation accuracy is the highest so far; a tie goes to the lower loss. Under the
+        official protocol nothing is selected: the last weights stay."""
+        if self.config["data"]["protocol"] == "official" or (scores.top1, -scores.loss) > (
+            self.best["top1"],
+            -self.best["loss"],
+        ):
             self.best = {**asdict(scores), "epoch": self.epoch, "step": self.step}
             if self.world.main:
                 self.checkpoints.save_best(self.step, self.network.model.state_dict())

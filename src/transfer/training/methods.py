@@ -48,7 +48,9 @@ def _tinytl_l(model: nn.Module) -> set[str]:
 
 
 def _tinytl_lb(model: nn.Module) -> set[str]:
-    return _tinytl_l(model) | _bias(model)
+    """The shift of a branch's last norm stays, as in TinyTL's code: that of the main path beside it is the same."""
+    branches = [(prefix, module.lite) for prefix, module in model.named_modules() if isinstance(module, LiteResidual)]
+    return (_tinytl_l(model) | _bias(model)) - {f"{prefix}.lite.{len(lite) - 1}.bias" for prefix, lite in branches}
 
 
 METHODS: dict[str, Callable[[nn.Module], set[str]]] = {

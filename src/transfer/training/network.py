@@ -23,7 +23,7 @@ from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by trainer.precision
-RAZOR_OVERRIDES = ("head_sparsity", "values", "index", "fill", "norm", "activation", "attention", "rest")
+RAZOR_OVERRIDES = ("head_sparsity", "values", "index", "fill", "norm", "batch_norm", "activation", "attention", "rest")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
             config = br.RazorConfig.int8()
         else:
             config = getattr(br.RazorConfig, razor["name"])(razor["sparsity"])
-        chosen = {key: razor[key] for key in RAZOR_OVERRIDES if razor[key] is not None}
+        chosen = {key: razor[key] for key in RAZOR_OVERRIDES if razor.get(key) is not None}  # a record may be older
         return dataclasses.replace(config, **chosen)
     except ValueError as error:
         raise UserError(f"razor={razor['name']}: {error}") from error

@@ -68,12 +68,16 @@ def clip_each(parameters: Iterable[Tensor], limit: float) -> None:
 class Schedule:
     """Learning rate as a function of the step alone: linear warm-up, then a cosine to 0 or a constant.
 
+    A warm-up counts steps from one, as the released code does: the first step has a share of the rate and not none,
+    the last of ``warmup_steps`` all of it, and the last step of the cosine none. Without one the first has all of it.
+
     Holds no state besides the optimizer's groups, so resuming needs only the step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, optim: Mapping[str, Any], steps: int) -> None:
         warmup = min(optim["warmup_steps"], steps - 1)
         self.optimizer = optimizer
+        self.ahead = 1 if warmup else 0
         self.cosine = None
         if optim["schedule"] == "cosine":
             self.cosine = CosineLRScheduler(
@@ -89,6 +93,7 @@ class Schedule:
 
     def set(self, step: int) -> float:
         """Set the learning rates for ``step`` (from 0) and return the first group's."""
+        step += self.ahead
         if self.cosine is not None:
             self.cosine.step_update(step)
         else:

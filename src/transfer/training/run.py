@@ -36,7 +36,7 @@ from transfer.training.watch import watched_layers
 RANK_SEEDS = 1_000_003  # between the seeds of two processes
 
 
-def execute(config: Mapping[str, Any], experiment: str | None = None) -> dict[str, Any]:
+def execute(config: Mapping[str, Any], experiment: str | None = None, recipe: str | None = None) -> dict[str, Any]:
     """Train what ``config`` describes and return its record.
 
     Everything is checked before the run's folder is made. With ``trainer.resume=auto`` a finished run is returned as it
@@ -46,6 +46,7 @@ def execute(config: Mapping[str, Any], experiment: str | None = None) -> dict[st
     Args:
         config: the composed configuration as plain values.
         experiment: name of the experiment file, for the folder.
+        recipe: name of the recipe that ``config`` began with, for the log and the record.
 
     Raises:
         UserError: a setting or file is wrong, or nothing can be written.
@@ -55,11 +56,13 @@ def execute(config: Mapping[str, Any], experiment: str | None = None) -> dict[st
     """
     validate(config)
     with joined_world(pick_device(config["trainer"]["device"]).type) as world:
-        return _execute(config, experiment, world)
+        return _execute(config, experiment, recipe, world)
 
 
-def _execute(config: Mapping[str, Any], experiment: str | None, world: World) -> dict[str, Any]:
+def _execute(config: Mapping[str, Any], experiment: str | None, recipe: str | None, world: World) -> dict[str, Any]:
     folder = run_directory(config, experiment)
+    if recipe and world.main:
+        LOGGER.info("recipe %s (configs/recipe/%s.yaml); recipe=none takes the plain defaults", recipe, recipe)
     resume = config["trainer"]["resume"] == "auto"
     record = world.broadcast(_finished(folder) if resume and world.main else None)
     if record is not None:
@@ -96,7 +99,7 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
                 fitted = trainer.fit(monitor)
             if not world.main:
                 return {}
-            record = _record(config, experiment, digest, fitted, len(data.class_names))
+            record = {**_record(config, experiment, digest, fitted, len(data.class_names)), "recipe": recipe}
             record["circumstances"] = circumstances(
                 str(device), torch.get_num_threads(), world.size, gpu_circumstances(str(device))
             )
@@ -112,10 +115,11 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
                 write_record(folder / "record.json", record)
             monitor.finish(config, _final_metrics(record))
             LOGGER.info(
-                "test accuracy %.2f%% (top-5 %.2f%%), epoch %d selected on validation; record in %s",
+                "test accuracy %.2f%% (top-5 %.2f%%), epoch %d %s; record in %s",
                 fitted.test.top1,
                 fitted.test.top5,
                 fitted.best_epoch,
+                "is the last" if config["data"]["protocol"] == "official" else "selected on validation",
                 folder,
             )
     except OSError as error:

@@ -29,19 +29,29 @@ class BatchOrder(Sampler[list[Key]]):
 
     Args:
         length: images in the split.
-        batch: images per optimizer step, over all processes; what does not fill a batch is left out of the epoch.
+        batch: images per optimizer step, over all processes.
         seed: the run's.
         rank, size: this process and how many share each batch.
+        drop_last: leave what does not fill a batch out of the epoch. A last batch of fewer images than processes is
+            left out anyway.
 
     ``epoch``, and ``first`` and ``last`` (batches, the last exclusive), are set before each pass.
     """
 
-    def __init__(self, length: int, batch: int, seed: int, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self, length: int, batch: int, seed: int, rank: int = 0, size: int = 1, drop_last: bool = True
+    ) -> None:
         self.length, self.batch, self.seed, self.rank, self.size = length, batch, seed, rank, size
-        self.epoch, self.first, self.last = 0, 0, length // batch
+        whole, rest = divmod(length, batch)
+        self.batches = whole if drop_last or rest < size else whole + 1
+        self.epoch, self.first, self.last = 0, 0, self.batches
 
     def __len__(self) -> int:
-        return self.length // self.batch
+        return self.batches
+
+    def images(self, number: int) -> int:
+        """How many images batch ``number`` of an epoch has, over all processes."""
+        return min(self.batch, self.length - number * self.batch)
 
     def __iter__(self) -> Iterator[list[Key]]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)

@@ -55,7 +55,7 @@ class Stepper:
         network: what trains.
         optimizer: over its parameters.
         config: the validated configuration.
-        batch: images per step, over all processes.
+        batch: images per step, over all processes; ``take`` may be given another number.
         world: this process among them.
     """
 
@@ -81,16 +81,18 @@ class Stepper:
             self.released = ReleasedGradients(network, optimizer, self.optim["grad_clip_each"])
         self.halves = GraphedStep(self, optimizer) if self.settings["cuda_graph"] else self
 
-    def take(self, images: Tensor, labels: Tensor, stop: int = 0) -> Outcome:
+    def take(self, images: Tensor, labels: Tensor, stop: int = 0, batch: int | None = None) -> Outcome:
         """Take one step: two pieces of work for the device, and one read of it between them.
 
         Args:
             images, labels: this process's share of the batch, on its device: uint8 (n, 3, S, S) and classes (n,).
             stop: the signal that this process was stopped by, 0 for none.
+            batch: images over all processes, where that is another number than in the step before.
 
         Raises:
             UserError: the step was to be captured as a CUDA graph and cannot be.
         """
+        self.batch = batch or self.batch
         held = HeldStatistics(self.network.model) if self.settings["nonfinite"] == "skip" else None
         figures = self.halves.gradients(images, labels)
         votes = torch.zeros(len(STOPS), dtype=torch.float64, device=self.device)

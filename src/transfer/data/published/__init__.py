@@ -18,11 +18,11 @@ from transfer.data.published.cars import CARS
 from transfer.data.published.cifar import CIFAR10, CIFAR100
 from transfer.data.published.cub import CUB200
 from transfer.data.published.food import FOOD101
-from transfer.data.published.listing import read_listing
+from transfer.data.published.listing import file_paths, read_listing
 from transfer.data.published.oxford import AIRCRAFT, FLOWERS, PETS
 from transfer.data.published.spec import Archive, Listing, PublishedSpec
 from transfer.data.spec import LabelledImages, Splits
-from transfer.data.splits import stratified_holdout
+from transfer.data.splits import named_holdout, stratified_holdout
 from transfer.errors import UserError
 
 __all__ = ["PUBLISHED", "Archive", "Listing", "PublishedImages", "PublishedSpec", "build", "load", "make_splits"]
@@ -36,17 +36,25 @@ VAL_FRACTION = 0.1  # of the published training images
 SPLIT_SEED = 0
 
 
-def make_splits(spec: PublishedSpec, root: Path, val_fraction: float, split_seed: int) -> Splits:
+def make_splits(
+    spec: PublishedSpec, root: Path, val_fraction: float, split_seed: int, val_file: str | None = None
+) -> Splits:
     """Return the published test split, and the published training images (a published validation part among them)
-    divided into train and validation, stratified by class.
+    divided into train and validation: those that ``val_file`` names, or a draw that is stratified by class.
 
     Raises:
-        UserError: files are missing or damaged, or ``val_fraction`` leaves a class without validation images.
+        UserError: files are missing or damaged, ``val_fraction`` leaves a class without validation images, or
+            ``val_file`` names other images than training images.
     """
     listing = read_listing(spec, root)
     names = listing.class_names
-    kept, val = stratified_holdout(listing.train.labels, val_fraction, split_seed, "data.val_fraction", names)
-    note = f"published test split; validation drawn from the training images with data.split_seed={split_seed}"
+    if val_file is None:
+        kept, val = stratified_holdout(listing.train.labels, val_fraction, split_seed, "data.val_fraction", names)
+        how = f"drawn from the training images with data.split_seed={split_seed}"
+    else:
+        kept, val = named_holdout(file_paths(listing.train), val_file)
+        how = f"the training images that {val_file} names"
+    note = f"published test split; validation {how}"
     return Splits(
         train=listing.train.select(kept),
         val=listing.train.select(val),
@@ -64,7 +72,8 @@ def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
         UserError: as ``make_splits``.
     """
     root = Path(data["root"] if data["root"] is not None else Path(paths["data"]) / data["name"]).expanduser()
-    return make_splits(PUBLISHED[data["name"]], root, data["val_fraction"], data["split_seed"])
+    spec, val_file = PUBLISHED[data["name"]], data.get("val_file")  # a record may be older than the key
+    return make_splits(spec, root, data["val_fraction"], data["split_seed"], val_file)
 
 
 class PublishedImages(Dataset):
@@ -111,7 +120,7 @@ def build(
         root: the data set's own folder, as its set-up script leaves it.
         split: ``train``, ``val`` or ``test``.
         protocol: ``validation`` selects on images held out of training; ``official`` trains on all of them and
-            selects on test, as published results of this method do: ``val`` is then the test split.
+            selects nothing, as published results of this method do: ``val`` is then the test split.
 
     Raises:
         UserError: an unknown name, split or protocol; files that are missing or damaged.
