@@ -264,7 +264,7 @@ LAYERS = {
 
 def weight_gradient(dense: nn.Module, x: Tensor, sparsity: float) -> Tensor:
     model = nn.Sequential(copy.deepcopy(dense))
-    br.razor_(model, br.RazorConfig(sparsity))
+    br.razor_(model, br.RazorConfig(sparsity, fill="zero"))
     out = model(x.clone().requires_grad_())
     out.backward(sample("normal", tuple(out.shape), seed=1))
     return next(model.parameters()).grad
