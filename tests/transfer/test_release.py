@@ -71,9 +71,11 @@ def test_an_interrupted_run_with_released_gradients_and_8_bits_goes_on(tmp_path:
     take = step.Stepper.take
     calls = []
 
-    def interrupted(self: step.Stepper, images: torch.Tensor, labels: torch.Tensor, stop: int = 0) -> step.Outcome:
+    def interrupted(
+        self: step.Stepper, images: torch.Tensor, labels: torch.Tensor, stop: int, batch: int
+    ) -> step.Outcome:
         calls.append(stop)
-        return take(self, images, labels, step.STOPS[-1] if len(calls) == 4 else stop)
+        return take(self, images, labels, step.STOPS[-1] if len(calls) == 4 else stop, batch)
 
     monkeypatch.setattr(step.Stepper, "take", interrupted)
     with pytest.raises(train.Interrupted):
