@@ -1,6 +1,6 @@
-"""Write the experiment files of tables 1 and 2 and on digits from the one table of recipes in src/transfer/recipes.py.
+"""Write the experiment files from the tables of recipes in src/transfer/recipes.py and src/transfer/experiments.py.
 
-python scripts/write_recipes.py            write configs/experiment/table1/, table2/ and digits/
+python scripts/write_recipes.py            write configs/experiment/table1/, table2/, digits/ and ablation/
 python scripts/write_recipes.py --check    say which files differ, and write nothing
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import yaml
 
-from transfer.recipes import Recipe, recipes
+from transfer.experiments import TABLES, experiments
+from transfer.recipes import Recipe
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
-TABLES = ("table1", "table2", "digits")
 
 
 def text(recipe: Recipe) -> str:
@@ -41,7 +41,7 @@ def text(recipe: Recipe) -> str:
 
 def files() -> dict[Path, str]:
     """Return path and content of every experiment file."""
-    return {EXPERIMENTS / f"{recipe.name}.yaml": text(recipe) for table in TABLES for recipe in recipes(table)}
+    return {EXPERIMENTS / f"{recipe.name}.yaml": text(recipe) for table in TABLES for recipe in experiments(table)}
 
 
 def differences(wanted: dict[Path, str]) -> list[Path]:

@@ -26,6 +26,12 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             for path in ("values", "index", "fill", "norm", "activation", "attention", "rest", "head_sparsity")
             if given[f"razor.{path}"] is not None
         ]
+        for path, plain in (("forward", "dense"), ("selection", "magnitude")):
+            if (value := given[f"razor.{path}"]) != plain:
+                raise UserError(
+                    f"razor={preset} razor.{path}={value} contradict each other: {preset} prunes nothing; "
+                    "choose razor=paper or razor=compact"
+                )
         if extra and preset == "none":
             raise UserError(
                 f"razor=none razor.{extra[0]}={given[f'razor.{extra[0]}']} contradict each other: "

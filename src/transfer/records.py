@@ -41,6 +41,8 @@ HASHED_UNLESS = {
     "trainer.release_gradients": False,
     "optim.grad_clip_each": None,
     "optim.state_bits": None,
+    "razor.forward": "dense",
+    "razor.selection": "magnitude",
 }
 # What two equal runs differ in: dates, machines and clocks.
 MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")

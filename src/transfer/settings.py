@@ -170,6 +170,8 @@ KEYS: tuple[Key, ...] = (
         ("dense", "int8"),
         optional=True,
     ),
+    Key("razor.forward", str, "ablation: prune the forward pass, too", ("dense", "pruned")),
+    Key("razor.selection", str, "ablation: keep the largest, or as many at random", ("magnitude", "random")),
     Key("method.name", str, "which parameters train besides the head", METHODS),
     Key("method.bn_affine", str, "batch norm's scale and shift", ("train", "frozen")),
     Key("method.bn_stats", str, "batch norm's mean and variance: of the batch, or as pretrained", ("batch", "frozen")),

@@ -43,11 +43,15 @@ SMALL_VIT = ("model=timm", "model.name=test_vit.r160_in1k")
 STEPS_VIT_B16 = "paper"
 
 
-def read_experiment(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The groups that an experiment file chooses (group to option), and its trainer section."""
+def read_experiment(name: str) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+    """The groups that an experiment file chooses (group to option), and its trainer and razor sections."""
     content = yaml.safe_load((train.CONFIGS / "experiment" / f"{name}.yaml").read_text())
     groups = dict(item for entry in content["defaults"] for item in entry.items())
-    return {key.removeprefix("override /"): option for key, option in groups.items()}, content["trainer"]
+    return (
+        {key.removeprefix("override /"): option for key, option in groups.items()},
+        content["trainer"],
+        content.get("razor", {}),
+    )
 
 
 def data_of(name: str) -> str:
@@ -62,8 +66,9 @@ def one_of_each_row() -> list[str]:
     """
     rows = defaultdict(list)
     for name in train.group_options()["experiment"]:
-        groups, trainer = read_experiment(name)
-        kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer
+        groups, trainer, razor = read_experiment(name)
+        kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer, razor.get("fill")
+        kind += razor.get("forward"), razor.get("selection")
         network = groups["model"] if groups["razor"] != "none" else groups["model"] in TRANSFORMERS
         rows[network, groups["method"], groups["razor"], kind].append(name)
     used: Counter[str] = Counter()
@@ -95,7 +100,7 @@ def test_every_row_takes_a_step(
     data, specs = published
     for spec in specs.values():
         monkeypatch.setitem(PUBLISHED, spec.name, spec)
-    groups, trainer = read_experiment(name)
+    groups, trainer, _ = read_experiment(name)
     settings = [*ONE_STEP, f"paths.outputs={tmp_path}", f"paths.data={data}"]
     if groups["data"] in specs:
         settings += ["data.val_fraction=0.5", "data.train_fraction=1", "model.pretrained=false"]

@@ -27,6 +27,10 @@ def row_label(config: Mapping[str, Any]) -> str:
         parts = ["dense"] if checkpointing == "none" else []
     else:
         parts = [razor["name"]] if razor["name"] == "int8" else [f"{razor['name']} {razor['sparsity']:g}"]
+    if razor.get("forward", "dense") != "dense":
+        parts.append("forward pruned")
+    if razor.get("selection", "magnitude") != "magnitude":
+        parts.append("at random")
     if checkpointing != "none":
         parts.append(f"checkpointing by {checkpointing}")
     if micro and micro < trainer["batch_size"]:

@@ -19,6 +19,7 @@ from transfer.errors import UserError
 from transfer.models import Backbone, build_backbone
 from transfer.models.frozen_storage import store_frozen_at_8_bits
 from transfer.models.tinytl import insert_lite_residuals
+from transfer.training.ablation import ablate
 from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
@@ -119,6 +120,7 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
             report = br.razor_(backbone.model, razor).table()
         except ValueError as error:
             raise UserError(f"razor={config['razor']['name']} model={config['model']['name']}: {error}") from error
+        report += ablate(backbone.model, config["razor"])
     apply_checkpointing(backbone.model, backbone.stages, config["trainer"]["checkpointing"])
     channels_last = config["trainer"].get("channels_last", False)  # a record may be older than the key
     if channels_last:
