@@ -28,7 +28,7 @@ from transfer.help import help_text, offered
 from transfer.settings import BY_PATH
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "experiment")
+GROUPS = ("task", "model", "data", "razor", "method", "optim", "trainer", "experiment")
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")
 LOADING_FLAGS = ("--experimental-rerun", "--config-", "-cp", "-cn", "-cd")
 # Exit codes; a signal that a run was stopped by gives 128 + its number, as in a shell: 130 Ctrl-C, 143 SIGTERM.

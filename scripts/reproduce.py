@@ -5,6 +5,7 @@
     python scripts/reproduce.py table2 --preset smoke       the same on embedded digits, in minutes
     python scripts/reproduce.py digits                      every method on few digits; peak: scripts/measure_runs.py
     python scripts/reproduce.py ablation                    what is pruned, how it is chosen, what stands for the rest
+    python scripts/reproduce.py segmentation --preset smoke DeepLabV3 on embedded scenes; without it VOC and Pets
 
 Interrupted, the same command goes on with what is missing. Further arguments (key=value) go to train.py.
 """
@@ -23,8 +24,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from transfer.errors import UserError, one_line
-from transfer.experiments import DIGITS_TABLES, TABLES, experiments
-from transfer.recipes import DATA, SMOKE_DATA, Recipe
+from transfer.experiments import DIGITS_TABLES, REAL_DATA, SMOKE_DATA, TABLES, experiments
+from transfer.recipes import DATA, Recipe
+from transfer.recipes import SMOKE_DATA as DIGITS
 from transfer.reproduction import Cell, duration, estimated_seconds, missing_inputs, needs
 from transfer.settings import validate
 from transfer.tables import accuracy_against_peak, cells, load_runs, memory_by_role, pivot, title, write_grid
@@ -37,8 +39,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--preset", choices=("full", "smoke"), default="full", help="smoke: embedded digits")
-    parser.add_argument("--data", help=f"data sets, comma-separated; default all of {','.join(DATA)}")
+    parser.add_argument("--preset", choices=("full", "smoke"), default="full", help="smoke: embedded data")
+    parser.add_argument("--data", help="data sets of the table, comma-separated; default all")
     parser.add_argument("--seeds", default=None, help="comma-separated; default 0,1,2, smoke 0")
     parser.add_argument("--outputs", type=Path, help="folder of the runs; default outputs, smoke outputs/smoke")
     parser.add_argument("--launcher", choices=("basic", "joblib", "submitit_local", "submitit_slurm"), default="basic")
@@ -53,13 +55,14 @@ def wanted(options: argparse.Namespace) -> list[Recipe]:
     Raises:
         UserError: an unknown data set.
     """
+    real, embedded = REAL_DATA.get(options.table, DATA), SMOKE_DATA.get(options.table, DIGITS)
     if options.preset == "smoke" or options.table in DIGITS_TABLES:
-        names = (SMOKE_DATA,)
+        names = (embedded,)
     else:
-        names = tuple(options.data.split(",")) if options.data else DATA
-    unknown = [name for name in names if name not in (*DATA, SMOKE_DATA)]
+        names = tuple(options.data.split(",")) if options.data else real
+    unknown = [name for name in names if name not in (*real, embedded)]
     if unknown:
-        raise UserError.value("--data", unknown[0], "|".join(DATA))
+        raise UserError.value("--data", unknown[0], "|".join(real))
     return [recipe for recipe in experiments(options.table) if recipe.data in names]
 
 

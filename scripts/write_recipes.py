@@ -1,6 +1,6 @@
 """Write the experiment files from the tables of recipes in src/transfer/recipes.py and src/transfer/experiments.py.
 
-python scripts/write_recipes.py            write configs/experiment/table1/, table2/, digits/ and ablation/
+python scripts/write_recipes.py            write configs/experiment/<table>/ of each
 python scripts/write_recipes.py --check    say which files differ, and write nothing
 """
 

@@ -54,7 +54,7 @@ def _defaults(configs: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _choice(config: Mapping[str, Any], group: str, configs: Path) -> str | None:
-    name = config[group].get("name")
+    name = config.get(group, {}).get("name")
     if name is None or (configs / group / f"{name}.yaml").is_file():
         return name
     return UNNAMED.get(group)

@@ -45,6 +45,7 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
     batch, micro = given["trainer.batch_size"], given["trainer.micro_batch"]
     if micro is not None and micro > batch:
         raise UserError.value("trainer.micro_batch", micro, f"at most trainer.batch_size={batch}")
+    _check_task(given)
     _check_release(given)
     _check_state_bits(given)
     if given["trainer.cuda_graph"]:
@@ -62,6 +63,26 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             "data.test_fraction",
             given["data.test_fraction"],
             f"below 1 - data.val_fraction={1 - given['data.val_fraction']:g}",
+        )
+
+
+def _check_task(given: Mapping[str, Any]) -> None:
+    """What segmentation has no form for."""
+    stride = given["task.output_stride"]
+    if given["task.name"] != "segmentation":
+        return
+    if stride not in (8, 16, 32):
+        raise UserError.value("task.output_stride", "null" if stride is None else stride, "8|16|32")
+    if given["method.name"].startswith("tinytl"):
+        raise UserError(
+            f"method={given['method.name']} task=segmentation contradict each other: TinyTL's branches are made for "
+            "classifiers; choose another method"
+        )
+    measured = given["trainer.measure.image_size"]
+    if measured not in (None, given["data.image_size"]):
+        raise UserError(
+            f"trainer.measure.image_size={measured} task=segmentation contradict each other: masks are not brought to "
+            "another size; leave it null"
         )
 
 

@@ -158,7 +158,7 @@ class StepProfile:
         return SPARSITIES[-1 - steps]
 
     def _loss(self, logits: Tensor) -> Tensor:
-        labels = torch.zeros(len(logits), dtype=torch.long)
+        labels = logits.new_zeros((len(logits), *logits.shape[2:]), dtype=torch.long)  # per image, or per pixel
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config["optim"]["label_smoothing"])
 
 

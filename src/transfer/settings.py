@@ -6,80 +6,15 @@ a test compares it with the files in ``configs/``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transfer.conflicts import check_conflicts
 from transfer.errors import UserError
+from transfer.keys import Key
 
 MIN_IMAGE_SIZE = 32  # every backbone here reduces its input by 32
 MOST_IMAGES = 10**6  # in one batch; more is a slip of the keyboard
-
-
-@dataclass(frozen=True)
-class Key:
-    """One configuration key.
-
-    Args:
-        path: dotted name, as written on the command line.
-        kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
-        help: meaning and unit.
-        choices: the allowed strings; empty for any.
-        low, high: allowed range of a number; ``open_low``/``open_high`` leave the end itself out.
-        optional: whether ``null`` is allowed.
-    """
-
-    path: str
-    kind: type
-    help: str
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False
-    optional: bool = False
-
-    @property
-    def allowed(self) -> str:
-        """What the key takes, in words."""
-        if self.choices:
-            text = "|".join(self.choices)
-        elif self.kind is bool:
-            text = "true|false"
-        elif self.kind is str:
-            text = "a text"
-        else:
-            text = "a whole number" if self.kind is int else "a number"
-            if self.low is not None and self.high is not None:
-                text += (
-                    f" in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
-                )
-            elif self.low is not None:
-                text += f" {'above' if self.open_low else 'from'} {self.low:g}"
-        return text + (" or null" if self.optional else "")
-
-    def check(self, value: Any) -> None:
-        """Raise ``UserError`` where ``value`` is not allowed."""
-        if not self._accepts(value):
-            shown = "null" if value is None else value
-            raise UserError.value(self.path, shown, f"{self.allowed} ({self.help})")
-
-    def _accepts(self, value: Any) -> bool:
-        if value is None:
-            return self.optional
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not self.kind:
-            return False
-        if self.choices:
-            return value in self.choices
-        if self.kind not in (int, float):
-            return True
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
-        return math.isfinite(value) and above and below
 
 
 RAZOR_PRESETS = ("none", "paper", "compact", "int8")
@@ -88,6 +23,24 @@ CHECKPOINTING = ("none", "block", "stage")
 
 KEYS: tuple[Key, ...] = (
     Key("seed", int, "seed of weights, order and augmentation", low=0, high=2**31),
+    Key("task.name", str, "what is predicted: a class per image, or per pixel", ("classification", "segmentation")),
+    Key(
+        "task.output_stride",
+        int,
+        "segmentation: input pixels per position of the backbone's features, 8, 16 or 32",
+        low=8,
+        high=32,
+        optional=True,
+    ),
+    Key(
+        "task.bn_momentum",
+        float,
+        "segmentation: how fast the backbone's batch norms take up the data's statistics; null is the network's own",
+        low=0,
+        high=1,
+        open_low=True,
+        optional=True,
+    ),
     Key("model.name", str, "backbone; with model=timm the name of any timm classifier, with its pretrained tag"),
     Key("model.pretrained", bool, "start from pretrained weights"),
     Key(
@@ -109,7 +62,10 @@ KEYS: tuple[Key, ...] = (
         ("validation", "official"),
     ),
     Key(
-        "data.train_transform", str, "how a training image is brought to size", ("plain", "random_crop", "resize_crop")
+        "data.train_transform",
+        str,
+        "how a training image is brought to size; scale_crop for segmentation alone",
+        ("plain", "random_crop", "resize_crop", "scale_crop"),
     ),
     Key("data.crop_scale_min", float, "smallest area of random_crop, share of the image", low=0, high=1, open_low=True),
     Key("data.flip", bool, "mirror half of the training images"),
@@ -188,7 +144,7 @@ KEYS: tuple[Key, ...] = (
     Key("optim.weight_decay", float, "weight decay", low=0, high=1000),
     Key("optim.momentum", float, "momentum of sgd", low=0, high=1, open_high=True),
     Key("optim.head_lr_multiplier", float, "the head's learning rate, times optim.lr", low=0, high=1000, open_low=True),
-    Key("optim.schedule", str, "learning rate by step", ("cosine", "constant")),
+    Key("optim.schedule", str, "learning rate by step", ("cosine", "constant", "poly")),
     Key("optim.warmup_steps", int, "linear warm-up, optimizer steps", low=0, high=10**9),
     Key("optim.label_smoothing", float, "label smoothing", low=0, high=1, open_high=True),
     Key("optim.grad_clip", float, "largest gradient norm", low=0, high=10**6, open_low=True, optional=True),

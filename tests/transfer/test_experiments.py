@@ -68,7 +68,7 @@ def one_of_each_row() -> list[str]:
     for name in train.group_options()["experiment"]:
         groups, trainer, razor = read_experiment(name)
         kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer, razor.get("fill")
-        kind += razor.get("forward"), razor.get("selection")
+        kind += razor.get("forward"), razor.get("selection"), groups.get("task")
         network = groups["model"] if groups["razor"] != "none" else groups["model"] in TRANSFORMERS
         rows[network, groups["method"], groups["razor"], kind].append(name)
     used: Counter[str] = Counter()
@@ -80,7 +80,7 @@ def one_of_each_row() -> list[str]:
 
 
 def test_every_data_set_has_its_row() -> None:
-    assert {data_of(name) for name in one_of_each_row()} == {*MAKERS, "digits"}
+    assert {data_of(name) for name in one_of_each_row()} == {*MAKERS, "digits", "scenes"}
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transfer.data.images import CHECKED
+from transfer.data.masks import MaskedImages, mask_eval_transform, mask_train_transform
 from transfer.data.registry import DATASETS
-from transfer.data.spec import LabelledImages
+from transfer.data.spec import LabelledImages, Splits
 from transfer.data.splits import check_classes, lacking, stratified_holdout
 from transfer.data.transforms import TwoPartTransform, eval_transform, train_transform
 from transfer.errors import UserError
@@ -54,22 +55,26 @@ class TensorImages(Dataset):
 class DataBundle:
     """The three splits, ready to be batched, and the names of the classes."""
 
-    train: TensorImages
-    val: TensorImages
-    test: TensorImages
+    train: TensorImages | MaskedImages
+    val: TensorImages | MaskedImages
+    test: TensorImages | MaskedImages
     class_names: tuple[str, ...]
     note: str
 
 
-def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = True) -> DataBundle:
+def build_data(
+    data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = True, task: str = "classification"
+) -> DataBundle:
     """Load the data set that ``data.name`` names.
 
     Args:
         data, paths: those sections of the configuration.
         check: decode its files first; False where another process of the job has done that.
+        task: ``classification``, or ``segmentation`` for the class of each pixel.
 
     Raises:
-        UserError: the data set is unknown, missing or damaged, or a class has no images in a split.
+        UserError: the data set is unknown, missing or damaged, has no labels for the task, or a class has no images in
+            a split.
     """
     name = data["name"]
     if name not in DATASETS:
@@ -79,14 +84,21 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = 
         splits = DATASETS[name].load(data, paths)
     finally:
         CHECKED.reset(token)
-    names = splits.class_names
+    names = _class_names(splits, name, task)
     if data["protocol"] == "official":
         note = "official protocol: validation images train, the best epoch is selected on test"
         joined, given = splits.train + splits.val, ("val", "test") if "test" in splits.given else ("val",)
         splits = replace(splits, train=joined, val=splits.test, given=given, note=f"{splits.note}; {note}")
     if (share := data["train_fraction"]) < 1:
-        _, used = stratified_holdout(splits.train.labels, share, data["split_seed"], "data.train_fraction", names)
+        _, used = stratified_holdout(
+            splits.train.labels, share, data["split_seed"], "data.train_fraction", splits.class_names
+        )
         splits = replace(splits, train=splits.train.select(used))
+    if task == "segmentation":
+        final, cache = mask_eval_transform(data), data["cache"]
+        train = MaskedImages(splits.train, mask_train_transform(data), cache)
+        val, test = (MaskedImages(part, final, cache) for part in (splits.val, splits.test))
+        return DataBundle(train, val, test, names, splits.note)
     check_classes(splits, data)
     final = eval_transform(data)
     return DataBundle(
@@ -96,3 +108,15 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = 
         class_names=names,
         note=splits.note + lacking(splits),
     )
+
+
+def _class_names(splits: Splits, name: str, task: str) -> tuple[str, ...]:
+    names = splits.mask_names if task == "segmentation" else splits.class_names
+    if not names:
+        pixels = task == "segmentation"
+        other = "classification" if pixels else "segmentation"
+        raise UserError(
+            f"data={name} task={task}: it has no class per {'pixel' if pixels else 'image'}; set task={other}, or "
+            "choose another data set"
+        )
+    return names

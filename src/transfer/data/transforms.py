@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from torchvision.transforms import v2
 
+from transfer.errors import UserError
+
 RESIZE_MARGIN = 256 / 224  # resize_crop first brings the shorter side to image_size times this
 
 
@@ -49,6 +51,8 @@ def train_transform(data: Mapping[str, Any]) -> TwoPartTransform:
     shorter side to 256/224 of the input, then the same. ``flip`` and the jitters follow.
     """
     size, kind = data["image_size"], data["train_transform"]
+    if kind == "scale_crop":
+        raise UserError.value("data.train_transform", kind, "plain|random_crop|resize_crop, for task=classification")
     fixed: list[nn.Module] = [v2.PILToTensor()]
     random: list[nn.Module] = []
     if kind == "plain":

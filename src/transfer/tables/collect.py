@@ -47,9 +47,9 @@ def load_runs(folder: Path) -> pd.DataFrame:
 
     Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
     protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
-    (``test_top1, test_top5, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or
-    None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with several
-    configurations the newest alone counts.
+    (``test_top1, test_top5, test_mean_iou, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer``
+    (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with
+    several configurations the newest alone counts.
 
     Raises:
         UserError: no record there, or a damaged one.
@@ -90,7 +90,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "measured_batch": memory.get("batch_size"),
         "measured_size": memory.get("image_size"),
         "test_top1": record["test"]["top1"],
-        "test_top5": record["test"]["top5"],
+        "test_top5": record["test"].get("top5", float("nan")),
+        "test_mean_iou": record["test"].get("mean_iou", float("nan")),
         "test_images": record["test"].get("images"),
         "val_top1": record["val"]["top1"],
         "saved_by_role": memory.get("saved_by_role"),

@@ -38,8 +38,8 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
     """Return one row for each recipe, run or not.
 
     Columns: ``experiment, row, method, razor, data, seeds, status, accuracy`` (percent, mean over seeds),
-    ``accuracy_std`` (sample deviation, NaN for one seed), ``published_accuracy, published_formula_mb`` (NaN where
-    nothing was published), and of the runs what ``_SOURCES`` names.
+    ``accuracy_std`` (sample deviation, NaN for one seed), the same of ``mean_iou``, ``published_accuracy,
+    published_formula_mb`` (NaN where nothing was published), and of the runs what ``_SOURCES`` names.
 
     Args:
         runs: as ``load_runs`` returns them; those of other experiments are left out.
@@ -62,6 +62,8 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
         if len(found):
             accuracy = found["test_top1"].astype(float)
             row |= {"accuracy": accuracy.mean(), "accuracy_std": accuracy.std()}
+            iou = found["test_mean_iou"].astype(float)
+            row |= {"mean_iou": iou.mean(), "mean_iou_std": iou.std()}
             row |= {name: found[key].astype(float).mean() * scale for name, (key, scale) in _SOURCES.items()}
         rows.append(row)
     names = dict.fromkeys((*rows[0], *_columns_of_a_run())) if rows else ()
@@ -69,7 +71,7 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
 
 
 def _columns_of_a_run() -> list[str]:
-    return ["accuracy", "accuracy_std", *_SOURCES]
+    return ["accuracy", "accuracy_std", "mean_iou", "mean_iou_std", *_SOURCES]
 
 
 def pivot(table: pd.DataFrame) -> pd.DataFrame:
@@ -79,6 +81,7 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     published_columns = table.groupby("data")["published_accuracy"].apply(lambda column: column.notna().any())
+    of_pixels = table.groupby("data")["mean_iou"].apply(lambda column: column.notna().any())
     for _, group in table.groupby("row", sort=False):
         ran = group[group["seeds"] > 0]
         row = {"Method": group["method"].iloc[0]}
@@ -89,6 +92,8 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
             row[heading] = _number(ran[column].median(), digits, NOT_MEASURED if len(ran) else NOT_RUN)
         for _, cell in group.iterrows():
             row[f"{cell['data']}, %"] = _accuracy(cell)
+            if of_pixels[cell["data"]]:
+                row[f"{cell['data']} mean IoU, %"] = _accuracy(cell, "mean_iou")
             if published_columns[cell["data"]]:
                 row[f"{cell['data']} published, %"] = _number(cell["published_accuracy"], 1, "not published")
         rows.append(row)
@@ -99,11 +104,11 @@ def _number(value: float | None, digits: int, otherwise: str) -> str:
     return otherwise if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _accuracy(cell: pd.Series) -> str:
+def _accuracy(cell: pd.Series, column: str = "accuracy") -> str:
     if not cell["seeds"]:
         return NOT_RUN
-    text = f"{cell['accuracy']:.2f}"
-    return text if pd.isna(cell["accuracy_std"]) else f"{text} ± {cell['accuracy_std']:.2f}"
+    text = f"{cell[column]:.2f}"
+    return text if pd.isna(cell[f"{column}_std"]) else f"{text} ± {cell[f'{column}_std']:.2f}"
 
 
 def title(table: str, runs: pd.DataFrame) -> str:

@@ -12,6 +12,7 @@ NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 HEADINGS = {
     "accuracy": ("Test accuracy, %", 2),
+    "mean_iou": ("Mean IoU, %", 2),
     "saved_mb": ("Saved, MB", 1),
     "peak_mb": ("Peak, MB", 1),
     "step_s": ("Step, s", 3),
@@ -41,6 +42,8 @@ def cells(summary: pd.DataFrame, headings: Mapping[str, tuple[str, int]] = HEADI
 
     A row that was not run says so, and so does a figure that was not measured.
     """
+    if not summary["mean_iou"].notna().any():  # a class per image
+        headings = {name: heading for name, heading in headings.items() if name != "mean_iou"}
     rows = []
     for _, row in summary.iterrows():
         shown = {"Method": row["method"]}

@@ -8,6 +8,7 @@ import pandas as pd
 
 METRICS = {  # column of a run: the table's, and the scale to what is shown
     "test_top1": ("accuracy", 1.0),
+    "test_mean_iou": ("mean_iou", 1.0),
     "saved_bytes": ("saved_mb", 1e-6),
     "weight_bytes": ("weights_mb", 1e-6),
     "gradient_bytes": ("gradients_mb", 1e-6),
@@ -23,10 +24,10 @@ def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
     """Return one row for each configuration in ``runs``.
 
     Columns: ``method`` (the label), ``config_hash``, ``seeds``, ``razor``, ``test_images`` (that a point is scored
-    on), and for each of ``accuracy`` (percent), ``saved_mb``, ``weights_mb``, ``gradients_mb``, ``optimizer_mb``,
-    ``peak_mb``, the sum of these four ``total_mb`` (1e6 bytes) and ``step_s`` the mean over seeds, ``_std`` (sample
-    deviation, NaN for one seed) and ``_ratio`` (value over that of the dense row: method full, no razor, no
-    checkpointing, the ordinary step).
+    on), and for each of ``accuracy``, ``mean_iou`` (percent; NaN for one class per image), ``saved_mb``,
+    ``weights_mb``, ``gradients_mb``, ``optimizer_mb``, ``peak_mb``, the sum of these four ``total_mb`` (1e6 bytes) and
+    ``step_s`` the mean over seeds, ``_std`` (sample deviation, NaN for one seed) and ``_ratio`` (value over that of the
+    dense row: method full, no razor, no checkpointing, the ordinary step).
 
     Args:
         runs: as ``load_runs`` returns them.

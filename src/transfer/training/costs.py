@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import backrazor as br
 from transfer.models.frozen_storage import coded_weights
 from transfer.official import official_memory
+from transfer.records import task_of
 from transfer.training.network import AUTOCAST, Network, assemble, autocast
 from transfer.training.optimisation import make_optimizer
 
@@ -53,7 +54,7 @@ class StepFactory:
         if network.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         model = torch.compile(network.model) if settings.get("compile", False) else network.model
-        labels = torch.randint(self.num_classes, (self.batch_size,)).to(device)
+        labels = torch.randint(self.num_classes, label_shape(self.config, self.batch_size, self.image_size)).to(device)
 
         micro = settings["micro_batch"] or self.batch_size
         *first, last = zip(images.split(micro), labels.split(micro), strict=True)
@@ -71,6 +72,11 @@ class StepFactory:
         if settings.get("release_gradients", False):
             br.memory.GradientRelease(optimizer)
         return br.memory.Step(network.model, forward, optimizer)
+
+
+def label_shape(config: Mapping[str, Any], batch: int, size: int) -> tuple[int, ...]:
+    """The shape of the labels of ``batch`` images of side ``size``: one per image, or one per pixel."""
+    return (batch, size, size) if task_of(config) == "segmentation" else (batch,)
 
 
 def pick_device(name: str) -> torch.device:
@@ -126,7 +132,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     forward = min(batch, config["trainer"]["micro_batch"] or batch)
     # Clones: autograd would hold the whole storage of a slice, which a training step does not have.
     images = images.repeat(-(-forward // len(images)), 1, 1, 1)[:forward].clone()
-    labels = labels.repeat(-(-forward // len(labels)))[:forward].clone()
+    labels = labels.repeat(-(-forward // len(labels)), *(1 for _ in labels.shape[1:]))[:forward].clone()
     x = network.normalise(images)
     if x.shape[-1] != size:
         x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
@@ -147,7 +153,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     }
     if config["trainer"]["checkpointing"] == "none":
         shape = {"input_size": (3, size, size), "batch_size": forward}
-        labels = torch.zeros(forward, dtype=torch.long, device=images.device)
+        labels = torch.zeros(label_shape(config, forward, size), dtype=torch.long, device=images.device)
         kind = AUTOCAST[config["trainer"]["precision"]]
         predicted = br.memory.predict(
             network.model,
@@ -160,7 +166,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         columns |= {"predicted_bytes": predicted.saved_bytes, "predicted_peak_bytes": predicted.peak_bytes}
         columns |= {name: getattr(predicted, name) for name in ("gradient_bytes", "optimizer_bytes")}
         columns["predicted_total_bytes"] = predicted.total_bytes
-        columns["official_bytes"] = _official(network, shape)
+        columns["official_bytes"] = _official(network, shape) if network.pixel_classes is None else None
     return columns
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import backrazor as br
 from transfer.errors import UserError
-from transfer.models import Backbone, build_backbone
+from transfer.models import Backbone, build_backbone, build_segmenter
 from transfer.models.frozen_storage import store_frozen_at_8_bits
 from transfer.models.tinytl import insert_lite_residuals
+from transfer.records import task_of
 from transfer.training.ablation import ablate
 from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
@@ -37,6 +38,7 @@ class Network:
         razored: whether ``razor_`` was applied.
         report: what ``razor_`` replaced and left, as text; empty for the plain network.
         channels_last: whether images are handed to it in that memory format.
+        pixel_classes: how many, where every pixel has one; None for one class per image.
     """
 
     backbone: Backbone
@@ -44,6 +46,7 @@ class Network:
     razored: bool
     report: str
     channels_last: bool = False
+    pixel_classes: int | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -100,7 +103,11 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
             ``razor_config``.
     """
     size = config["data"]["image_size"]
-    backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"], size)
+    pretrain, segments = config["paths"]["pretrain"], task_of(config) == "segmentation"
+    if segments:
+        backbone = build_segmenter(config["model"], num_classes, pretrain, config["task"])
+    else:
+        backbone = build_backbone(config["model"], num_classes, pretrain, size)
     measured = config["trainer"]["measure"]["image_size"]
     if backbone.one_size and measured not in (None, size):
         raise UserError(
@@ -125,6 +132,8 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     channels_last = config["trainer"].get("channels_last", False)  # a record may be older than the key
     if channels_last:
         backbone.model.to(memory_format=torch.channels_last)
-    network = Network(backbone, frozen, razor is not None, report, channels_last)
+    network = Network(
+        backbone, frozen, razor is not None, report, channels_last, pixel_classes=num_classes if segments else None
+    )
     network.train()
     return network

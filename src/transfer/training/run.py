@@ -8,7 +8,6 @@ import random
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ import yaml
 from transfer.data import DataBundle, build_data
 from transfer.errors import UserError
 from transfer.files import atomic_write_text
-from transfer.records import circumstances, config_hash, read_record, run_directory, write_record
+from transfer.records import circumstances, config_hash, read_record, run_directory, task_of, write_record
 from transfer.settings import validate
 from transfer.training.costs import PARTS, gpu_circumstances, pick_device
 from transfer.training.distributed import World, joined_world, own_gpu
+from transfer.training.evaluation import Scores
 from transfer.training.first_forward import try_forward
 from transfer.training.graphs import check_graph
 from transfer.training.loop import Fitted, Trainer
@@ -72,7 +72,7 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
         return record
     device = _prepare(config, world)
     with world.one_at_first() as first:
-        data = build_data(config["data"], config["paths"], check=first)
+        data = build_data(config["data"], config["paths"], first, task_of(config))
     network = assemble(config, len(data.class_names))
     network.model.to(device)
     try_forward(network, config)
@@ -112,9 +112,8 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
                 write_record(folder / "record.json", record)
             monitor.finish(config, _final_metrics(record))
             LOGGER.info(
-                "test accuracy %.2f%% (top-5 %.2f%%), epoch %d selected on validation; record in %s",
-                fitted.test.top1,
-                fitted.test.top5,
+                "test %s, epoch %d selected on validation; record in %s",
+                _said(fitted.test),
                 fitted.best_epoch,
                 folder,
             )
@@ -205,8 +204,8 @@ def _record(
         "config_hash": digest,
         "seed": config["seed"],
         "classes": classes,
-        "val": asdict(fitted.val),
-        "test": asdict(fitted.test),
+        "val": fitted.val.figures(),
+        "test": fitted.test.figures(),
         "best_epoch": fitted.best_epoch,
         "steps": fitted.steps,
         "skipped_steps": fitted.skipped_steps,
@@ -214,8 +213,15 @@ def _record(
     }
 
 
+def _said(scores: Scores) -> str:
+    if scores.mean_iou is not None:
+        return f"mean IoU {scores.mean_iou:.2f}%, pixel accuracy {scores.top1:.2f}%"
+    return f"accuracy {scores.top1:.2f}% (top-5 {scores.top5:.2f}%)"
+
+
 def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    metrics = {f"final/{split}_{name}": record[split][name] for split in ("val", "test") for name in ("top1", "top5")}
+    scores = [(split, name) for split in ("val", "test") for name in ("top1", "top5", "mean_iou")]
+    metrics = {f"final/{split}_{name}": record[split][name] for split, name in scores if name in record[split]}
     memory = record["memory"]
     metrics |= {
         f"memory/{name}": memory[name]

@@ -21,6 +21,7 @@ from transfer.data.published.food import FOOD101
 from transfer.data.published.listing import read_listing
 from transfer.data.published.oxford import AIRCRAFT, FLOWERS, PETS
 from transfer.data.published.spec import Archive, Listing, PublishedSpec
+from transfer.data.published.voc import VOC
 from transfer.data.spec import LabelledImages, Splits
 from transfer.data.splits import stratified_holdout
 from transfer.errors import UserError
@@ -28,7 +29,7 @@ from transfer.errors import UserError
 __all__ = ["PUBLISHED", "Archive", "Listing", "PublishedImages", "PublishedSpec", "build", "load", "make_splits"]
 
 PUBLISHED: dict[str, PublishedSpec] = {
-    spec.name: spec for spec in (CIFAR10, CIFAR100, FLOWERS, PETS, CARS, AIRCRAFT, CUB200, FOOD101)
+    spec.name: spec for spec in (CIFAR10, CIFAR100, FLOWERS, PETS, CARS, AIRCRAFT, CUB200, FOOD101, VOC)
 }
 
 # The committed split: with these two, scikit-learn's stratified draw gives every machine the same validation images.
@@ -54,6 +55,7 @@ def make_splits(spec: PublishedSpec, root: Path, val_fraction: float, split_seed
         class_names=names,
         note=note,
         given=("test",),
+        mask_names=listing.mask_names,
     )
 
 

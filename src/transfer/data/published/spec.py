@@ -51,11 +51,15 @@ class Archive:
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set as its owners divide it; train holds a published validation part too."""
+    """A data set as its owners divide it; train holds a published validation part too.
+
+    ``class_names`` are those of images, ``mask_names`` those of pixels; empty where there are none.
+    """
 
     train: LabelledImages
     test: LabelledImages
     class_names: tuple[str, ...]
+    mask_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
