@@ -23,7 +23,7 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             )
         extra = [
             path
-            for path in ("values", "index", "fill", "norm", "activation", "attention", "rest", "head_sparsity")
+            for path in ("values", "index", "fill", "norm", "activation", "attention", "rest", "head_sparsity", "dense")
             if given[f"razor.{path}"] is not None
         ]
         for path, plain in (("forward", "dense"), ("selection", "magnitude")):
@@ -67,7 +67,9 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
 
 
 def _check_task(given: Mapping[str, Any]) -> None:
-    """What segmentation has no form for."""
+    """What segmentation and text have no form for."""
+    if given["task.name"] == "text":
+        _check_text(given)
     stride = given["task.output_stride"]
     if given["task.name"] != "segmentation":
         return
@@ -84,6 +86,18 @@ def _check_task(given: Mapping[str, Any]) -> None:
             f"trainer.measure.image_size={measured} task=segmentation contradict each other: masks are not brought to "
             "another size; leave it null"
         )
+
+
+def _check_text(given: Mapping[str, Any]) -> None:
+    if given["task.tokens"] is None:
+        raise UserError("task.tokens=null is not allowed: it takes a whole number from 8 for task=text, such as 64")
+    method = given["method.name"]
+    if method.startswith("tinytl"):
+        raise UserError(f"method={method} task=text contradict each other: TinyTL's branches are convolutions")
+    for path in ("trainer.measure.image_size", "trainer.channels_last"):
+        if given[path]:
+            shown = str(given[path]).lower()
+            raise UserError(f"{path}={shown} task=text contradict each other: texts are no images; leave it out")
 
 
 def _check_release(given: Mapping[str, Any]) -> None:

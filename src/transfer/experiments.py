@@ -8,6 +8,11 @@ Dense prediction: DeepLabV3 under the setting of the segmentation code that Back
 VOC 2012 augmented, 513 px, batch 16, output stride 16, SGD at 0.01 with the backbone at a tenth of it, decayed
 polynomially over 30,000 iterations, weight decay 1e-4, inputs of convolutions and batch norms pruned at 0.7. Pets and
 the embedded scenes take the same rules at their own size and length; those are ours.
+
+Language: MiniLM (all-MiniLM-L6-v2, pretrained) on VADER's sentences, in every way to train it. And the setting of the
+BERT code that Back Razor's README names, over the same sentences in place of RTE: bert-base-uncased, up to 512 tokens,
+batch 32, ten epochs at 2e-5 falling linearly, 0.8 of what q, k, v, the attention's products and its output with its
+norm keep.
 """
 
 from __future__ import annotations
@@ -25,10 +30,10 @@ ABLATION_RULES: dict[str, tuple[str, dict[str, str]]] = {  # row: its label, and
     "random": ("backward pruned at random", {"fill": "zero", "selection": "random"}),
 }
 DIGITS_TABLES = ("digits", "ablation")  # tables whose every row is on embedded digits
-TABLES = ("table1", "table2", *DIGITS_TABLES, "segmentation")
+TABLES = ("table1", "table2", *DIGITS_TABLES, "segmentation", "text")
 
-REAL_DATA = {"segmentation": ("voc", "pets")}  # of a table; the others: ``recipes.DATA``
-SMOKE_DATA = {"segmentation": "scenes"}  # the others: ``recipes.SMOKE_DATA``
+REAL_DATA = {"segmentation": ("voc", "pets"), "text": ("vader",)}  # of a table; the others: ``recipes.DATA``
+SMOKE_DATA = {"segmentation": "scenes", "text": "vader"}  # the others: ``recipes.SMOKE_DATA``
 
 SEGMENTATION_SPARSITY = 0.7
 
@@ -77,11 +82,45 @@ SEGMENTATION_ROWS = (
 )
 
 
+def _row(name: str, label: str, method: str, preset: str = "none", **settings: Any) -> Row:
+    return Row(name, label, {"method": method, "razor": preset}, settings)
+
+
+TEXT_ROWS = (
+    _row("minilm_last", "head alone", "last"),
+    _row("minilm_full", "full, dense", "full"),
+    _row("minilm_full_checkpointing", "full, checkpointing", "full", trainer={"checkpointing": "block"}),
+    _row("minilm_lora", "LoRA", "lora"),
+    _row("minilm_lora_checkpointing", "LoRA, checkpointing", "lora", trainer={"checkpointing": "block"}),
+    *(
+        _row(f"minilm_razor{round(100 * s)}", f"full, Back Razor {s:g}", "full", "compact", razor={"sparsity": s})
+        for s in (0.9, 0.97, 0.99)
+    ),
+    _row("minilm_lora_razor90", "LoRA, Back Razor 0.9", "lora", "compact", razor={"sparsity": 0.9}),
+)
+TEXT_LR = {"last": 1e-2, "lora": 1e-3, "full": 5e-5}
+
+# What the released BERT code leaves dense: embeddings, the feed-forward part of every layer, the pooler.
+BERT_DENSE = "*.embeddings.*,*.intermediate.*,*.layer.*[0-9].output.*,*.pooler.*"
+BERT_ROWS = (
+    _row("bert_full", "BERT, full, dense", "full"),
+    _row(
+        "bert_paper80",
+        "BERT, full, Back Razor 0.8 (paper)",
+        "full",
+        "paper",
+        razor={"sparsity": 0.8, "dense": BERT_DENSE},
+    ),
+)
+
+
 def experiments(table: str) -> list[Recipe]:
     """Return every experiment of one of ``TABLES``."""
     if table == "segmentation":
         cells = [(data, model) for data, recipe in SEGMENTATION.items() for model in recipe.models]
         return [_segmentation(data, model, _on(model, row)) for data, model in cells for row in SEGMENTATION_ROWS]
+    if table == "text":
+        return [_text(row) for row in TEXT_ROWS] + [_bert(row) for row in BERT_ROWS]
     return _ablation() if table == "ablation" else recipes(table)
 
 
@@ -130,3 +169,30 @@ def _segmentation(data: str, model: str, row: Row) -> Recipe:
         settings[section] = settings.get(section, {}) | values
     groups = {"task": "segmentation", "model": model, "data": data, "optim": "sgd", **row.groups}
     return Recipe(f"segmentation/{data}_{row.name}", data, row, groups, settings, None)
+
+
+def _text(row: Row) -> Recipe:
+    """250 steps: half an epoch."""
+    settings: dict[str, Any] = {
+        "task": {"tokens": 64},
+        "optim": {"lr": TEXT_LR[row.groups["method"]], "weight_decay": 0.0, "label_smoothing": 0.0},
+        "trainer": {"steps": 250, "batch_size": 32, "eval_batch_size": 128},
+    }
+    return _of_texts("minilm", row, settings)
+
+
+def _bert(row: Row) -> Recipe:
+    settings: dict[str, Any] = {
+        "model": {"name": "bert-base-uncased"},
+        "task": {"tokens": 512},
+        "optim": {"lr": 2e-5, "weight_decay": 0.0, "label_smoothing": 0.0, "schedule": "linear", "grad_clip": 1.0},
+        "trainer": {"epochs": 10, "batch_size": 32, "eval_batch_size": 32},
+    }
+    return _of_texts("hf", row, settings)
+
+
+def _of_texts(model: str, row: Row, settings: dict[str, Any]) -> Recipe:
+    for section, values in row.settings.items():
+        settings[section] = settings.get(section, {}) | values
+    groups = {"task": "text", "model": model, "data": "vader", "optim": "adamw", **row.groups}
+    return Recipe(f"text/{row.name}", "vader", row, groups, settings, None)

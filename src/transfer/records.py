@@ -41,6 +41,7 @@ HASHED_UNLESS = {
     "trainer.release_gradients": False,
     "optim.grad_clip_each": None,
     "optim.state_bits": None,
+    "razor.dense": None,
     "razor.forward": "dense",
     "razor.selection": "magnitude",
 }
@@ -48,6 +49,7 @@ CLASSIFICATION = {
     "name": "classification",
     "output_stride": None,
     "bn_momentum": None,
+    "tokens": None,
 }  # as every run was before there were tasks
 # What two equal runs differ in: dates, machines and clocks.
 MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")

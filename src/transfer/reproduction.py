@@ -17,6 +17,7 @@ from transfer.data.published import PUBLISHED
 from transfer.data.published.listing import missing_files
 from transfer.data.scenes import SCENES
 from transfer.errors import UserError
+from transfer.models.text import find_folder
 from transfer.models.weights import find_weights
 from transfer.models.zoo import find_spec
 from transfer.recipes import Recipe
@@ -67,6 +68,12 @@ def _missing_data(config: Mapping[str, Any]) -> str | None:
 def _missing_weights(config: Mapping[str, Any]) -> str | None:
     model = config["model"]
     if not model["pretrained"]:
+        return None
+    if task_of(config) == "text":
+        try:
+            find_folder(model)
+        except UserError as error:
+            return f"weights {error}"
         return None
     spec = find_spec(model["name"])
     assert spec is not None, model["name"]

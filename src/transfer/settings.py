@@ -18,12 +18,12 @@ MOST_IMAGES = 10**6  # in one batch; more is a slip of the keyboard
 
 
 RAZOR_PRESETS = ("none", "paper", "compact", "int8")
-METHODS = ("full", "last", "norm_last", "bias", "tinytl_l", "tinytl_lb")
+METHODS = ("full", "last", "norm_last", "bias", "lora", "tinytl_l", "tinytl_lb")
 CHECKPOINTING = ("none", "block", "stage")
 
 KEYS: tuple[Key, ...] = (
     Key("seed", int, "seed of weights, order and augmentation", low=0, high=2**31),
-    Key("task.name", str, "what is predicted: a class per image, or per pixel", ("classification", "segmentation")),
+    Key("task.name", str, "what has a class: an image, a pixel, a text", ("classification", "segmentation", "text")),
     Key(
         "task.output_stride",
         int,
@@ -32,6 +32,7 @@ KEYS: tuple[Key, ...] = (
         high=32,
         optional=True,
     ),
+    Key("task.tokens", int, "text: longest, in tokens; what is longer is cut", low=8, high=4096, optional=True),
     Key(
         "task.bn_momentum",
         float,
@@ -126,6 +127,7 @@ KEYS: tuple[Key, ...] = (
         ("dense", "int8"),
         optional=True,
     ),
+    Key("razor.dense", str, "layers left dense: patterns of names, separated by commas", optional=True),
     Key("razor.forward", str, "ablation: prune the forward pass, too", ("dense", "pruned")),
     Key("razor.selection", str, "ablation: keep the largest, or as many at random", ("magnitude", "random")),
     Key("method.name", str, "which parameters train besides the head", METHODS),
@@ -144,7 +146,7 @@ KEYS: tuple[Key, ...] = (
     Key("optim.weight_decay", float, "weight decay", low=0, high=1000),
     Key("optim.momentum", float, "momentum of sgd", low=0, high=1, open_high=True),
     Key("optim.head_lr_multiplier", float, "the head's learning rate, times optim.lr", low=0, high=1000, open_low=True),
-    Key("optim.schedule", str, "learning rate by step", ("cosine", "constant", "poly")),
+    Key("optim.schedule", str, "learning rate by step", ("cosine", "constant", "poly", "linear")),
     Key("optim.warmup_steps", int, "linear warm-up, optimizer steps", low=0, high=10**9),
     Key("optim.label_smoothing", float, "label smoothing", low=0, high=1, open_high=True),
     Key("optim.grad_clip", float, "largest gradient norm", low=0, high=10**6, open_low=True, optional=True),

@@ -27,8 +27,8 @@ from transfer.data.published.listing import read_listing
 from transfer.data.splits import stratified_holdout
 
 NAMES = tuple(MAKERS)
-CLASSES = tuple(name for name in NAMES if name != "voc")  # those with a class per image
-OFFERED = tuple(name for name in NAMES if name != "cars")
+CLASSES = tuple(name for name in NAMES if name not in ("voc", "vader"))  # those with a class per image
+OFFERED = tuple(name for name in NAMES if name not in ("cars", "vader"))  # vader: by pip
 TENSOR = v2.Compose([v2.Resize((16, 16)), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
 
 

@@ -238,6 +238,25 @@ def _lines(names: list[str]) -> bytes:
     return ("\n".join(names) + "\n").encode()
 
 
+def _vader(folder: Path) -> tuple[int, int, int]:
+    """Ten documents per file: of each file's fifth and tenth the sentences are for testing. One per file is neutral."""
+    inner, names = io.BytesIO(), ("tweets", "movieReviewSnippets", "nytEditorialSnippets", "amazonReviewSnippets")
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        for name in names:
+            rows = [
+                f"{n}_1\t{(-1) ** n * 2.5}\tsentence {n} of {name}, {'bad' if n % 2 else 'good'}" for n in range(10)
+            ]
+            rows += [f"{n}_2\t{(-1) ** n * 1.5}\tit goes on, {'bad' if n % 2 else 'good'} {n}" for n in range(10)]
+            content = "\r\n".join([*rows, "3_3\t0.25\tneither"]).encode() + b"\r\n"
+            entry = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    base = "vaderSentiment-3.3.2"
+    members = {f"{base}/additional_resources/hutto_ICWSM_2014.tar.gz": inner.getvalue(), f"{base}/setup.py": b"1 / 0"}
+    tar_gz(folder / f"{base}.tar.gz", members)
+    return 2, 64, 16
+
+
 MAKERS: dict[str, Callable[[Path], tuple[int, int, int]]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
@@ -248,6 +267,7 @@ MAKERS: dict[str, Callable[[Path], tuple[int, int, int]]] = {
     "cub200": _cub200,
     "food101": _food101,
     "voc": _voc,
+    "vader": _vader,
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, compose_plain
+from tiny_bert import write_tiny_bert
 
 import train
 from scripts import make_tables, measure_runs
@@ -106,6 +107,10 @@ def test_every_row_takes_a_step(
         settings += ["data.val_fraction=0.5", "data.train_fraction=1", "model.pretrained=false"]
     if groups["model"] in TRANSFORMERS and groups["razor"] != STEPS_VIT_B16:
         settings += SMALL_VIT
+    if groups.get("task") == "text":
+        bert = write_tiny_bert(tmp_path / "bert")
+        settings += ["task.tokens=16", "trainer.measure.image_size=null", "model.pretrained=true"]
+        settings += ["model.name=tiny", f"model.weights={bert}"]
     if "micro_batch" in trainer:
         settings.append("trainer.micro_batch=2")
     config = compose_plain(f"experiment={name}", *settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transfer.data.masks import MaskedImages, mask_eval_transform, mask_train_tr
 from transfer.data.registry import DATASETS
 from transfer.data.spec import LabelledImages, Splits
 from transfer.data.splits import check_classes, lacking, stratified_holdout
+from transfer.data.texts import Encode, EncodedTexts
 from transfer.data.transforms import TwoPartTransform, eval_transform, train_transform
 from transfer.errors import UserError
 
@@ -51,26 +52,34 @@ class TensorImages(Dataset):
         return torch.tensor(self.source.labels)
 
 
+Items: TypeAlias = TensorImages | MaskedImages | EncodedTexts
+
+
 @dataclass(frozen=True)
 class DataBundle:
     """The three splits, ready to be batched, and the names of the classes."""
 
-    train: TensorImages | MaskedImages
-    val: TensorImages | MaskedImages
-    test: TensorImages | MaskedImages
+    train: Items
+    val: Items
+    test: Items
     class_names: tuple[str, ...]
     note: str
 
 
 def build_data(
-    data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = True, task: str = "classification"
+    data: Mapping[str, Any],
+    paths: Mapping[str, Any],
+    check: bool = True,
+    task: str = "classification",
+    encode: Encode | None = None,
 ) -> DataBundle:
     """Load the data set that ``data.name`` names.
 
     Args:
         data, paths: those sections of the configuration.
         check: decode its files first; False where another process of the job has done that.
-        task: ``classification``, or ``segmentation`` for the class of each pixel.
+        task: ``classification``, ``segmentation`` for the class of each pixel, or ``text`` for that of each text.
+        encode: makes token numbers of texts, for that task.
 
     Raises:
         UserError: the data set is unknown, missing or damaged, has no labels for the task, or a class has no images in
@@ -100,6 +109,10 @@ def build_data(
         val, test = (MaskedImages(part, final, cache) for part in (splits.val, splits.test))
         return DataBundle(train, val, test, names, splits.note)
     check_classes(splits, data)
+    if task == "text":
+        assert encode is not None
+        parts = [EncodedTexts(part, encode) for part in (splits.train, splits.val, splits.test)]
+        return DataBundle(*parts, class_names=names, note=splits.note + lacking(splits))
     final = eval_transform(data)
     return DataBundle(
         train=TensorImages(splits.train, train_transform(data), data["cache"]),
@@ -111,12 +124,13 @@ def build_data(
 
 
 def _class_names(splits: Splits, name: str, task: str) -> tuple[str, ...]:
-    names = splits.mask_names if task == "segmentation" else splits.class_names
-    if not names:
-        pixels = task == "segmentation"
-        other = "classification" if pixels else "segmentation"
-        raise UserError(
-            f"data={name} task={task}: it has no class per {'pixel' if pixels else 'image'}; set task={other}, or "
-            "choose another data set"
-        )
-    return names
+    has = {
+        "segmentation": splits.mask_names,
+        "text": splits.class_names if splits.texts else (),
+        "classification": () if splits.texts else splits.class_names,
+    }
+    if not has[task]:
+        what = {"segmentation": "class per pixel", "text": "texts", "classification": "class per image"}[task]
+        other = "|".join(offered for offered, names in has.items() if names)
+        raise UserError(f"data={name} task={task}: it has no {what}; set task={other}, or choose another data set")
+    return has[task]

@@ -96,6 +96,7 @@ class Splits:
         note: how the splits came about, for the log.
         given: which of ``val`` and ``test`` the data set brings, rather than have them drawn here.
         mask_names: the classes of pixels; empty where there are no masks.
+        texts: whether what is labelled are texts, not images.
     """
 
     train: LabelledImages
@@ -105,6 +106,7 @@ class Splits:
     note: str = ""
     given: tuple[str, ...] = ()
     mask_names: tuple[str, ...] = ()
+    texts: bool = False
 
 
 @dataclass(frozen=True)

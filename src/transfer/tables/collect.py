@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from transfer.errors import UserError
-from transfer.records import find_records, read_record
+from transfer.records import find_records, read_record, task_of
 
 PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")  # what a step holds; ``total_bytes``
 MEMORY = (
@@ -45,7 +45,7 @@ def row_label(config: Mapping[str, Any]) -> str:
 def load_runs(folder: Path) -> pd.DataFrame:
     """Return one row for each record below ``folder``.
 
-    Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
+    Columns: ``label, experiment, config_hash, seed, date, model, data, task, method, razor, sparsity, checkpointing,
     protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
     (``test_top1, test_top5, test_mean_iou, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer``
     (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with
@@ -78,6 +78,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "date": record["circumstances"]["date"],
         "model": config["model"]["name"],
         "data": config["data"]["name"],
+        "task": task_of(config),
         "method": config["method"]["name"],
         "razor": config["razor"]["name"],
         "sparsity": config["razor"]["sparsity"],

@@ -137,9 +137,10 @@ def note(runs: pd.DataFrame) -> str:
         "medians over the data sets. Published: TinyTL (arXiv 2007.11622), table 2, memory by its own formula."
     )
     if len(runs):
+        unit = "tokens" if runs["task"].eq("text").all() else "px"
         shapes = runs[["measured_batch", "measured_size"]].dropna().drop_duplicates().astype(int)
         text += " Step measured at " + ", ".join(
-            f"batch {batch}, {size} px" for batch, size in shapes.itertuples(index=False)
+            f"batch {batch}, {size} {unit}" for batch, size in shapes.itertuples(index=False)
         )
         text += f". Models: {', '.join(sorted(set(runs['model'])))}."
         if runs["protocol"].eq("official").any():

@@ -17,7 +17,7 @@ METRICS = {  # column of a run: the table's, and the scale to what is shown
     "total_bytes": ("total_mb", 1e-6),
     "step_seconds": ("step_s", 1.0),
 }
-METHOD_ORDER = ("last", "bias", "tinytl_l", "tinytl_lb", "norm_last", "full")
+METHOD_ORDER = ("last", "bias", "lora", "tinytl_l", "tinytl_lb", "norm_last", "full")
 
 
 def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import backrazor as br
 from transfer.errors import UserError
-from transfer.models import Backbone, build_backbone, build_segmenter
+from transfer.models import Backbone, build_backbone, build_segmenter, build_text_classifier
 from transfer.models.frozen_storage import store_frozen_at_8_bits
+from transfer.models.text import insert_lora
 from transfer.models.tinytl import insert_lite_residuals
 from transfer.records import task_of
 from transfer.training.ablation import ablate
@@ -57,7 +58,9 @@ class Network:
         set_train_mode(self.model, self.frozen_batch_norms)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Bring uint8 images (N, 3, S, S) to the float32 input that the backbone expects."""
+        """Bring uint8 images (N, 3, S, S) to the float32 input that the backbone expects; token numbers (N, T) stay."""
+        if images.dim() == 2:
+            return images
         mean, std = _constants(self.backbone.mean, self.backbone.std, images.device)
         x = (images.float() / 255).sub_(mean).div_(std)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
@@ -95,6 +98,13 @@ def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
         raise UserError(f"razor={razor['name']}: {error}") from error
 
 
+def with_dense_layers(razor: br.RazorConfig, patterns: str | None) -> br.RazorConfig | dict[str, Any]:
+    """Return ``razor`` for every layer but those that ``patterns``, separated by commas, name: they stay dense."""
+    if not patterns:
+        return razor
+    return {pattern.strip(): None for pattern in patterns.split(",")} | {"*": razor}
+
+
 def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
 
@@ -103,9 +113,11 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
             ``razor_config``.
     """
     size = config["data"]["image_size"]
-    pretrain, segments = config["paths"]["pretrain"], task_of(config) == "segmentation"
-    if segments:
+    pretrain, task = config["paths"]["pretrain"], task_of(config)
+    if task == "segmentation":
         backbone = build_segmenter(config["model"], num_classes, pretrain, config["task"])
+    elif task == "text":
+        backbone = build_text_classifier(config["model"], num_classes)
     else:
         backbone = build_backbone(config["model"], num_classes, pretrain, size)
     measured = config["trainer"]["measure"]["image_size"]
@@ -117,6 +129,8 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     method = config["method"]
     if method["name"].startswith("tinytl"):
         insert_lite_residuals(backbone.model)
+    if method["name"] == "lora":
+        insert_lora(backbone.model, backbone.head)
     frozen = apply_method(backbone.model, backbone.head, method)
     if method["frozen_bits"] is not None:
         store_frozen_at_8_bits(backbone.model)
@@ -124,7 +138,7 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     report = ""
     if razor is not None:
         try:
-            report = br.razor_(backbone.model, razor).table()
+            report = br.razor_(backbone.model, with_dense_layers(razor, config["razor"].get("dense"))).table()
         except ValueError as error:
             raise UserError(f"razor={config['razor']['name']} model={config['model']['name']}: {error}") from error
         report += ablate(backbone.model, config["razor"])
@@ -133,7 +147,12 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     if channels_last:
         backbone.model.to(memory_format=torch.channels_last)
     network = Network(
-        backbone, frozen, razor is not None, report, channels_last, pixel_classes=num_classes if segments else None
+        backbone,
+        frozen,
+        razor is not None,
+        report,
+        channels_last,
+        pixel_classes=num_classes if task == "segmentation" else None,
     )
     network.train()
     return network

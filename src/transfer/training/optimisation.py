@@ -68,8 +68,8 @@ def clip_each(parameters: Iterable[Tensor], limit: float) -> None:
 
 
 class Schedule:
-    """Learning rate as a function of the step alone: linear warm-up, then a cosine to 0, a polynomial to 0 of the power
-    ``POLY_POWER`` (as DeepLab is trained), or a constant.
+    """Learning rate as a function of the step alone: linear warm-up, then a cosine, a line or a polynomial to 0, that
+    of the power ``POLY_POWER`` (as DeepLab is trained), or a constant.
 
     Holds no state besides the optimizer's groups, so resuming needs only the step.
     """
@@ -88,7 +88,7 @@ class Schedule:
                 t_in_epochs=False,
             )
         else:
-            power = POLY_POWER if optim["schedule"] == "poly" else 0.0
+            power = {"constant": 0.0, "linear": 1.0, "poly": POLY_POWER}[optim["schedule"]]
             self.constant = LambdaLR(
                 optimizer,
                 lambda step: step / warmup if step < warmup else (1 - (step - warmup) / (steps - warmup)) ** power,

@@ -28,11 +28,13 @@ def layer_figure(memory: Mapping[str, object]) -> Figure | None:
 
 
 @torch.no_grad()
-def sample_figure(network: Network, data: DataBundle) -> Figure:
+def sample_figure(network: Network, data: DataBundle) -> Figure | None:
     """Return test images, evenly spaced over the split, each under the class that the network names, its probability,
     and, in red, the true class where that is another. Where every pixel has a class, the image, its mask and the
-    network's. Leaves the network in training mode.
+    network's. Leaves the network in training mode. None for texts.
     """
+    if network.backbone.vocabulary is not None:
+        return None
     count = min(COLUMNS * ROWS if network.pixel_classes is None else COLUMNS, len(data.test))
     chosen = [index * len(data.test) // count for index in range(count)]
     images, labels = zip(*(data.test[index] for index in chosen), strict=True)

@@ -18,6 +18,7 @@ import yaml
 from transfer.data import DataBundle, build_data
 from transfer.errors import UserError
 from transfer.files import atomic_write_text
+from transfer.models import text_encoder
 from transfer.records import circumstances, config_hash, read_record, run_directory, task_of, write_record
 from transfer.settings import validate
 from transfer.training.costs import PARTS, gpu_circumstances, pick_device
@@ -71,8 +72,10 @@ def _execute(config: Mapping[str, Any], experiment: str | None, world: World) ->
                 write_record(folder / "record.json", {key: value for key, value in record.items() if key != "schema"})
         return record
     device = _prepare(config, world)
+    task = task_of(config)
+    encode = text_encoder(config["model"], config["task"]["tokens"]) if task == "text" else None
     with world.one_at_first() as first:
-        data = build_data(config["data"], config["paths"], first, task_of(config))
+        data = build_data(config["data"], config["paths"], first, task, encode)
     network = assemble(config, len(data.class_names))
     network.model.to(device)
     try_forward(network, config)
@@ -168,11 +171,12 @@ def _log_beginning(
     total = sum(p.numel() for p in network.model.parameters())
     LOGGER.info("run folder %s", folder)
     LOGGER.info(
-        "%s: %d training, %d validation, %d test images, %d classes (%s)",
+        "%s: %d training, %d validation, %d test %s, %d classes (%s)",
         config["data"]["name"],
         len(data.train),
         len(data.val),
         len(data.test),
+        "texts" if task_of(config) == "text" else "images",
         len(data.class_names),
         data.note,
     )

@@ -21,6 +21,7 @@ from transfer.data.published.food import FOOD101
 from transfer.data.published.listing import read_listing
 from transfer.data.published.oxford import AIRCRAFT, FLOWERS, PETS
 from transfer.data.published.spec import Archive, Listing, PublishedSpec
+from transfer.data.published.vader import VADER
 from transfer.data.published.voc import VOC
 from transfer.data.spec import LabelledImages, Splits
 from transfer.data.splits import stratified_holdout
@@ -29,7 +30,7 @@ from transfer.errors import UserError
 __all__ = ["PUBLISHED", "Archive", "Listing", "PublishedImages", "PublishedSpec", "build", "load", "make_splits"]
 
 PUBLISHED: dict[str, PublishedSpec] = {
-    spec.name: spec for spec in (CIFAR10, CIFAR100, FLOWERS, PETS, CARS, AIRCRAFT, CUB200, FOOD101, VOC)
+    spec.name: spec for spec in (CIFAR10, CIFAR100, FLOWERS, PETS, CARS, AIRCRAFT, CUB200, FOOD101, VOC, VADER)
 }
 
 # The committed split: with these two, scikit-learn's stratified draw gives every machine the same validation images.
@@ -47,7 +48,7 @@ def make_splits(spec: PublishedSpec, root: Path, val_fraction: float, split_seed
     listing = read_listing(spec, root)
     names = listing.class_names
     kept, val = stratified_holdout(listing.train.labels, val_fraction, split_seed, "data.val_fraction", names)
-    note = f"published test split; validation drawn from the training images with data.split_seed={split_seed}"
+    note = f"{spec.split}; validation drawn from the training images with data.split_seed={split_seed}"
     return Splits(
         train=listing.train.select(kept),
         val=listing.train.select(val),
@@ -56,6 +57,7 @@ def make_splits(spec: PublishedSpec, root: Path, val_fraction: float, split_seed
         note=note,
         given=("test",),
         mask_names=listing.mask_names,
+        texts=listing.texts,
     )
 
 
