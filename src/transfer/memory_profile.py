@@ -21,6 +21,7 @@ from torch import Tensor
 
 import backrazor as br
 from transfer.errors import UserError
+from transfer.records import task_of
 from transfer.training.first_forward import explained
 from transfer.training.network import AUTOCAST, Network, assemble, razor_config
 from transfer.training.optimisation import make_optimizer
@@ -53,10 +54,13 @@ class StepProfile:
         image_size: side of the input, pixels.
 
     Raises:
-        UserError: as ``assemble``; or activations are to be recomputed, which the prediction leaves out.
+        UserError: as ``assemble``; texts instead of images; or activations are to be recomputed, which the prediction
+            leaves out.
     """
 
     def __init__(self, config: Mapping[str, Any], classes: int, image_size: int) -> None:
+        if task_of(config) == "text":
+            raise UserError("task=text is not profiled from images: train.py logs what a step of texts holds")
         checkpointing = config["trainer"]["checkpointing"]
         if checkpointing != "none":
             raise UserError(
