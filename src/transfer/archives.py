@@ -37,6 +37,7 @@ def unpack(archive: Path, into: Path, max_bytes: int, way_out: str) -> None:
             ``into``; nothing has been written then. Or the disk is full.
     """
     try:
+        _require_end(archive)
         with _opener(archive)(archive, "rb") as raw, tarfile.open(fileobj=_Bounded(raw, max_bytes), mode="r:") as tar:
             members = _checked_members(tar, archive, into, max_bytes)
             for member in tqdm(members, desc=f"unpack {archive.name}", unit="file", disable=None):
@@ -52,6 +53,16 @@ def unpack(archive: Path, into: Path, max_bytes: int, way_out: str) -> None:
 def _opener(archive: Path) -> Callable[..., Any]:
     """What opens the archive: by its name, since damage may be where a gzip file says that it is one."""
     return open if archive.suffix == ".tar" else gzip.open
+
+
+def _require_end(archive: Path) -> None:
+    """Raise ``tarfile.ReadError`` where a plain archive lacks the zeros that end it, which tarfile overlooks. A gzipped
+    one says by itself that it goes on."""
+    if archive.suffix == ".tar":
+        with archive.open("rb") as file:
+            file.seek(max(archive.stat().st_size - 2 * tarfile.BLOCKSIZE, 0))
+            if file.read() != bytes(2 * tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("its end is missing")
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, to: Path) -> None:
