@@ -23,7 +23,7 @@ import backrazor as br
 from transfer.errors import UserError
 from transfer.records import task_of
 from transfer.training.first_forward import explained
-from transfer.training.network import AUTOCAST, Network, assemble, razor_config
+from transfer.training.network import AUTOCAST, Network, assemble, razor_config, with_dense_layers
 from transfer.training.optimisation import make_optimizer
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -84,7 +84,8 @@ class StepProfile:
             model = self.network.model
             br.unrazor_(model)
             if sparsity is not None:
-                br.razor_(model, dataclasses.replace(self.razor, sparsity=sparsity))
+                razor = dataclasses.replace(self.razor, sparsity=sparsity)
+                br.razor_(model, with_dense_layers(razor, self.config["razor"]["dense"]))
             try:
                 with (
                     _fake_tensors_silent(),

@@ -24,7 +24,7 @@ def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
     """Return one row for each configuration in ``runs``.
 
     Columns: ``method`` (the label), ``config_hash``, ``seeds``, ``razor``, ``test_images`` (that a point is scored
-    on), and for each of ``accuracy``, ``mean_iou`` (percent; NaN for one class per image), ``saved_mb``,
+    on), and for each of ``accuracy``, ``mean_iou`` (percent; where pixels are scored), ``saved_mb``,
     ``weights_mb``, ``gradients_mb``, ``optimizer_mb``, ``peak_mb``, the sum of these four ``total_mb`` (1e6 bytes) and
     ``step_s`` the mean over seeds, ``_std`` (sample deviation, NaN for one seed) and ``_ratio`` (value over that of the
     dense row: method full, no razor, no checkpointing, the ordinary step).
@@ -33,6 +33,9 @@ def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
         runs: as ``load_runs`` returns them.
         expected: experiment names that must have a row; one without a record gets an empty row with 0 seeds.
     """
+    metrics = dict(METRICS)
+    if not runs["test_mean_iou"].notna().any():
+        del metrics["test_mean_iou"]
     rows = []
     for _, group in runs.groupby(["experiment", "config_hash"], sort=False, dropna=False):
         first = group.iloc[0]
@@ -44,7 +47,7 @@ def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
             "test_images": group["test_images"].iloc[0],
             "_order": _order(first),
         }
-        for metric, (name, scale) in METRICS.items():
+        for metric, (name, scale) in metrics.items():
             values = group[metric].astype(float) * scale
             row[name], row[f"{name}_std"] = values.mean(), values.std()
         rows.append(row)
@@ -52,7 +55,7 @@ def summarise(runs: pd.DataFrame, expected: Sequence[str] = ()) -> pd.DataFrame:
     rows += [{"method": name.rpartition("/")[2], "config_hash": None, "seeds": 0, "_order": (9,)} for name in missing]
     table = pd.DataFrame(sorted(rows, key=lambda row: row["_order"]))
     dense = _dense_row(runs)
-    for name, _ in METRICS.values():
+    for name, _ in metrics.values():
         base = table.loc[table["config_hash"].eq(dense), name].iloc[0] if dense is not None else float("nan")
         table[f"{name}_ratio"] = table[name] / base
     return table.drop(columns="_order")

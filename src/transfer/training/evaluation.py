@@ -90,7 +90,7 @@ def evaluate(
     network.train()
     total = (world or World()).sum(sums)
     if classes is not None:
-        return pixel_scores(torch.tensor(total[:-2]).view(classes, classes), *total[-2:])
+        return pixel_scores(torch.tensor(total[:-2], dtype=torch.float64).view(classes, classes), *total[-2:])
     top1, top5, loss, count = total
     return Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
 
