@@ -56,6 +56,12 @@ def test_forward_and_gradients_are_those_of_the_network_of_pruned_inputs() -> No
     assert ledger.total_bytes < x.numel() * 4 + 4 * 8 * 36 * 4
 
 
+def test_the_way_back_leads_to_the_dense_network() -> None:
+    model, x = razored(forward="pruned"), torch.randn(2, 3, 8, 8)
+    br.unrazor_(model)
+    assert torch.equal(model(x), torch.conv2d(x, model[0].weight).relu().flatten(1) @ model[3].weight.t())
+
+
 def test_evaluation_prunes_forward_too() -> None:
     model, x = razored(forward="pruned").eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():

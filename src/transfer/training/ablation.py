@@ -65,11 +65,14 @@ class _Prune(RazorFunction):
 
 @dataclass(frozen=True)
 class PruneInput:
-    """A forward pre-hook that hands a layer its pruned input, kept values in their own precision."""
+    """A forward pre-hook that hands a layer its pruned input, kept values in their own precision; the input as it is
+    where ``unrazor_`` has made the layer plain again."""
 
     codec: Pruned
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not isinstance(module, DropIn):
+            return arguments
         x, *others = arguments
         packed = pack(x, self.codec, module.flag_for(x))
         return _Prune.run(x, packed.form, *packed.tensors), *others
