@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import backrazor as br
 
 RESULTS = ROOT / "benchmarks/results/convergence.csv"
-BATCH, MANY, SIDE, RATE = 16, 96, 64, 0.02
+BATCH, MANY, SIDE, RATE = 16, 96, 64, 3e-3
 SPARSITIES = (0.9, 0.97)
 
 
