@@ -30,7 +30,7 @@ from transfer.pairs import recipe_of, with_recipe
 from transfer.settings import BY_PATH
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("model", "data", "razor", "method", "optim", "trainer", "recipe", "experiment")
+GROUPS = ("task", "model", "data", "razor", "method", "optim", "trainer", "recipe", "experiment")
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")
 LOADING_FLAGS = ("--experimental-rerun", "--config-", "-cp", "-cn", "-cd")
 # Exit codes; a signal that a run was stopped by gives 128 + its number, as in a shell: 130 Ctrl-C, 143 SIGTERM.

@@ -1,9 +1,11 @@
-"""Run a table (1, 2 or the one on digits): say what it needs, run the cells without a record, write tables and figures.
+"""Run a table (1, 2, or one on embedded data): say what it needs, run cells without a record, write tables.
 
     python scripts/reproduce.py table1 --dry                what it needs, what is missing, how long it takes
     python scripts/reproduce.py table1 --data pets --seeds 0
     python scripts/reproduce.py table2 --preset smoke       the same on embedded digits, in minutes
     python scripts/reproduce.py digits                      every method on few digits; peak: scripts/measure_runs.py
+    python scripts/reproduce.py ablation                    what is pruned, how it is chosen, what stands for the rest
+    python scripts/reproduce.py segmentation --preset smoke DeepLabV3 on embedded scenes; without it VOC and Pets
 
 Interrupted, the same command goes on with what is missing. Further arguments (key=value) go to train.py.
 """
@@ -22,7 +24,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from transfer.errors import UserError, one_line
-from transfer.recipes import DATA, SMOKE_DATA, Recipe, recipes
+from transfer.experiments import DIGITS_TABLES, REAL_DATA, SMOKE_DATA, TABLES, experiments
+from transfer.recipes import DATA, Recipe
+from transfer.recipes import SMOKE_DATA as DIGITS
 from transfer.reproduction import Cell, duration, estimated_seconds, missing_inputs, needs
 from transfer.settings import validate
 from transfer.tables import accuracy_against_peak, cells, load_runs, memory_by_role, pivot, title, write_grid
@@ -34,9 +38,9 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("table1", "table2", "digits"))
-    parser.add_argument("--preset", choices=("full", "smoke"), default="full", help="smoke: embedded digits")
-    parser.add_argument("--data", help=f"data sets, comma-separated; default all of {','.join(DATA)}")
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--preset", choices=("full", "smoke"), default="full", help="smoke: embedded data")
+    parser.add_argument("--data", help="data sets of the table, comma-separated; default all")
     parser.add_argument("--seeds", default=None, help="comma-separated; default 0,1,2, smoke 0")
     parser.add_argument("--outputs", type=Path, help="folder of the runs; default outputs, smoke outputs/smoke")
     parser.add_argument("--launcher", choices=("basic", "joblib", "submitit_local", "submitit_slurm"), default="basic")
@@ -51,14 +55,15 @@ def wanted(options: argparse.Namespace) -> list[Recipe]:
     Raises:
         UserError: an unknown data set.
     """
-    if options.preset == "smoke" or options.table == "digits":
-        names = (SMOKE_DATA,)
+    real, embedded = REAL_DATA.get(options.table, DATA), SMOKE_DATA.get(options.table, DIGITS)
+    if options.preset == "smoke" or options.table in DIGITS_TABLES:
+        names = (embedded,)
     else:
-        names = tuple(options.data.split(",")) if options.data else DATA
-    unknown = [name for name in names if name not in (*DATA, SMOKE_DATA)]
+        names = tuple(options.data.split(",")) if options.data else real
+    unknown = [name for name in names if name not in (*real, embedded)]
     if unknown:
-        raise UserError.value("--data", unknown[0], "|".join(DATA))
-    return [recipe for recipe in recipes(options.table) if recipe.data in names]
+        raise UserError.value("--data", unknown[0], "|".join(real))
+    return [recipe for recipe in experiments(options.table) if recipe.data in names]
 
 
 def seeds_of(options: argparse.Namespace) -> list[int]:

@@ -1,7 +1,7 @@
-"""Write the experiment files of tables 1 and 2 and on digits, and the recipes of backbones and data sets, from the one
-table in src/transfer/recipes.py.
+"""Write the experiment files from the tables of recipes in src/transfer/recipes.py and src/transfer/experiments.py, and
+the recipes of backbones and data sets.
 
-python scripts/write_recipes.py            write configs/experiment/table1/, table2/ and digits/, and configs/recipe/
+python scripts/write_recipes.py            write configs/experiment/<table>/ of each, and configs/recipe/
 python scripts/write_recipes.py --check    say which files differ, and write nothing
 """
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from transfer.recipes import Recipe, pairs, recipes
+from transfer.experiments import TABLES, experiments
+from transfer.recipes import Recipe, pairs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = CONFIGS / "experiment"
-TABLES = ("table1", "table2", "digits")
 
 
 def text(recipe: Recipe) -> str:
@@ -59,8 +59,8 @@ def pair_text(recipe: Recipe) -> str:
 
 def files() -> dict[Path, str]:
     """Return path and content of every file."""
-    experiments = {EXPERIMENTS / f"{recipe.name}.yaml": text(recipe) for table in TABLES for recipe in recipes(table)}
-    return experiments | {CONFIGS / "recipe" / f"{recipe.name}.yaml": pair_text(recipe) for recipe in pairs()}
+    written = {EXPERIMENTS / f"{recipe.name}.yaml": text(recipe) for table in TABLES for recipe in experiments(table)}
+    return written | {CONFIGS / "recipe" / f"{recipe.name}.yaml": pair_text(recipe) for recipe in pairs()}
 
 
 def differences(wanted: dict[Path, str]) -> list[Path]:

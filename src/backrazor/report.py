@@ -127,7 +127,7 @@ def _stored(module: DropIn) -> Iterator[tuple[str, str]]:
     for name in module.rules_used(module):
         if name == "activation":
             what = "input" if rules.activation == "float16" else "derivative"
-            yield f"the {what} of smooth activations is", module.stored_as
+            yield f"the {what} of smooth activations is", str(module.stored_as)
         elif name == "norm" and rules.norm.kind != "pruned":
             yield "the input of normalisation is", rules.norm.kind
         elif name == "attention" and rules.attention.rule != "pruned":

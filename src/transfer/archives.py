@@ -12,7 +12,9 @@ import os
 import shutil
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,7 +26,7 @@ _DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError
 
 
 def unpack(archive: Path, into: Path, max_bytes: int, way_out: str) -> None:
-    """Unpack the gzipped tar ``archive`` into the empty folder ``into``.
+    """Unpack the tar ``archive``, plain or gzipped, into the empty folder ``into``.
 
     Args:
         max_bytes: largest total size unpacked; more is taken for a decompression bomb.
@@ -35,16 +37,32 @@ def unpack(archive: Path, into: Path, max_bytes: int, way_out: str) -> None:
             ``into``; nothing has been written then. Or the disk is full.
     """
     try:
-        with gzip.open(archive, "rb") as raw, tarfile.open(fileobj=_Bounded(raw, max_bytes), mode="r:") as tar:
+        _require_end(archive)
+        with _opener(archive)(archive, "rb") as raw, tarfile.open(fileobj=_Bounded(raw, max_bytes), mode="r:") as tar:
             members = _checked_members(tar, archive, into, max_bytes)
             for member in tqdm(members, desc=f"unpack {archive.name}", unit="file", disable=None):
                 _write(tar, member, into / member.name)
     except UserError as error:
         raise UserError(f"{error}; {way_out}") from error
     except _DAMAGED as error:
-        raise UserError(f"{archive} is truncated or no gzipped tar archive ({error}); {way_out}") from error
+        raise UserError(f"{archive} is truncated or no tar archive ({error}); {way_out}") from error
     except OSError as error:
         raise UserError(f"{archive} cannot be unpacked into {into} ({error.strerror or error}); {way_out}") from error
+
+
+def _opener(archive: Path) -> Callable[..., Any]:
+    """What opens the archive: by its name, since damage may be where a gzip file says that it is one."""
+    return open if archive.suffix == ".tar" else gzip.open
+
+
+def _require_end(archive: Path) -> None:
+    """Raise ``tarfile.ReadError`` where a plain archive lacks the zeros that end it, which tarfile overlooks. A gzipped
+    one says by itself that it goes on."""
+    if archive.suffix == ".tar":
+        with archive.open("rb") as file:
+            file.seek(max(archive.stat().st_size - 2 * tarfile.BLOCKSIZE, 0))
+            if file.read() != bytes(2 * tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("its end is missing")
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, to: Path) -> None:
@@ -100,7 +118,7 @@ class _Bounded(io.RawIOBase):
     ``tarfile`` reads an extended header whole, whatever size it claims, and gzip packs zeros a thousandfold.
     """
 
-    def __init__(self, raw: gzip.GzipFile, max_bytes: int) -> None:
+    def __init__(self, raw: Any, max_bytes: int) -> None:
         self.raw = raw
         self.max_bytes = max_bytes
         self.end = max_bytes + MAX_MEMBERS * 3 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE

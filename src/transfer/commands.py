@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from transfer.records import task_of
 from transfer.settings import flatten
 
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")  # what Hydra takes for a text without quotes
@@ -62,10 +63,10 @@ def _choices(body: dict[str, Any]) -> dict[str, str]:
 
 
 def _choice(config: Mapping[str, Any], group: str, configs: Path) -> str | None:
-    name = config[group].get("name")
+    name = config.get(group, {}).get("name")
     if name is None or (configs / group / f"{name}.yaml").is_file():
         return name
-    return UNNAMED.get(group)
+    return "hf" if group == "model" and task_of(config) == "text" else UNNAMED.get(group)
 
 
 def _read(file: Path) -> dict[str, Any]:

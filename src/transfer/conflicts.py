@@ -25,10 +25,16 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             path
             for path in (
                 *("values", "index", "fill", "norm", "batch_norm", "activation", "attention", "rest"),
-                "head_sparsity",
+                *("head_sparsity", "dense"),
             )
             if given[f"razor.{path}"] is not None
         ]
+        for path, plain in (("forward", "dense"), ("selection", "magnitude")):
+            if (value := given[f"razor.{path}"]) != plain:
+                raise UserError(
+                    f"razor={preset} razor.{path}={value} contradict each other: {preset} prunes nothing; "
+                    "choose razor=paper or razor=compact"
+                )
         if extra and preset == "none":
             raise UserError(
                 f"razor=none razor.{extra[0]}={given[f'razor.{extra[0]}']} contradict each other: "
@@ -42,6 +48,7 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
     batch, micro = given["trainer.batch_size"], given["trainer.micro_batch"]
     if micro is not None and micro > batch:
         raise UserError.value("trainer.micro_batch", micro, f"at most trainer.batch_size={batch}")
+    _check_task(given)
     _check_release(given)
     _check_state_bits(given)
     if given["trainer.cuda_graph"]:
@@ -60,6 +67,40 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             given["data.test_fraction"],
             f"below 1 - data.val_fraction={1 - given['data.val_fraction']:g}",
         )
+
+
+def _check_task(given: Mapping[str, Any]) -> None:
+    """What segmentation and text have no form for."""
+    if given["task.name"] == "text":
+        _check_text(given)
+    stride = given["task.output_stride"]
+    if given["task.name"] != "segmentation":
+        return
+    if stride not in (8, 16, 32):
+        raise UserError.value("task.output_stride", "null" if stride is None else stride, "8|16|32")
+    if given["method.name"].startswith("tinytl"):
+        raise UserError(
+            f"method={given['method.name']} task=segmentation contradict each other: TinyTL's branches are made for "
+            "classifiers; choose another method"
+        )
+    measured = given["trainer.measure.image_size"]
+    if measured not in (None, given["data.image_size"]):
+        raise UserError(
+            f"trainer.measure.image_size={measured} task=segmentation contradict each other: masks are not brought to "
+            "another size; leave it null"
+        )
+
+
+def _check_text(given: Mapping[str, Any]) -> None:
+    if given["task.tokens"] is None:
+        raise UserError("task.tokens=null is not allowed: it takes a whole number from 8 for task=text, such as 64")
+    method = given["method.name"]
+    if method.startswith("tinytl"):
+        raise UserError(f"method={method} task=text contradict each other: TinyTL's branches are convolutions")
+    for path in ("trainer.measure.image_size", "trainer.channels_last"):
+        if given[path]:
+            shown = str(given[path]).lower()
+            raise UserError(f"{path}={shown} task=text contradict each other: texts are no images; leave it out")
 
 
 def _check_release(given: Mapping[str, Any]) -> None:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 import backrazor as br
 from transfer.errors import UserError
+from transfer.records import task_of
 from transfer.training.first_forward import explained
-from transfer.training.network import AUTOCAST, Network, assemble, razor_config
+from transfer.training.network import AUTOCAST, Network, assemble, razor_config, with_dense_layers
 from transfer.training.optimisation import make_optimizer
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -53,10 +54,13 @@ class StepProfile:
         image_size: side of the input, pixels.
 
     Raises:
-        UserError: as ``assemble``; or activations are to be recomputed, which the prediction leaves out.
+        UserError: as ``assemble``; texts instead of images; or activations are to be recomputed, which the prediction
+            leaves out.
     """
 
     def __init__(self, config: Mapping[str, Any], classes: int, image_size: int) -> None:
+        if task_of(config) == "text":
+            raise UserError("task=text is not profiled from images: train.py logs what a step of texts holds")
         checkpointing = config["trainer"]["checkpointing"]
         if checkpointing != "none":
             raise UserError(
@@ -80,7 +84,8 @@ class StepProfile:
             model = self.network.model
             br.unrazor_(model)
             if sparsity is not None:
-                br.razor_(model, dataclasses.replace(self.razor, sparsity=sparsity))
+                razor = dataclasses.replace(self.razor, sparsity=sparsity)
+                br.razor_(model, with_dense_layers(razor, self.config["razor"]["dense"]))
             try:
                 with (
                     _fake_tensors_silent(),
@@ -158,7 +163,7 @@ class StepProfile:
         return SPARSITIES[-1 - steps]
 
     def _loss(self, logits: Tensor) -> Tensor:
-        labels = torch.zeros(len(logits), dtype=torch.long)
+        labels = logits.new_zeros((len(logits), *logits.shape[2:]), dtype=torch.long)  # per image, or per pixel
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config["optim"]["label_smoothing"])
 
 

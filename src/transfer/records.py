@@ -49,7 +49,16 @@ HASHED_UNLESS = {
     "trainer.release_gradients": False,
     "optim.grad_clip_each": None,
     "optim.state_bits": None,
+    "razor.dense": None,
+    "razor.forward": "dense",
+    "razor.selection": "magnitude",
 }
+CLASSIFICATION = {
+    "name": "classification",
+    "output_stride": None,
+    "bn_momentum": None,
+    "tokens": None,
+}  # as every run was before there were tasks
 # What two equal runs differ in: dates, machines and clocks.
 MEASURED = ("circumstances", "train_step_seconds", "wall_seconds")
 MEASURED_MEMORY = (
@@ -68,11 +77,18 @@ def config_hash(config: Mapping[str, Any]) -> str:
             kept[section].pop(key, None)
         else:
             kept.pop(section, None)
+    if kept.get("task", CLASSIFICATION) == CLASSIFICATION:
+        kept.pop("task", None)
     for path, default in HASHED_UNLESS.items():
         section, _, key = path.partition(".")
         if kept[section].get(key, default) == default:
             kept[section].pop(key, None)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """The task that a configuration names; one of before there were others is a classification."""
+    return config.get("task", CLASSIFICATION)["name"]
 
 
 def run_directory(config: Mapping[str, Any], experiment: str | None) -> Path:

@@ -15,11 +15,13 @@ import torch
 from backrazor.memory.peak import WARM_UP_STEPS
 from transfer.data.published import PUBLISHED
 from transfer.data.published.listing import missing_files
+from transfer.data.scenes import SCENES
 from transfer.errors import UserError
+from transfer.models.text import find_folder
 from transfer.models.weights import find_weights
 from transfer.models.zoo import find_spec
 from transfer.recipes import Recipe
-from transfer.records import run_directory
+from transfer.records import run_directory, task_of
 from transfer.training.costs import StepFactory, pick_device, step_shape
 
 DIGITS_IMAGES, DIGITS_CLASSES = 1797, 10
@@ -66,6 +68,12 @@ def _missing_data(config: Mapping[str, Any]) -> str | None:
 def _missing_weights(config: Mapping[str, Any]) -> str | None:
     model = config["model"]
     if not model["pretrained"]:
+        return None
+    if task_of(config) == "text":
+        try:
+            find_folder(model)
+        except UserError as error:
+            return f"weights {error}"
         return None
     spec = find_spec(model["name"])
     assert spec is not None, model["name"]
@@ -126,6 +134,8 @@ def _measuring_seconds(config: Mapping[str, Any], step: float, start: float) -> 
 
 def _classes(config: Mapping[str, Any]) -> int:
     name = config["data"]["name"]
+    if task_of(config) == "segmentation":
+        return {"scenes": DIGITS_CLASSES + 1, "pets": 2}.get(name) or PUBLISHED[name].classes
     return PUBLISHED[name].classes if name in PUBLISHED else DIGITS_CLASSES
 
 
@@ -136,6 +146,8 @@ def _images(config: Mapping[str, Any]) -> tuple[int, int]:
         spec = PUBLISHED[data["name"]]
         test, val = spec.test, round(spec.train * data["val_fraction"])
         train = spec.train - val
+    elif data["name"] == "scenes":
+        train, val, test = SCENES["train"], SCENES["val"], SCENES["test"]
     else:
         test, val = (round(DIGITS_IMAGES * data[key]) for key in ("test_fraction", "val_fraction"))
         train = DIGITS_IMAGES - test - val

@@ -18,11 +18,30 @@ MOST_IMAGES = 10**6  # in one batch; more is a slip of the keyboard
 
 
 RAZOR_PRESETS = ("none", "paper", "compact", "int8")
-METHODS = ("full", "last", "norm_last", "bias", "tinytl_l", "tinytl_lb")
+METHODS = ("full", "last", "norm_last", "bias", "lora", "tinytl_l", "tinytl_lb")
 CHECKPOINTING = ("none", "block", "stage")
 
 KEYS: tuple[Key, ...] = (
     Key("seed", int, "seed of weights, order and augmentation", low=0, high=2**31),
+    Key("task.name", str, "what has a class: an image, a pixel, a text", ("classification", "segmentation", "text")),
+    Key(
+        "task.output_stride",
+        int,
+        "segmentation: input pixels per position of the backbone's features, 8, 16 or 32",
+        low=8,
+        high=32,
+        optional=True,
+    ),
+    Key("task.tokens", int, "text: longest, in tokens; what is longer is cut", low=8, high=4096, optional=True),
+    Key(
+        "task.bn_momentum",
+        float,
+        "segmentation: how fast the backbone's batch norms take up the data's statistics; null is the network's own",
+        low=0,
+        high=1,
+        open_low=True,
+        optional=True,
+    ),
     Key("model.name", str, "backbone; with model=timm the name of any timm classifier, with its pretrained tag"),
     Key("model.pretrained", bool, "start from pretrained weights"),
     Key(
@@ -55,7 +74,10 @@ KEYS: tuple[Key, ...] = (
     Key("data.official_test", str, "what protocol=official reports on: test, or validation images", ("test", "val")),
     Key("data.val_file", str, "text file of validation images, a name per line; null draws them", optional=True),
     Key(
-        "data.train_transform", str, "how a training image is brought to size", ("plain", "random_crop", "resize_crop")
+        "data.train_transform",
+        str,
+        "how a training image is brought to size; scale_crop for segmentation alone",
+        ("plain", "random_crop", "resize_crop", "scale_crop"),
     ),
     Key(
         "data.eval_transform",
@@ -131,6 +153,9 @@ KEYS: tuple[Key, ...] = (
         ("dense", "int8"),
         optional=True,
     ),
+    Key("razor.dense", str, "layers left dense: patterns of names, separated by commas", optional=True),
+    Key("razor.forward", str, "ablation: prune the forward pass, too", ("dense", "pruned")),
+    Key("razor.selection", str, "ablation: keep the largest, or as many at random", ("magnitude", "random")),
     Key("method.name", str, "which parameters train besides the head", METHODS),
     Key("method.bn_affine", str, "batch norm's scale and shift", ("train", "frozen")),
     Key("method.bn_stats", str, "batch norm's mean and variance: of the batch, or as pretrained", ("batch", "frozen")),
@@ -147,7 +172,7 @@ KEYS: tuple[Key, ...] = (
     Key("optim.weight_decay", float, "weight decay", low=0, high=1000),
     Key("optim.momentum", float, "momentum of sgd", low=0, high=1, open_high=True),
     Key("optim.head_lr_multiplier", float, "the head's learning rate, times optim.lr", low=0, high=1000, open_low=True),
-    Key("optim.schedule", str, "learning rate by step", ("cosine", "constant")),
+    Key("optim.schedule", str, "learning rate by step", ("cosine", "constant", "poly", "linear")),
     Key("optim.warmup_steps", int, "linear warm-up, optimizer steps", low=0, high=10**9),
     Key("optim.label_smoothing", float, "label smoothing", low=0, high=1, open_high=True),
     Key("optim.grad_clip", float, "largest gradient norm", low=0, high=10**6, open_low=True, optional=True),

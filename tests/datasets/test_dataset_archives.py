@@ -84,9 +84,9 @@ HOSTILE = {
     "claimed terabyte": (claims_much(), "unpacks to more than"),
     "huge header": (huge_header(), "claims a header"),
     "sparse": (sparse(), "neither a plain file nor a folder"),
-    "not gzip": (b"<html>moved</html>", "truncated or no gzipped tar"),
-    "gzip of no tar": (gzip.compress(b"not a tar archive" * 100), "truncated or no gzipped tar"),
-    "empty file": (b"", "truncated or no gzipped tar"),
+    "not gzip": (b"<html>moved</html>", "truncated or no tar"),
+    "gzip of no tar": (gzip.compress(b"not a tar archive" * 100), "truncated or no tar"),
+    "empty file": (b"", "truncated or no tar"),
     "empty tar": (archive(), "is empty"),
     "something else": (archive((entry("holiday/a"), b"x")), "holds no cifar-10-batches-py"),
 }

@@ -28,9 +28,18 @@ def jpeg(label: int) -> bytes:
     return buffer.getvalue()
 
 
+def png(values: np.ndarray) -> bytes:
+    """A picture whose pixel values are ``values``, (H, W)."""
+    buffer = io.BytesIO()
+    Image.fromarray(values.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def tar_gz(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write a gzipped tar with its folders as members of their own, as the published ones have them."""
-    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+    """Write a gzipped tar with its folders as members of their own, as the published ones have them; a plain one where
+    its name says so."""
+    packed = {} if path.suffix == ".tar" else {"compresslevel": 1}
+    with tarfile.open(path, "w:gz" if packed else "w", **packed) as tar:
         folders = {str(parent) for name in members for parent in Path(name).parents if str(parent) != "."}
         for folder in sorted(folders):
             entry = tarfile.TarInfo(folder)
@@ -120,7 +129,7 @@ def _pets(folder: Path) -> tuple[int, int, int]:
             part = "trainval" if number <= 4 else "test"
             lines[part].append(f"{breed}_{number} {label} {2 if breed.islower() else 1} {label}")
             images[f"images/{breed}_{number}.jpg"] = jpeg(label)
-            trimaps[f"annotations/trimaps/{breed}_{number}.png"] = b"not read"
+            trimaps[f"annotations/trimaps/{breed}_{number}.png"] = png(np.resize([1, 2, 3, 2], (16, 20)))
     texts = {f"annotations/{part}.txt": ("\n".join(rows) + "\n").encode() for part, rows in lines.items()}
     tar_gz(folder / "images.tar.gz", images)
     tar_gz(folder / "annotations.tar.gz", {"annotations/README": b"", **texts, **trimaps})
@@ -207,6 +216,47 @@ def _cub200(folder: Path) -> tuple[int, int, int]:
     return 3, 12, 6
 
 
+def _voc(folder: Path) -> tuple[int, int, int]:
+    """Four training and four validation images of VOC; SBD has two of each of them and four of its own."""
+    parts = {"train": [f"2007_{n:06d}" for n in range(4)], "val": [f"2008_{n:06d}" for n in range(4)]}
+    own = [f"2009_{n:06d}" for n in range(4)]
+    base, inside = "VOCdevkit/VOC2012", "benchmark_RELEASE/dataset"
+    mask = np.resize([0, 5, 255, 20], (16, 20)).astype(np.uint8)
+    members = {f"{base}/ImageSets/Segmentation/{part}.txt": _lines(names) for part, names in parts.items()}
+    members |= {f"{base}/JPEGImages/{name}.jpg": jpeg(1) for name in (*parts["train"], *parts["val"], *own)}
+    members |= {f"{base}/SegmentationClass/{n}.png": png(mask) for n in (*parts["train"], *parts["val"])}
+    tar_gz(folder / "VOCtrainval_11-May-2012.tar", members)
+    further = {"train": [*parts["train"][:2], *own[:2]], "val": [*parts["val"][:2], *own[2:]]}
+    content = {f"{inside}/{part}.txt": _lines(names) for part, names in further.items()}
+    truth = mat({"GTcls": {"Segmentation": mask, "Boundaries": 0, "CategoriesPresent": [5, 20]}})
+    content |= {f"{inside}/cls/{name}.mat": truth for names in further.values() for name in names}
+    tar_gz(folder / "benchmark.tgz", content)
+    return 21, 8, 4
+
+
+def _lines(names: list[str]) -> bytes:
+    return ("\n".join(names) + "\n").encode()
+
+
+def _vader(folder: Path) -> tuple[int, int, int]:
+    """Ten documents per file: of each file's fifth and tenth the sentences are for testing. One per file is neutral."""
+    inner, names = io.BytesIO(), ("tweets", "movieReviewSnippets", "nytEditorialSnippets", "amazonReviewSnippets")
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        for name in names:
+            rows = [
+                f"{n}_1\t{(-1) ** n * 2.5}\tsentence {n} of {name}, {'bad' if n % 2 else 'good'}" for n in range(10)
+            ]
+            rows += [f"{n}_2\t{(-1) ** n * 1.5}\tit goes on, {'bad' if n % 2 else 'good'} {n}" for n in range(10)]
+            content = "\r\n".join([*rows, "3_3\t0.25\tneither"]).encode() + b"\r\n"
+            entry = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    base = "vaderSentiment-3.3.2"
+    members = {f"{base}/additional_resources/hutto_ICWSM_2014.tar.gz": inner.getvalue(), f"{base}/setup.py": b"1 / 0"}
+    tar_gz(folder / f"{base}.tar.gz", members)
+    return 2, 64, 16
+
+
 MAKERS: dict[str, Callable[[Path], tuple[int, int, int]]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
@@ -216,6 +266,8 @@ MAKERS: dict[str, Callable[[Path], tuple[int, int, int]]] = {
     "aircraft": _aircraft,
     "cub200": _cub200,
     "food101": _food101,
+    "voc": _voc,
+    "vader": _vader,
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, compose_plain
+from tiny_bert import write_tiny_bert
 
 import train
 from scripts import make_tables, measure_runs
@@ -43,11 +44,15 @@ SMALL_VIT = ("model=timm", "model.name=test_vit.r160_in1k", "model.pos_drop_rate
 STEPS_VIT_B16 = "paper"
 
 
-def read_experiment(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The groups that an experiment file chooses (group to option), and its trainer section."""
+def read_experiment(name: str) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+    """The groups that an experiment file chooses (group to option), and its trainer and razor sections."""
     content = yaml.safe_load((train.CONFIGS / "experiment" / f"{name}.yaml").read_text())
     groups = dict(item for entry in content["defaults"] for item in entry.items())
-    return {key.removeprefix("override /"): option for key, option in groups.items()}, content["trainer"]
+    return (
+        {key.removeprefix("override /"): option for key, option in groups.items()},
+        content["trainer"],
+        content.get("razor", {}),
+    )
 
 
 def data_of(name: str) -> str:
@@ -62,8 +67,9 @@ def one_of_each_row() -> list[str]:
     """
     rows = defaultdict(list)
     for name in train.group_options()["experiment"]:
-        groups, trainer = read_experiment(name)
-        kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer
+        groups, trainer, razor = read_experiment(name)
+        kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer, razor.get("fill")
+        kind += razor.get("forward"), razor.get("selection"), groups.get("task")
         alone = groups["razor"] != "none" or groups["model"] == "tinytl"
         network = groups["model"] if alone else groups["model"] in TRANSFORMERS
         rows[network, groups["method"], groups["razor"], kind].append(name)
@@ -76,7 +82,7 @@ def one_of_each_row() -> list[str]:
 
 
 def test_every_data_set_has_its_row() -> None:
-    assert {data_of(name) for name in one_of_each_row()} == {*MAKERS, "digits"}
+    assert {data_of(name) for name in one_of_each_row()} == {*MAKERS, "digits", "scenes"}
 
 
 @pytest.fixture(scope="session")
@@ -96,12 +102,16 @@ def test_every_row_takes_a_step(
     data, specs = published
     for spec in specs.values():
         monkeypatch.setitem(PUBLISHED, spec.name, spec)
-    groups, trainer = read_experiment(name)
+    groups, trainer, _ = read_experiment(name)
     settings = [*ONE_STEP, f"paths.outputs={tmp_path}", f"paths.data={data}"]
     if groups["data"] in specs:
         settings += ["data.val_fraction=0.5", "data.train_fraction=1", "model.pretrained=false"]
     if groups["model"] in TRANSFORMERS and groups["razor"] != STEPS_VIT_B16:
         settings += SMALL_VIT
+    if groups.get("task") == "text":
+        bert = write_tiny_bert(tmp_path / "bert")
+        settings += ["task.tokens=16", "trainer.measure.image_size=null", "model.pretrained=true"]
+        settings += ["model.name=tiny", f"model.weights={bert}"]
     if "micro_batch" in trainer:
         settings.append("trainer.micro_batch=2")
     config = compose_plain(f"experiment={name}", *settings)

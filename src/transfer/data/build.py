@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from transfer.data.images import CHECKED
+from transfer.data.masks import MaskedImages, mask_eval_transform, mask_train_transform
 from transfer.data.registry import DATASETS
 from transfer.data.spec import LabelledImages, Splits
 from transfer.data.splits import check_classes, lacking, stratified_holdout
+from transfer.data.texts import Encode, EncodedTexts
 from transfer.data.transforms import TwoPartTransform, eval_transform, train_transform
 from transfer.errors import UserError
 
@@ -50,26 +52,38 @@ class TensorImages(Dataset):
         return torch.tensor(self.source.labels)
 
 
+Items: TypeAlias = TensorImages | MaskedImages | EncodedTexts
+
+
 @dataclass(frozen=True)
 class DataBundle:
     """The three splits, ready to be batched, and the names of the classes."""
 
-    train: TensorImages
-    val: TensorImages
-    test: TensorImages
+    train: Items
+    val: Items
+    test: Items
     class_names: tuple[str, ...]
     note: str
 
 
-def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = True) -> DataBundle:
+def build_data(
+    data: Mapping[str, Any],
+    paths: Mapping[str, Any],
+    check: bool = True,
+    task: str = "classification",
+    encode: Encode | None = None,
+) -> DataBundle:
     """Load the data set that ``data.name`` names.
 
     Args:
         data, paths: those sections of the configuration.
         check: decode its files first; False where another process of the job has done that.
+        task: ``classification``, ``segmentation`` for the class of each pixel, or ``text`` for that of each text.
+        encode: makes token numbers of texts, for that task.
 
     Raises:
-        UserError: the data set is unknown, missing or damaged, or a class has no images in a split.
+        UserError: the data set is unknown, missing or damaged, has no labels for the task, or a class has no images in
+            a split.
     """
     name = data["name"]
     if name not in DATASETS:
@@ -79,13 +93,24 @@ def build_data(data: Mapping[str, Any], paths: Mapping[str, Any], check: bool = 
         splits = DATASETS[name].load(data, paths)
     finally:
         CHECKED.reset(token)
-    names = splits.class_names
+    names = _class_names(splits, name, task)
     if data["protocol"] == "official":
         splits = official(splits, data.get("official_test", "test"))
     if (share := data["train_fraction"]) < 1:
-        _, used = stratified_holdout(splits.train.labels, share, data["split_seed"], "data.train_fraction", names)
+        _, used = stratified_holdout(
+            splits.train.labels, share, data["split_seed"], "data.train_fraction", splits.class_names
+        )
         splits = replace(splits, train=splits.train.select(used))
+    if task == "segmentation":
+        final, cache = mask_eval_transform(data), data["cache"]
+        train = MaskedImages(splits.train, mask_train_transform(data), cache)
+        val, test = (MaskedImages(part, final, cache) for part in (splits.val, splits.test))
+        return DataBundle(train, val, test, names, splits.note)
     check_classes(splits, data)
+    if task == "text":
+        assert encode is not None
+        parts = [EncodedTexts(part, encode) for part in (splits.train, splits.val, splits.test)]
+        return DataBundle(*parts, class_names=names, note=splits.note + lacking(splits))
     final = eval_transform(data)
     return DataBundle(
         train=TensorImages(splits.train, train_transform(data), data["cache"]),
@@ -109,3 +134,16 @@ def official(splits: Splits, reported_on: str) -> Splits:
     given = ("val", "test") if "test" in splits.given else ("val",)
     joined = splits.train + splits.val
     return replace(splits, train=joined, val=splits.test, given=given, note=f"{note} test, every other image trains")
+
+
+def _class_names(splits: Splits, name: str, task: str) -> tuple[str, ...]:
+    has = {
+        "segmentation": splits.mask_names,
+        "text": splits.class_names if splits.texts else (),
+        "classification": () if splits.texts else splits.class_names,
+    }
+    if not has[task]:
+        what = {"segmentation": "class per pixel", "text": "texts", "classification": "class per image"}[task]
+        other = "|".join(offered for offered, names in has.items() if names)
+        raise UserError(f"data={name} task={task}: it has no {what}; set task={other}, or choose another data set")
+    return has[task]

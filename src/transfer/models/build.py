@@ -29,6 +29,7 @@ class Backbone:
         weights: the file that the weights came from, None where they are random.
         one_size: whether it takes images of the size alone that it was built for.
         own_size: side of the images that it was made for, pixels; None where that is not known.
+        vocabulary: how many tokens there are, for a network of texts (N, T); None for one of images.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Backbone:
     weights: Path | None
     one_size: bool = False
     own_size: int | None = None
+    vocabulary: int | None = None
 
 
 def build_backbone(

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from transfer.errors import UserError
-from transfer.records import find_records, read_record
+from transfer.records import find_records, read_record, task_of
 
 PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")  # what a step holds; ``total_bytes``
 MEMORY = (
@@ -27,6 +27,10 @@ def row_label(config: Mapping[str, Any]) -> str:
         parts = ["dense"] if checkpointing == "none" else []
     else:
         parts = [razor["name"]] if razor["name"] == "int8" else [f"{razor['name']} {razor['sparsity']:g}"]
+    if razor.get("forward", "dense") != "dense":
+        parts.append("forward pruned")
+    if razor.get("selection", "magnitude") != "magnitude":
+        parts.append("at random")
     if checkpointing != "none":
         parts.append(f"checkpointing by {checkpointing}")
     if micro and micro < trainer["batch_size"]:
@@ -41,11 +45,11 @@ def row_label(config: Mapping[str, Any]) -> str:
 def load_runs(folder: Path) -> pd.DataFrame:
     """Return one row for each record below ``folder``.
 
-    Columns: ``label, experiment, config_hash, seed, date, model, data, method, razor, sparsity, checkpointing,
+    Columns: ``label, experiment, config_hash, seed, date, model, data, task, method, razor, sparsity, checkpointing,
     protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
-    (``test_top1, test_top5, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer`` (name to bytes, or
-    None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with several
-    configurations the newest alone counts.
+    (``test_top1, test_top5, test_mean_iou, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer``
+    (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with
+    several configurations the newest alone counts.
 
     Raises:
         UserError: no record there, or a damaged one.
@@ -74,6 +78,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "date": record["circumstances"]["date"],
         "model": config["model"]["name"],
         "data": config["data"]["name"],
+        "task": task_of(config),
         "method": config["method"]["name"],
         "razor": config["razor"]["name"],
         "sparsity": config["razor"]["sparsity"],
@@ -86,7 +91,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "measured_batch": memory.get("batch_size"),
         "measured_size": memory.get("image_size"),
         "test_top1": record["test"]["top1"],
-        "test_top5": record["test"]["top5"],
+        "test_top5": record["test"].get("top5", float("nan")),
+        "test_mean_iou": record["test"].get("mean_iou", float("nan")),
         "test_images": record["test"].get("images"),
         "val_top1": record["val"]["top1"],
         "saved_by_role": memory.get("saved_by_role"),

@@ -40,8 +40,8 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
     """Return one row for each recipe, run or not.
 
     Columns: ``experiment, row, method, razor, data, seeds, status, accuracy`` (percent, mean over seeds),
-    ``accuracy_std`` (sample deviation, NaN for one seed), ``published_accuracy, published_formula_mb`` (NaN where
-    nothing was published), and of the runs what ``_SOURCES`` names.
+    ``accuracy_std`` (sample deviation, NaN for one seed), the same of ``mean_iou``, ``published_accuracy,
+    published_formula_mb`` (NaN where nothing was published), and of the runs what ``_SOURCES`` names.
 
     Args:
         runs: as ``load_runs`` returns them; those of other experiments are left out.
@@ -64,6 +64,8 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
         if len(found):
             accuracy = found["test_top1"].astype(float)
             row |= {"accuracy": accuracy.mean(), "accuracy_std": accuracy.std()}
+            iou = found["test_mean_iou"].astype(float)
+            row |= {"mean_iou": iou.mean(), "mean_iou_std": iou.std()}
             row |= {name: found[key].astype(float).mean() * scale for name, (key, scale) in _SOURCES.items()}
         rows.append(row)
     names = dict.fromkeys((*rows[0], *_columns_of_a_run())) if rows else ()
@@ -71,7 +73,7 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
 
 
 def _columns_of_a_run() -> list[str]:
-    return ["accuracy", "accuracy_std", *_SOURCES]
+    return ["accuracy", "accuracy_std", "mean_iou", "mean_iou_std", *_SOURCES]
 
 
 def pivot(table: pd.DataFrame) -> pd.DataFrame:
@@ -81,6 +83,7 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     published_columns = table.groupby("data")["published_accuracy"].apply(lambda column: column.notna().any())
+    of_pixels = table.groupby("data")["mean_iou"].apply(lambda column: column.notna().any())
     for _, group in table.groupby("row", sort=False):
         ran = group[group["seeds"] > 0]
         row = {"Method": group["method"].iloc[0]}
@@ -91,6 +94,8 @@ def pivot(table: pd.DataFrame) -> pd.DataFrame:
             row[heading] = _number(ran[column].median(), digits, NOT_MEASURED if len(ran) else NOT_RUN)
         for _, cell in group.iterrows():
             row[f"{cell['data']}, %"] = _accuracy(cell)
+            if of_pixels[cell["data"]]:
+                row[f"{cell['data']} mean IoU, %"] = _accuracy(cell, "mean_iou")
             if published_columns[cell["data"]]:
                 row[f"{cell['data']} published, %"] = _number(cell["published_accuracy"], 1, "not published")
         rows.append(row)
@@ -101,11 +106,11 @@ def _number(value: float | None, digits: int, otherwise: str) -> str:
     return otherwise if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _accuracy(cell: pd.Series) -> str:
+def _accuracy(cell: pd.Series, column: str = "accuracy") -> str:
     if not cell["seeds"]:
         return NOT_RUN
-    text = f"{cell['accuracy']:.2f}"
-    return text if pd.isna(cell["accuracy_std"]) else f"{text} ± {cell['accuracy_std']:.2f}"
+    text = f"{cell[column]:.2f}"
+    return text if pd.isna(cell[f"{column}_std"]) else f"{text} ± {cell[f'{column}_std']:.2f}"
 
 
 def title(table: str, runs: pd.DataFrame) -> str:
@@ -134,9 +139,10 @@ def note(runs: pd.DataFrame) -> str:
         "medians over the data sets. Published: TinyTL (arXiv 2007.11622), table 2, memory by its own formula."
     )
     if len(runs):
+        unit = "tokens" if runs["task"].eq("text").all() else "px"
         shapes = runs[["measured_batch", "measured_size"]].dropna().drop_duplicates().astype(int)
         text += " Step measured at " + ", ".join(
-            f"batch {batch}, {size} px" for batch, size in shapes.itertuples(index=False)
+            f"batch {batch}, {size} {unit}" for batch, size in shapes.itertuples(index=False)
         )
         text += f". Models: {', '.join(sorted(set(runs['model'])))}."
         if runs["protocol"].eq("official").any():

@@ -12,6 +12,7 @@ NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 HEADINGS = {
     "accuracy": ("Test accuracy, %", 2),
+    "mean_iou": ("Mean IoU, %", 2),
     "saved_mb": ("Saved, MB", 1),
     "peak_mb": ("Peak, MB", 1),
     "step_s": ("Step, s", 3),
@@ -41,6 +42,8 @@ def cells(summary: pd.DataFrame, headings: Mapping[str, tuple[str, int]] = HEADI
 
     A row that was not run says so, and so does a figure that was not measured.
     """
+    if "mean_iou" not in summary:  # a class per image
+        headings = {name: heading for name, heading in headings.items() if name != "mean_iou"}
     rows = []
     for _, row in summary.iterrows():
         shown = {"Method": row["method"]}
@@ -75,11 +78,13 @@ def _both(summary: pd.DataFrame) -> list[pd.DataFrame]:
 def caption(runs: pd.DataFrame) -> str:
     """Say what the figures of a table are, in one sentence."""
     shapes = runs[["measured_batch", "measured_size"]].dropna().drop_duplicates().astype(int)
-    where = " and ".join(f"batch {batch}, {size} px" for batch, size in shapes.itertuples(index=False))
+    unit = "tokens" if runs["task"].eq("text").all() else "px"
+    where = " and ".join(f"batch {batch}, {size} {unit}" for batch, size in shapes.itertuples(index=False))
     subject = f"{', '.join(sorted(set(runs['model'])))} on {', '.join(sorted(set(runs['data'])))}"
     images = [int(count) for count in runs["test_images"].dropna().unique()]
     if len(images) == 1:
-        subject += f", {images[0]} test images, of which one is {100 / images[0]:.2g} points of accuracy"
+        what = "texts" if unit == "tokens" else "images"
+        subject += f", {images[0]} test {what}, of which one is {100 / images[0]:.2g} points of accuracy"
     seeds = runs["seed"].nunique()
     subject += f"; mean and sample deviation over {seeds} seeds" if seeds > 1 else "; one seed"
     return (

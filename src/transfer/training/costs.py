@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import backrazor as br
 from transfer.models.frozen_storage import coded_weights
 from transfer.official import official_memory
+from transfer.records import task_of
 from transfer.training.network import AUTOCAST, Network, assemble, autocast
 from transfer.training.optimisation import make_optimizer
 
@@ -32,7 +33,7 @@ class StepFactory:
         config: the validated configuration.
         num_classes: size of the head.
         batch_size: images in the step, which come in micro-batches where the configuration says so.
-        image_size: side of its input, pixels.
+        image_size: side of its input, pixels; of texts their tokens.
     """
 
     config: Mapping[str, Any]
@@ -49,11 +50,11 @@ class StepFactory:
         data = {**self.config["data"], "image_size": self.image_size}
         network = assemble({**self.config, "data": data}, self.num_classes)
         network.model.to(device)
-        images = torch.randn(self.batch_size, 3, self.image_size, self.image_size).to(device)
+        images = example_inputs(network, self.batch_size, self.image_size).to(device)
         if network.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         model = torch.compile(network.model) if settings.get("compile", False) else network.model
-        labels = torch.randint(self.num_classes, (self.batch_size,)).to(device)
+        labels = torch.randint(self.num_classes, label_shape(self.config, self.batch_size, self.image_size)).to(device)
 
         micro = settings["micro_batch"] or self.batch_size
         *first, last = zip(images.split(micro), labels.split(micro), strict=True)
@@ -71,6 +72,21 @@ class StepFactory:
         if settings.get("release_gradients", False):
             br.memory.GradientRelease(optimizer)
         return br.memory.Step(network.model, forward, optimizer)
+
+
+def example_inputs(network: Network, batch: int, size: int) -> Tensor:
+    """Random inputs as the network takes them: images (batch, 3, size, size), or the token numbers of texts (batch,
+    size). The first text is a token short, as one of a batch is: attention then has its mask."""
+    if network.backbone.vocabulary is None:
+        return torch.randn(batch, 3, size, size)
+    ids = torch.randint(1, network.backbone.vocabulary, (batch, size))
+    ids[0, -1] = network.model.pad
+    return ids
+
+
+def label_shape(config: Mapping[str, Any], batch: int, size: int) -> tuple[int, ...]:
+    """The shape of the labels of ``batch`` images of side ``size``: one per image, or one per pixel."""
+    return (batch, size, size) if task_of(config) == "segmentation" else (batch,)
 
 
 def pick_device(name: str) -> torch.device:
@@ -110,9 +126,10 @@ def step_loss(model: nn.Module, config: Mapping[str, Any], images: Tensor, label
 
 
 def step_shape(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return images and image side of the optimizer step that the memory columns describe."""
+    """Return images and image side (of texts, tokens) of the optimizer step that the memory columns describe."""
     measure, trainer = config["trainer"]["measure"], config["trainer"]
-    return measure["batch_size"] or trainer["batch_size"], measure["image_size"] or config["data"]["image_size"]
+    own = config["task"]["tokens"] if task_of(config) == "text" else config["data"]["image_size"]
+    return measure["batch_size"] or trainer["batch_size"], measure["image_size"] or own
 
 
 def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -125,10 +142,10 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
     batch, size = step_shape(config)
     forward = min(batch, config["trainer"]["micro_batch"] or batch)
     # Clones: autograd would hold the whole storage of a slice, which a training step does not have.
-    images = images.repeat(-(-forward // len(images)), 1, 1, 1)[:forward].clone()
-    labels = labels.repeat(-(-forward // len(labels)))[:forward].clone()
+    images = images.repeat(-(-forward // len(images)), *(1 for _ in images.shape[1:]))[:forward].clone()
+    labels = labels.repeat(-(-forward // len(labels)), *(1 for _ in labels.shape[1:]))[:forward].clone()
     x = network.normalise(images)
-    if x.shape[-1] != size:
+    if x.dim() == 4 and x.shape[-1] != size:
         x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
     network.train()
     with br.memory.ledger(network.model) as ledger:
@@ -146,8 +163,8 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         "official_bytes": None,
     }
     if config["trainer"]["checkpointing"] == "none":
-        shape = {"input_size": (3, size, size), "batch_size": forward}
-        labels = torch.zeros(forward, dtype=torch.long, device=images.device)
+        shape = {"input_size": tuple(x.shape[1:]), "batch_size": forward}
+        labels = torch.zeros(label_shape(config, forward, size), dtype=torch.long, device=images.device)
         kind = AUTOCAST[config["trainer"]["precision"]]
         predicted = br.memory.predict(
             network.model,
@@ -160,7 +177,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         columns |= {"predicted_bytes": predicted.saved_bytes, "predicted_peak_bytes": predicted.peak_bytes}
         columns |= {name: getattr(predicted, name) for name in ("gradient_bytes", "optimizer_bytes")}
         columns["predicted_total_bytes"] = predicted.total_bytes
-        columns["official_bytes"] = _official(network, shape)
+        columns["official_bytes"] = _official(network, shape) if task_of(config) == "classification" else None
     return columns
 
 

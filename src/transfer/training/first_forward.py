@@ -11,6 +11,7 @@ import torch
 
 from transfer.errors import UserError, one_line
 from transfer.models import Backbone
+from transfer.training.costs import example_inputs
 from transfer.training.full import LESS, is_full
 from transfer.training.network import Network
 from transfer.training.sampling import worker_death
@@ -43,8 +44,12 @@ def explained(backbone: Backbone, name: str, size: int) -> Iterator[None]:
         words = words if len(words) <= LONGEST else words[: LONGEST - 3] + "..."
         reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
         raise UserError(
-            f"model.name={name} fails on images of {size} px ({reason}): {_advice(backbone, size, error, words)}"
+            f"model.name={name} fails on {_inputs(backbone, size)} ({reason}): {_advice(backbone, size, error, words)}"
         ) from error
+
+
+def _inputs(backbone: Backbone, size: int) -> str:
+    return f"images of {size} px" if backbone.vocabulary is None else f"texts of {size} tokens"
 
 
 def _advice(backbone: Backbone, size: int, error: Exception, words: str) -> str:
@@ -69,7 +74,7 @@ def try_forward(network: Network, config: Mapping[str, Any]) -> None:
         UserError: as ``explained``.
     """
     measure = config["trainer"]["measure"]
-    sizes = {config["data"]["image_size"]}
+    sizes = {config["data"]["image_size"] if network.backbone.vocabulary is None else config["task"]["tokens"]}
     if measure["mode"] != "none" and measure["image_size"] is not None:
         sizes.add(measure["image_size"])
     device = next(network.model.parameters()).device
@@ -78,6 +83,6 @@ def try_forward(network: Network, config: Mapping[str, Any]) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for size in sorted(sizes):
                 with explained(network.backbone, config["model"]["name"], size):
-                    network.model(torch.zeros(1, 3, size, size, device=device))
+                    network.model(example_inputs(network, 1, size).to(device))
     finally:
         network.train()

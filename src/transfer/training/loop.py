@@ -43,11 +43,11 @@ class Tally:
     """Sums over the steps of one epoch, over all processes."""
 
     loss: float = 0.0
-    correct: int = 0
+    correct: float = 0
     images: int = 0
     seconds: float = 0.0
 
-    def add(self, loss: float, correct: int, images: int, seconds: float) -> None:
+    def add(self, loss: float, correct: float, images: int, seconds: float) -> None:
         """Count one step: mean loss in nats, right answers, images, duration."""
         self.loss += loss * images
         self.correct += correct
@@ -248,8 +248,8 @@ class Trainer:
         scores = None
         if row["epoch"] % self.settings["eval_every"] == 0 or self.step == self.total_steps:
             scores = self._score(self.val_loader)
-            row |= {f"val_{name}": getattr(scores, name) for name in ("loss", "top1", "top5")}
-            text += f", validation {scores.top1:.2f}%"
+            row |= {f"val_{name}": value for name, value in scores.figures().items() if name != "images"}
+            text += f", validation {scores.selected:.2f}%"
         self.epoch, self.tally = self.epoch + 1, Tally()
         if scores is not None:
             self._keep_if_best(scores)
@@ -268,13 +268,12 @@ class Trainer:
             return evaluate(self.network, loader, self.device, self.settings["precision"], self.world, check)
 
     def _keep_if_best(self, scores: Scores) -> None:
-        """Keep the weights where validation accuracy is the highest so far; a tie goes to the lower loss. Under the
+        """Keep the weights where the validation score is the highest so far; a tie goes to the lower loss. Under the
         official protocol nothing is selected: the last weights stay."""
-        if self.config["data"]["protocol"] == "official" or (scores.top1, -scores.loss) > (
-            self.best["top1"],
-            -self.best["loss"],
-        ):
-            self.best = {**asdict(scores), "epoch": self.epoch, "step": self.step}
+        best = self.best.get("mean_iou", self.best["top1"])
+        last = self.config["data"]["protocol"] == "official"
+        if last or (scores.selected, -scores.loss) > (best, -self.best["loss"]):
+            self.best = {**scores.figures(), "epoch": self.epoch, "step": self.step}
             if self.world.main:
                 self.checkpoints.save_best(self.step, self.network.model.state_dict())
 

@@ -53,11 +53,16 @@ def _tinytl_lb(model: nn.Module) -> set[str]:
     return (_tinytl_l(model) | _bias(model)) - {f"{prefix}.lite.{len(lite) - 1}.bias" for prefix, lite in branches}
 
 
+def _lora(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters() if ".lora_" in name}
+
+
 METHODS: dict[str, Callable[[nn.Module], set[str]]] = {
     "full": _full,
     "last": _last,
     "norm_last": _norm_last,
     "bias": _bias,
+    "lora": _lora,
     "tinytl_l": _tinytl_l,
     "tinytl_lb": _tinytl_lb,
 }

@@ -18,7 +18,10 @@ from transfer.files import atomic_write_text
 from transfer.settings import flatten
 
 LOGGER = logging.getLogger("transfer")
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_top1", "images_per_second", "val_loss", "val_top1", "val_top5")
+COLUMNS = (
+    *("epoch", "step", "lr", "train_loss", "train_top1", "images_per_second"),
+    *("val_loss", "val_top1", "val_top5", "val_mean_iou"),
+)
 
 
 class _LogFile(logging.FileHandler):

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 import backrazor as br
 from transfer.errors import UserError
-from transfer.models import Backbone, build_backbone
+from transfer.models import Backbone, build_backbone, build_segmenter, build_text_classifier
 from transfer.models.frozen_storage import store_frozen_at_8_bits
+from transfer.models.text import insert_lora
 from transfer.models.tinytl import insert_lite_residuals
+from transfer.records import task_of
+from transfer.training.ablation import ablate
 from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
@@ -36,6 +39,7 @@ class Network:
         razored: whether ``razor_`` was applied.
         report: what ``razor_`` replaced and left, as text; empty for the plain network.
         channels_last: whether images are handed to it in that memory format.
+        pixel_classes: how many, where every pixel has one; None for one class per image.
     """
 
     backbone: Backbone
@@ -43,6 +47,7 @@ class Network:
     razored: bool
     report: str
     channels_last: bool = False
+    pixel_classes: int | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -53,7 +58,9 @@ class Network:
         set_train_mode(self.model, self.frozen_batch_norms)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Bring uint8 images (N, 3, S, S) to the float32 input that the backbone expects."""
+        """Bring uint8 images (N, 3, S, S) to the float32 input that the backbone expects; token numbers (N, T) stay."""
+        if images.dim() == 2:
+            return images
         mean, std = _constants(self.backbone.mean, self.backbone.std, images.device)
         x = (images.float() / 255).sub_(mean).div_(std)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
@@ -91,6 +98,13 @@ def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
         raise UserError(f"razor={razor['name']}: {error}") from error
 
 
+def with_dense_layers(razor: br.RazorConfig, patterns: str | None) -> br.RazorConfig | dict[str, Any]:
+    """Return ``razor`` for every layer but those that ``patterns``, separated by commas, name: they stay dense."""
+    if not patterns:
+        return razor
+    return {pattern.strip(): None for pattern in patterns.split(",")} | {"*": razor}
+
+
 def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
 
@@ -99,7 +113,13 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
             ``razor_config``.
     """
     size = config["data"]["image_size"]
-    backbone = build_backbone(config["model"], num_classes, config["paths"]["pretrain"], size)
+    pretrain, task = config["paths"]["pretrain"], task_of(config)
+    if task == "segmentation":
+        backbone = build_segmenter(config["model"], num_classes, pretrain, config["task"])
+    elif task == "text":
+        backbone = build_text_classifier(config["model"], num_classes)
+    else:
+        backbone = build_backbone(config["model"], num_classes, pretrain, size)
     measured = config["trainer"]["measure"]["image_size"]
     if backbone.one_size and measured not in (None, size):
         raise UserError(
@@ -109,6 +129,8 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     method = config["method"]
     if method["name"].startswith("tinytl"):
         insert_lite_residuals(backbone.model)
+    if method["name"] == "lora":
+        insert_lora(backbone.model, backbone.head)
     frozen = apply_method(backbone.model, backbone.head, method)
     if method["frozen_bits"] is not None:
         store_frozen_at_8_bits(backbone.model)
@@ -116,13 +138,21 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
     report = ""
     if razor is not None:
         try:
-            report = br.razor_(backbone.model, razor).table()
+            report = br.razor_(backbone.model, with_dense_layers(razor, config["razor"].get("dense"))).table()
         except ValueError as error:
             raise UserError(f"razor={config['razor']['name']} model={config['model']['name']}: {error}") from error
+        report += ablate(backbone.model, config["razor"])
     apply_checkpointing(backbone.model, backbone.stages, config["trainer"]["checkpointing"])
     channels_last = config["trainer"].get("channels_last", False)  # a record may be older than the key
     if channels_last:
         backbone.model.to(memory_format=torch.channels_last)
-    network = Network(backbone, frozen, razor is not None, report, channels_last)
+    network = Network(
+        backbone,
+        frozen,
+        razor is not None,
+        report,
+        channels_last,
+        pixel_classes=num_classes if task == "segmentation" else None,
+    )
     network.train()
     return network

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from transfer.errors import UserError
 
+POLY_POWER = 0.9
+
 
 def make_optimizer(
     model: nn.Module, head: str, optim: Mapping[str, Any], fused: bool | None = None
@@ -66,7 +68,8 @@ def clip_each(parameters: Iterable[Tensor], limit: float) -> None:
 
 
 class Schedule:
-    """Learning rate as a function of the step alone: linear warm-up, then a cosine to 0 or a constant.
+    """Learning rate as a function of the step alone: linear warm-up, then a cosine, a line or a polynomial to 0, that
+    of the power ``POLY_POWER`` (as DeepLab is trained), or a constant.
 
     A warm-up counts steps from one, as the released code does: the first step has a share of the rate and not none,
     the last of ``warmup_steps`` all of it, and the last step of the cosine none. Without one the first has all of it.
@@ -89,7 +92,11 @@ class Schedule:
                 t_in_epochs=False,
             )
         else:
-            self.constant = LambdaLR(optimizer, lambda step: min(1.0, step / warmup) if warmup else 1.0)
+            power = {"constant": 0.0, "linear": 1.0, "poly": POLY_POWER}[optim["schedule"]]
+            self.constant = LambdaLR(
+                optimizer,
+                lambda step: step / warmup if step < warmup else (1 - (step - warmup) / (steps - warmup)) ** power,
+            )
 
     def set(self, step: int) -> float:
         """Set the learning rates for ``step`` (from 0) and return the first group's."""

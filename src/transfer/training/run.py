@@ -8,7 +8,6 @@ import random
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ import yaml
 from transfer.data import DataBundle, build_data
 from transfer.errors import UserError
 from transfer.files import atomic_write_text
-from transfer.records import circumstances, config_hash, read_record, run_directory, write_record
+from transfer.models import text_encoder
+from transfer.records import circumstances, config_hash, read_record, run_directory, task_of, write_record
 from transfer.settings import validate
 from transfer.training.costs import PARTS, gpu_circumstances, pick_device
 from transfer.training.distributed import World, joined_world, own_gpu
+from transfer.training.evaluation import Scores
 from transfer.training.first_forward import try_forward
 from transfer.training.graphs import check_graph
 from transfer.training.loop import Fitted, Trainer
@@ -74,8 +75,10 @@ def _execute(config: Mapping[str, Any], experiment: str | None, recipe: str | No
                 write_record(folder / "record.json", {key: value for key, value in record.items() if key != "schema"})
         return record
     device = _prepare(config, world)
+    task = task_of(config)
+    encode = text_encoder(config["model"], config["task"]["tokens"]) if task == "text" else None
     with world.one_at_first() as first:
-        data = build_data(config["data"], config["paths"], check=first)
+        data = build_data(config["data"], config["paths"], first, task, encode)
     network = assemble(config, len(data.class_names))
     network.model.to(device)
     try_forward(network, config)
@@ -115,9 +118,8 @@ def _execute(config: Mapping[str, Any], experiment: str | None, recipe: str | No
                 write_record(folder / "record.json", record)
             monitor.finish(config, _final_metrics(record))
             LOGGER.info(
-                "test accuracy %.2f%% (top-5 %.2f%%), epoch %d %s; record in %s",
-                fitted.test.top1,
-                fitted.test.top5,
+                "test %s, epoch %d %s; record in %s",
+                _said(fitted.test),
                 fitted.best_epoch,
                 "is the last" if config["data"]["protocol"] == "official" else "selected on validation",
                 folder,
@@ -173,11 +175,12 @@ def _log_beginning(
     total = sum(p.numel() for p in network.model.parameters())
     LOGGER.info("run folder %s", folder)
     LOGGER.info(
-        "%s: %d training, %d validation, %d test images, %d classes (%s)",
+        "%s: %d training, %d validation, %d test %s, %d classes (%s)",
         config["data"]["name"],
         len(data.train),
         len(data.val),
         len(data.test),
+        "texts" if task_of(config) == "text" else "images",
         len(data.class_names),
         data.note,
     )
@@ -209,8 +212,8 @@ def _record(
         "config_hash": digest,
         "seed": config["seed"],
         "classes": classes,
-        "val": asdict(fitted.val),
-        "test": asdict(fitted.test),
+        "val": fitted.val.figures(),
+        "test": fitted.test.figures(),
         "best_epoch": fitted.best_epoch,
         "steps": fitted.steps,
         "skipped_steps": fitted.skipped_steps,
@@ -218,8 +221,15 @@ def _record(
     }
 
 
+def _said(scores: Scores) -> str:
+    if scores.mean_iou is not None:
+        return f"mean IoU {scores.mean_iou:.2f}%, pixel accuracy {scores.top1:.2f}%"
+    return f"accuracy {scores.top1:.2f}% (top-5 {scores.top5:.2f}%)"
+
+
 def _final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    metrics = {f"final/{split}_{name}": record[split][name] for split in ("val", "test") for name in ("top1", "top5")}
+    scores = [(split, name) for split in ("val", "test") for name in ("top1", "top5", "mean_iou")]
+    metrics = {f"final/{split}_{name}": record[split][name] for split, name in scores if name in record[split]}
     memory = record["memory"]
     metrics |= {
         f"memory/{name}": memory[name]

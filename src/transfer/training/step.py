@@ -37,13 +37,13 @@ class Outcome:
 
     Args:
         loss: mean over the batch, nats.
-        correct: right answers.
+        correct: right answers; of maps the sum over images of the share of pixels that are right.
         problem: why the weights are as they were before; None where the step was taken.
         stop: the signal that some process was stopped by, 0 for none. Every process has the same.
     """
 
     loss: float
-    correct: int
+    correct: float
     problem: str | None
     stop: int
 
@@ -110,7 +110,7 @@ class Stepper:
         if problem is None and not left_out:
             self.halves.update()
         voted = [number for number, votes in zip(STOPS, stopped, strict=True) if votes]
-        return Outcome(mean, int(right), problem, max(voted, default=0))
+        return Outcome(mean, right, problem, max(voted, default=0))
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward. Reads nothing: returns (4,) float64 on the device, this process's part of the batch's

@@ -21,6 +21,8 @@ from transfer.data.published.food import FOOD101
 from transfer.data.published.listing import file_paths, read_listing
 from transfer.data.published.oxford import AIRCRAFT, FLOWERS, PETS
 from transfer.data.published.spec import Archive, Listing, PublishedSpec
+from transfer.data.published.vader import VADER
+from transfer.data.published.voc import VOC
 from transfer.data.spec import LabelledImages, Splits
 from transfer.data.splits import named_holdout, stratified_holdout
 from transfer.errors import UserError
@@ -28,7 +30,7 @@ from transfer.errors import UserError
 __all__ = ["PUBLISHED", "Archive", "Listing", "PublishedImages", "PublishedSpec", "build", "load", "make_splits"]
 
 PUBLISHED: dict[str, PublishedSpec] = {
-    spec.name: spec for spec in (CIFAR10, CIFAR100, FLOWERS, PETS, CARS, AIRCRAFT, CUB200, FOOD101)
+    spec.name: spec for spec in (CIFAR10, CIFAR100, FLOWERS, PETS, CARS, AIRCRAFT, CUB200, FOOD101, VOC, VADER)
 }
 
 # The committed split: with these two, scikit-learn's stratified draw gives every machine the same validation images.
@@ -54,7 +56,7 @@ def make_splits(
     else:
         kept, val = named_holdout(file_paths(listing.train), val_file)
         how = f"the training images that {val_file} names"
-    note = f"published test split; validation {how}"
+    note = f"{spec.split}; validation {how}"
     return Splits(
         train=listing.train.select(kept),
         val=listing.train.select(val),
@@ -62,6 +64,8 @@ def make_splits(
         class_names=names,
         note=note,
         given=("test",),
+        mask_names=listing.mask_names,
+        texts=listing.texts,
     )
 
 

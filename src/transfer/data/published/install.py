@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +63,7 @@ def _require_sound(spec: PublishedSpec, root: Path) -> None:
 
 
 def _require_placed(spec: PublishedSpec, root: Path, todo: list[Archive]) -> None:
-    absent = [archive for archive in todo if archive.url is None and _find(archive, root) is None]
+    absent = [archive for archive in todo if not (archive.url or archive.package or _find(archive, root))]
     if absent:
         wanted = ", ".join(place_by_hand(archive, root) for archive in absent)
         raise UserError(
@@ -83,10 +85,14 @@ def _find(archive: Archive, root: Path) -> Path | None:
 def _bring(spec: PublishedSpec, archive: Archive, root: Path, say: Callable[[str], None]) -> None:
     found = _find(archive, root)
     if found is None:
-        assert archive.url is not None  # _require_placed
         found = root / archive.name
-        say(f"{spec.name}: downloading {archive.url}")
-        download(archive.url, found, archive.checksum)
+        say(f"{spec.name}: downloading {archive.url or archive.package}")
+        if archive.package is not None:
+            _download_source(archive.package, root)
+            archive.checksum.require(found, "delete it and run the command again")
+        else:
+            assert archive.url is not None  # _require_placed
+            download(archive.url, found, archive.checksum)
     else:
         say(f"{spec.name}: verifying {found}")
         again = "" if archive.url is None else f" and run {command(spec, root)} to download it"
@@ -100,6 +106,20 @@ def _bring(spec: PublishedSpec, archive: Archive, root: Path, say: Callable[[str
         if not (staging / archive.makes).exists():
             raise UserError(f"{found} holds no {archive.makes}: it is not the published archive; fetch it again")
     _move(staging / archive.makes, archive.made(root))
+
+
+def _download_source(package: str, folder: Path) -> None:
+    """Have pip fetch a package's source archive. Nothing of it is built or installed.
+
+    Raises:
+        UserError: pip fails; with the last line of what it said.
+    """
+    options = ["--no-binary", ":all:", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "-d", str(folder), package, *options]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        said = (run.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"pip cannot fetch the source archive of {package} ({said}): see to the network, or place it")
 
 
 def _empty(folder: Path) -> Path:

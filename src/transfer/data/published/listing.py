@@ -11,6 +11,7 @@ from pathlib import Path
 from scipy.io.matlab import MatReadError
 
 from transfer.data.images import ImageFiles
+from transfer.data.masks import MaskFiles
 from transfer.data.published.spec import Archive, Listing, PublishedSpec
 from transfer.data.spec import LabelledImages
 from transfer.errors import UserError, one_line
@@ -54,19 +55,20 @@ def _parse(spec: PublishedSpec, root: Path) -> Listing:
     try:
         listing = spec.read(root)
         for part in (listing.train, listing.test):
-            _check_part(part, len(listing.class_names), root)
+            _check_part(part, listing, root)
     except _UNREADABLE as error:
         raise UserError(f"the label files under {root} cannot be read ({one_line(error)})") from error
     return listing
 
 
-def _check_part(part: LabelledImages, classes: int, root: Path) -> None:
+def _check_part(part: LabelledImages, listing: Listing, root: Path) -> None:
     if not len(part):
         raise ValueError("a split is empty")
-    if not 0 <= min(part.labels) <= max(part.labels) < classes:
+    classes = len(listing.class_names)
+    if classes and not 0 <= min(part.labels) <= max(part.labels) < classes:
         raise ValueError(f"labels run from {min(part.labels)} to {max(part.labels)}, there are {classes} classes")
     inside = os.path.abspath(root) + os.sep
-    for path in file_paths(part):
+    for path in (*file_paths(part), *mask_paths(part)):
         if not os.path.abspath(path).startswith(inside):
             raise ValueError(f"they name an image outside the data set, {path}")
 
@@ -74,6 +76,11 @@ def _check_part(part: LabelledImages, classes: int, root: Path) -> None:
 def file_paths(part: LabelledImages) -> tuple[Path, ...]:
     """The image files of ``part``; none where the images are held in memory."""
     return part.images.paths if isinstance(part.images, ImageFiles) else ()
+
+
+def mask_paths(part: LabelledImages) -> tuple[Path, ...]:
+    """The mask files of ``part``; none where it has no masks."""
+    return part.masks.paths if isinstance(part.masks, MaskFiles) else ()
 
 
 def find_problems(spec: PublishedSpec, root: Path) -> list[str]:
@@ -85,24 +92,25 @@ def find_problems(spec: PublishedSpec, root: Path) -> list[str]:
         listing = _parse(spec, root)
     except UserError as error:
         return [str(error)]
-    if len(listing.class_names) != spec.classes:
-        problems.append(f"{len(listing.class_names)} classes, expected {spec.classes}")
+    names = listing.class_names or listing.mask_names
+    if len(names) != spec.classes:
+        problems.append(f"{len(names)} classes, expected {spec.classes}")
     for name, part, expected in (("train", listing.train, spec.train), ("test", listing.test, spec.test)):
         if len(part) != expected:
             problems.append(f"{len(part)} {name} images, expected {expected}")
         unseen = set(range(len(listing.class_names))) - Counter(part.labels).keys()
         if unseen:
             problems.append(f"{len(unseen)} classes without {name} images, first {listing.class_names[min(unseen)]!r}")
-        problems += _bad_files(name, file_paths(part))
+        problems += _bad_files(f"{name} images", file_paths(part)) + _bad_files(f"{name} masks", mask_paths(part))
     shared = set(file_paths(listing.train)) & set(file_paths(listing.test))
     if shared:
         problems.append(f"{len(shared)} images are in train and in test, first {min(shared)}")
     return problems
 
 
-def _bad_files(name: str, paths: tuple[Path, ...]) -> list[str]:
+def _bad_files(what: str, paths: tuple[Path, ...]) -> list[str]:
     bad = [path for path in paths if not _has_bytes(path)]
-    return [f"{len(bad)} of {len(paths)} {name} images are missing or empty, first {bad[0]}"] if bad else []
+    return [f"{len(bad)} of {len(paths)} {what} are missing or empty, first {bad[0]}"] if bad else []
 
 
 def _has_bytes(path: Path) -> bool:

@@ -7,15 +7,19 @@ read every data set through them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 
 from transfer.data.images import ImageFiles
+from transfer.data.masks import UNLABELLED, MaskFiles
 from transfer.data.published.spec import GB, Archive, Listing, PublishedSpec
 from transfer.data.spec import LabelledImages
 
+# What a trimap's 1, 2 and 3 mean: the pet, the background, and a rim that its owners call "not classified".
+TRIMAP = UNLABELLED, 1, 0, UNLABELLED
 _HOST = "https://www.robots.ox.ac.uk/~vgg/data"
 
 
@@ -39,8 +43,9 @@ def _read_flowers(root: Path) -> Listing:
 
 
 def _read_pets(root: Path) -> Listing:
-    train, test = (OxfordIIITPet(root, split=split) for split in ("trainval", "test"))
-    return Listing(labelled(train._images, train._labels), labelled(test._images, test._labels), tuple(train.classes))
+    splits = [OxfordIIITPet(root, split=split) for split in ("trainval", "test")]
+    parts = [replace(labelled(it._images, it._labels), masks=MaskFiles(tuple(it._segs), TRIMAP)) for it in splits]
+    return Listing(*parts, class_names=tuple(splits[0].classes), mask_names=("background", "pet"))
 
 
 def _read_aircraft(root: Path) -> Listing:

