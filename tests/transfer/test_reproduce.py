@@ -133,7 +133,7 @@ def test_a_sweep_that_was_interrupted_goes_on_with_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = [recipe for recipe in recipes("table2") if recipe.name in ("table2/digits_last", "table2/digits_compact90")]
-    monkeypatch.setattr(reproduce, "recipes", lambda table: two)
+    monkeypatch.setattr(reproduce, "experiments", lambda table: two)
     commands: list[list[str]] = []
 
     def run_here(command: list[str], **_: object) -> SimpleNamespace:
