@@ -98,6 +98,7 @@ def cases(backbone: str) -> list[Case]:
         Case(Row(backbone, "checkpointing by block", checkpointing="block")),
         Case(Row(backbone, "micro-batches of 1", micro=1)),
         *(Case(Row(backbone, f"compile, budget {budget:g}"), budget=budget) for budget in BUDGETS),
+        Case(Row(backbone, "compact 0.97, compile", razor=("compact", 0.97)), budget=1.0),
     ]
     if backbone == "vit_b16":
         found.append(Case(Row(backbone, "LoRA"), lora=True))

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas
 
 from transfer.bench.measure import SHOWN, measure_backbone, table_of, write
-from transfer.bench.rows import MAIN, rows_of
+from transfer.bench.rows import MAIN, has_compiler, rows_of
 
 BACKBONES = ("efficientnet_lite0", "mobilenetv2", "proxylessnas", "resnet18", "resnet50", "vit_b16")
 GATE = ("tests/backrazor/test_operators.py", "tests/backrazor/test_topk.py")
@@ -54,6 +54,8 @@ def main() -> int:
     if not options.skip_tests and not operators_are_green():
         print("benchmark.py: the operator tests fail, so nothing was measured: mend them first", file=sys.stderr)
         return 1
+    if not has_compiler():
+        print("benchmark.py: no C++ compiler (g++), which torch.compile needs: its rows are left out", file=sys.stderr)
     wanted = options.rows and [label for name in options.rows for label in (MAIN if name == "main" else [name])]
     for backbone in options.backbones:
         every = rows_of(backbone, options.precision)

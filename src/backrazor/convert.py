@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .kernels.topk.layout import NON_FINITE, OVERFLOW
 from .nets import nets
 from .nn import known_layers
-from .nn.base import DropIn, Earlier, attach, class_given_to, detach, status_flags, why_not_detached
+from .nn.base import DropIn, Earlier, attach, class_given_to, detach, devices_of, status_flags, why_not_detached
 from .nn.fusion import Linked, link_chains, linked, unlink
 from .nn.netted import Netted, cast_net, status_of_net, take_net, why_not_taken
 from .report import Left, Replaced, Report, lowered
@@ -68,13 +68,14 @@ def razor_(
         raise
     for name in report.earlier_kept:
         earlier[name].restore()
+    devices = devices_of(model)
     for gets in decisions:
         if isinstance(gets, Gets):
-            attach(gets.module, gets.drop_in, gets.rules)
+            attach(gets.module, gets.drop_in, gets.rules, devices)
     under = list(nets(model, config, decisions, report.earlier_kept))
     report.fused = link_chains(model)
     for module, rules in under:
-        cast_net(module, rules)
+        cast_net(module, rules, devices)
     report.lowered = lowered(model)
     return report
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..config import bits_of
 from ..kernels import level_apply, level_encode, mask_apply, mask_encode
+from ..kernels.derivative.layout import code_bytes
+from ..kernels.sealed import sealed
 from .layouts import as_rows, from_rows, memory_format
 from .packed import Form, Packed
 from .roles import MASK, QUANTISED, mark
@@ -46,13 +48,24 @@ class Levels:
 
     def encode(self, rows: Tensor) -> Tensor:
         """(B, n) -> uint8 (B, bytes)."""
-        thresholds, _ = quantiser_on(self.name, self.bits, rows.device)
-        return level_encode(rows, thresholds, self.bits)
+        return _level_codes(self, rows)[0]
 
     def times(self, grad: Tensor, codes: Tensor) -> Tensor:
         """A new tensor: ``grad`` (B, n) times the derivative."""
-        _, levels = quantiser_on(self.name, self.bits, grad.device)
-        return level_apply(grad, codes, levels, self.bits)
+        return _level_times(self, grad, codes)[0]
+
+
+# Sealed: in a compiled graph the tables would be constants.
+@sealed(lambda codec, rows: (rows.new_empty(rows.shape[0], code_bytes(rows.shape[1], codec.bits), dtype=torch.uint8),))
+def _level_codes(codec: Levels, rows: Tensor) -> tuple[Tensor]:
+    thresholds, _ = quantiser_on(codec.name, codec.bits, rows.device)
+    return (level_encode(rows, thresholds, codec.bits),)
+
+
+@sealed(lambda codec, grad, codes: (torch.empty_like(grad),))
+def _level_times(codec: Levels, grad: Tensor, codes: Tensor) -> tuple[Tensor]:
+    _, levels = quantiser_on(codec.name, codec.bits, grad.device)
+    return (level_apply(grad, codes, levels, codec.bits),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,5 +137,5 @@ def pack_derivative(x: Tensor, codec: Derivative) -> Packed:
 def times(grad: Tensor, packed: Packed, start: int = 0, stop: int | None = None) -> Tensor:
     """A new tensor: ``grad``, of samples start to stop, times the derivative that ``packed`` stands for."""
     if stop is None:
-        stop = len(grad) if grad.dim() else 1  # a scalar is one sample
+        stop = grad.shape[0] if grad.dim() else 1  # a scalar is one sample
     return packed.form.times(packed.tensors, grad, start, stop)

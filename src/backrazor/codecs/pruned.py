@@ -110,7 +110,7 @@ class PrunedForm(Form):
 
     def shaped(self, dense: Tensor) -> Tensor:
         """Samples (b, n) as the activation lay."""
-        dense = dense.view(len(dense), *self.shape[1:])
+        dense = dense.view(dense.shape[0], *self.shape[1:])
         return dense.contiguous(memory_format=torch.channels_last) if self.channels_last else dense
 
     def read_normalised(

@@ -27,7 +27,7 @@ def block_width(n: int, row: int) -> int:
     """Elements of a block for a tensor of n, ``row`` of them to the innermost dimension: 256, or a divisor between 64
     and 512 that is near: of ``row`` if it has one, so that tokens of different magnitude share no scale, else of n.
     Without one 256, with a padded last block."""
-    for size in (row, n):
+    for size in (row, n) if isinstance(n, int) else (row,):  # else a compiler keeps n open
         divisors = [d for d in range(64, 513) if size % d == 0]
         if divisors:
             return min(divisors, key=lambda d: abs(d - _BLOCK))
@@ -114,7 +114,7 @@ def pack_blocks(x: Tensor, reason: str) -> tuple[Tensor, Tensor]:
     if flat.numel() % width:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % width))
     rows = flat.view(-1, width)
-    zero = rows.new_zeros(len(rows), dtype=torch.float32)
+    zero = rows.new_zeros(rows.shape[0], dtype=torch.float32)
     codes, scales = row_encode(rows, zero, zero + _GAIN, 8)
     return mark(codes, QUANTISED, reason), mark(scales, SCALES, reason)
 

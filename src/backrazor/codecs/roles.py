@@ -6,7 +6,6 @@ files, copies and other processes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,8 +18,7 @@ _LABELS = WeakTensorKeyDictionary()
 
 def mark(tensor: Tensor, role: str, reason: str = "") -> Tensor:
     """Label ``tensor``; returns it."""
-    if not torch.compiler.is_compiling():
-        _LABELS[tensor] = (role, reason)
+    _LABELS[tensor] = (role, reason)
     return tensor
 
 

@@ -4,13 +4,12 @@ activation made.
 All are told by the tensor itself: what is known of it lies beside the tensor object, in a dictionary with weak keys,
 and counts while its version is the same. What several layers share is held weakly, so that its memory belongs to the
 autograd graph alone. What a norm has kept is held while its output lives: under activation checkpointing the graph
-drops it at once, and the forward and its recomputation have to choose alike. While ``torch.compile`` traces, nothing is
-shared: versions and identities of the tensors that it traces with say nothing of those that will run.
+drops it at once, and the forward and its recomputation have to choose alike. While ``torch.compile`` traces, the same
+is told of the tensors that stand for those that will run.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -26,8 +25,7 @@ _PACKED = WeakTensorKeyDictionary()  # an input -> codec and version, weak refer
 
 def remember_source(x: Tensor, packed: Packed) -> None:
     """Note that x, a norm's output, can be read from what the norm keeps."""
-    if not torch.compiler.is_compiling():
-        _SOURCES[x] = x._version, packed
+    _SOURCES[x] = x._version, packed
 
 
 def source_of(x: Tensor) -> Packed | None:
@@ -39,7 +37,7 @@ def source_of(x: Tensor) -> Packed | None:
 def remember_attended(x: Tensor, packed: Packed) -> None:
     """Note that the tokens (B, N, H e) which are a view of x (B, H, N, e), an attention's output, can be read from what
     the attention keeps."""
-    if not torch.compiler.is_compiling() and not x.is_inference():
+    if not x.is_inference():
         _ATTENDED[x] = x._version, packed
 
 
@@ -56,14 +54,12 @@ def _attended_of(x: Tensor) -> Packed | None:
 def remember_activation(x: Tensor, codes: Packed | None = None) -> None:
     """Note that x is the output of an activation. ``codes``: what its backward keeps, where they tell of the elements
     of x themselves."""
-    if not torch.compiler.is_compiling() and not x.is_inference():  # whose version nobody counts
+    if not x.is_inference():  # whose version nobody counts
         _ACTIVATED[x] = x._version, Activation(codes)
 
 
 def activation_of(x: Tensor) -> Activation | None:
     """What is known of the activation that x comes from; None where it comes from none."""
-    if torch.compiler.is_compiling():
-        return Activation(None)
     if x.is_inference():
         return None
     version, known = _ACTIVATED.get(x, (None, None))
@@ -94,8 +90,6 @@ def pack_shared(x: Tensor, codec: Pruned, use: Use, flag: Tensor, given: Tensor 
     straight from a quantised norm (no bytes at all), what an earlier consumer of the same kind has packed, or else
     ``pack_input``. ``given``: the tensor that x is a view of, which notes are about."""
     given = x if given is None else given
-    if torch.compiler.is_compiling():
-        return pack_input(x, codec, use, Activation(None), flag)
     choice = codec, use
     packed = source_of(x)
     if packed is None and codec.fill != "zero" and codec.sparsity > 0:

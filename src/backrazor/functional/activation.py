@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,9 +22,14 @@ from ..codecs import (
     times,
 )
 from ..codecs.smooth import ACTIVATIONS
+from ..kernels.sealed import traced
 from ..kernels.topk.layout import OVERFLOW
-from .common import needs_grad, raise_flag
-from .transforms import RazorFunction, differentiable_once
+from .common import computed, needs_grad, overwritten, raise_flag, reshaped
+from .conv_norm_act import activated_convolution
+from .epilogue import Epilogue
+from .linear_act import activated_linear
+from .recipes import ConvRecipe, recipe_of
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
 def piecewise_linear(
@@ -34,11 +40,35 @@ def piecewise_linear(
 
     NaN passes the gradient, as PyTorch's threshold and hardtanh backward do; a NaN ``high`` means no upper bound.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _piecewise_linear_of(x, computed(forward, x, inplace), low, None if math.isnan(high) else high, inplace)
+    if inplace and traced():
+        return _piecewise_linear_of(x, computed(forward, x, True), low, None if math.isnan(high) else high, True)
     if not needs_grad(x):
         out = forward(x)
         remember_activation(out)
         return out
-    return _apply(x, forward, pack_derivative(x.detach(), Bits(low, high)), inplace)
+    packed = pack_derivative(x.detach(), Bits(low, high))
+    fused = _with_recipe(x, packed)
+    return _apply(x, forward, packed, inplace) if fused is None else fused
+
+
+@one_node
+def _piecewise_linear_of(x: Tensor, value: Tensor, low: float, high: float | None, inplace: bool) -> Tensor:
+    """``piecewise_linear`` where its value is computed; no upper bound is None."""
+    high = math.nan if high is None else high
+    out = piecewise_linear(x, lambda x: reshaped(value, value.shape), low, high)
+    return overwritten(x, out) if inplace else out
+
+
+def _with_recipe(x: Tensor, packed: Packed) -> Tensor | None:
+    """The activation that ``packed`` is kept for, as one operator with what made x, where that is known."""
+    recipe, form = recipe_of(x) if traced() else None, packed.form
+    if recipe is None or not isinstance(form.codec, Epilogue) or form.format != torch.contiguous_format:
+        return None
+    if isinstance(recipe, ConvRecipe):
+        return activated_convolution(recipe, form.codec)
+    return activated_linear(recipe, form.codec)
 
 
 def smooth(
@@ -58,6 +88,23 @@ def smooth(
     Raises:
         TypeError: x is float64, whose derivative is not quantised.
     """
+    if dense is not None and torch.compiler.is_dynamo_compiling():
+        return _smooth_of(x, computed(dense, x), name, kept, flag, inplace)
+    return _smooth(x, name, kept, flag, inplace, dense)
+
+
+@one_node
+def _smooth_of(x: Tensor, value: Tensor, name: str, kept: str, flag: Tensor, inplace: bool) -> Tensor:
+    """``smooth`` where its value is computed."""
+    return _smooth(x, name, kept, flag, inplace, lambda x: reshaped(value, value.shape))
+
+
+@one_node
+def _smooth(
+    x: Tensor, name: str, kept: str, flag: Tensor, inplace: bool, dense: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    if inplace and traced():
+        return overwritten(x, _smooth(x, name, kept, flag, False, dense))
     function, codec = dense or ACTIVATIONS[name].forward, smooth_codec(name, kept)
 
     def forward(x: Tensor) -> Tensor:
@@ -73,7 +120,8 @@ def smooth(
     packed = pack_derivative(x.detach().clone() if copied else x.detach(), codec)
     if isinstance(codec, Half):
         raise_flag(flag, OVERFLOW * torch.isinf(packed.tensors[0]).any())
-    return _apply(x, forward, packed, inplace)
+    fused = _with_recipe(x, packed) if dense is None else None
+    return _apply(x, forward, packed, inplace) if fused is None else fused
 
 
 def _apply(x: Tensor, forward: Callable[[Tensor], Tensor], packed: Packed, inplace: bool) -> Tensor:

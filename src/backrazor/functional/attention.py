@@ -38,10 +38,12 @@ from ..codecs.derivative import DerivativeForm
 from ..codecs.roles import DENSE
 from ..config import bits_of
 from ..kernels import fused_softmax, softmax_backward
+from ..kernels.derivative.layout import code_bytes
+from ..kernels.sealed import sealed, traced
 from .attended import attended, by_tokens
 from .attention_pieces import Piece, Sums, per_head, pieces, scores_of
-from .common import autocast_dtype, needs_grad, not_a_view, sample_chunks
-from .transforms import RazorFunction, differentiable_once
+from .common import autocast_dtype, needs_grad, not_a_view, raise_flag, sample_chunks
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
 class AttentionCodec(NamedTuple):
@@ -64,6 +66,7 @@ class _Scale(NamedTuple):
     of_scores: bool
 
 
+@one_node
 def attention(
     q: Tensor,
     k: Tensor,
@@ -93,7 +96,8 @@ def attention(
     scaled = _Scale(scale, scales_scores)
     fused = fused if dropout_p == 0 and codec.rule != "pruned" else None
     out, *kept = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
-    if kept and mask is None and not is_causal and dropout_p == 0 and codec.rule != "pruned" and by_tokens(out):
+    plain = mask is None and not is_causal and dropout_p == 0 and codec.rule != "pruned"
+    if kept and plain and not traced() and by_tokens(out):
         source = attended(_parts(kept, _forms(q, k, v, codec)), *scaled)
         if source is not None:
             remember_attended(out, source)
@@ -122,6 +126,162 @@ def _probabilities(q: Tensor, k: Tensor, scale: _Scale, mask: Tensor | None, is_
     return (scores if addend is None else scores + addend).softmax(dim=-1)
 
 
+def _unfused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: _Scale,
+    codec: AttentionCodec,
+    keeps: bool,
+    flag: Tensor,
+) -> tuple[Tensor, ...]:
+    """The formula's value, and what backward reads."""
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    # token by token, as PyTorch's fused kernels lay it out: the tokens behind it are a view
+    out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
+    noise = None
+    if dropout_p > 0:  # drawn in one call, as the unfused formula draws it
+        noise = F.dropout(q.new_ones(batch, heads, queries, keys), dropout_p, True)
+    packs_probabilities = keeps and codec.rule == "pruned"
+    probabilities = []
+    for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
+        part_k, part_v = (per_head(x[start:stop], heads) for x in (k, v))
+        p = _probabilities(q[start:stop], part_k, scale, _of_samples(mask, start, stop), is_causal)
+        if packs_probabilities:
+            probabilities.append(pack(p, codec.pruned, flag))
+        if noise is not None:
+            p = p * noise[start:stop]
+        out[start:stop] = p @ part_v
+    out = not_a_view(out)
+    if not keeps:
+        return (out,)
+    dropped = () if noise is None else pack_derivative(noise, Bits()).tensors
+    return out, *dropped, *_kept(q, k, v, probabilities, codec, flag)
+
+
+def _unfused_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: _Scale,
+    codec: AttentionCodec,
+    keeps: bool,
+) -> tuple[Tensor, ...]:
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    status = q.new_empty(1, dtype=torch.int32)
+    out = q.new_empty(batch, heads, queries, v.shape[3])
+    if not keeps:
+        return status, out
+    dropped = (q.new_empty(batch, code_bytes(heads * queries * keys, 1), dtype=torch.uint8),) if dropout_p > 0 else ()
+    return status, out, *dropped, *_kept(q, k, v, [], codec, status)
+
+
+@sealed(_unfused_shapes)
+def _sealed_unfused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: _Scale,
+    codec: AttentionCodec,
+    keeps: bool,
+) -> tuple[Tensor, ...]:
+    """Status bits, then what ``_unfused`` gives."""
+    status = torch.zeros(1, dtype=torch.int32, device=q.device)
+    outputs = _unfused(q, k, v, mask, is_causal, dropout_p, scale, codec, keeps, status)
+    return status, *outputs
+
+
+def _gradient_shapes(
+    grad: Tensor,
+    mask: Tensor | None,
+    dropped: Packed | None,
+    parts: tuple[Packed, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    is_causal: bool,
+    dropout_p: float,
+    scale: _Scale,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    need_mask: bool,
+) -> tuple[Tensor | None, ...]:
+    needs = zip(shapes, (need_q, need_k, need_v), strict=True)
+    return *(grad.new_empty(shape) if need else None for shape, need in needs), mask if need_mask else None
+
+
+@sealed(_gradient_shapes)
+def _gradients(
+    grad: Tensor,
+    mask: Tensor | None,
+    dropped: Packed | None,
+    parts: tuple[Packed, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    is_causal: bool,
+    dropout_p: float,
+    scale: _Scale,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    need_mask: bool,
+) -> tuple[Tensor | None, ...]:
+    """Of q, k, v and mask. ``parts``: what is kept of q, k, v and, pruned, of P."""
+    keep_scale = 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
+    batch, heads, queries = grad.shape[:3]
+    keys = shapes[1][2]
+    grads = [
+        grad.new_empty(shape) if need else None for shape, need in zip(shapes, (need_q, need_k, need_v), strict=True)
+    ]
+    grad_mask = torch.zeros_like(mask) if need_mask else None
+    row_bytes = keys * grad.element_size()
+    for start, stop in sample_chunks(batch, heads * queries * row_bytes, grad.device):
+        q, k, v, *p = (packed.unpack(start, stop, grad.dtype) for packed in parts)
+        k, v = per_head(k, heads), per_head(v, heads)
+        part, part_mask = grad[start:stop], _of_samples(mask, start, stop)
+        parts_of_it = [Piece(slice(None), slice(None))]
+        if not p and dropped is None and stop - start == 1:
+            parts_of_it = pieces(heads, queries, row_bytes, grad.device)
+        sums = Sums(*(None if g is None else g[start:stop] for g in grads), heads, whole=len(parts_of_it) == 1)
+        for piece in parts_of_it:
+            piece_mask = None if part_mask is None else piece.of(part_mask)
+            piece_q, piece_grad, first = piece.of(q), piece.of(part), piece.queries.start or 0
+            piece_k, piece_v = k[:, piece.heads], v[:, piece.heads]
+            # P is recomputed where it is not kept
+            piece_p = p[0] if p else None
+            if piece_p is None:
+                piece_p = _probabilities(piece_q, piece_k, scale, piece_mask, is_causal, first)
+            if need_v:
+                after = piece_p if dropped is None else times(piece_p, dropped, start, stop).mul_(keep_scale)
+                sums.add_value(piece, after, piece_grad)
+                del after
+            grad_p = piece_grad @ piece_v.transpose(-2, -1)
+            fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
+            if fused:
+                bits = None if dropped is None else dropped.tensors[0][start:stop]
+                grad_scores = softmax_backward(grad_p, piece_p, bits, keep_scale, scale.factor)
+            else:
+                if dropped is not None:
+                    grad_p = times(grad_p, dropped, start, stop).mul_(keep_scale)
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_p, piece_p, -1, piece_p.dtype)
+            del grad_p, piece_p
+            if need_mask:
+                target = piece.of(_of_samples(grad_mask, start, stop))
+                target.add_(grad_scores.sum_to_size(target.shape))
+            if not fused:
+                grad_scores.mul_(scale.factor)
+            sums.add_scores(piece, grad_scores, piece_q, piece_k)
+        sums.close()
+    return *grads, grad_mask
+
+
 class _Attention(RazorFunction):
     @staticmethod
     def forward(
@@ -137,30 +297,15 @@ class _Attention(RazorFunction):
         keeps: bool,
         fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
     ) -> tuple[Tensor, ...]:
-        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
         if fused is not None:
             out = not_a_view(fused(q, k, v))
             return (out, *_kept(q, k, v, [], codec, flag)) if keeps else (out,)
-        # token by token, as PyTorch's fused kernels lay it out: the tokens behind it are a view
-        out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
-        noise = None
-        if dropout_p > 0:  # drawn in one call, as the unfused formula draws it
-            noise = F.dropout(q.new_ones(batch, heads, queries, keys), dropout_p, True)
-        packs_probabilities = keeps and codec.rule == "pruned"
-        probabilities = []
-        for start, stop in sample_chunks(batch, heads * queries * keys * q.element_size(), q.device):
-            part_k, part_v = (per_head(x[start:stop], heads) for x in (k, v))
-            p = _probabilities(q[start:stop], part_k, scale, _of_samples(mask, start, stop), is_causal)
-            if packs_probabilities:
-                probabilities.append(pack(p, codec.pruned, flag))
-            if noise is not None:
-                p = p * noise[start:stop]
-            out[start:stop] = p @ part_v
-        out = not_a_view(out)
-        if not keeps:
-            return (out,)
-        dropped = () if noise is None else pack_derivative(noise, Bits()).tensors
-        return out, *dropped, *_kept(q, k, v, probabilities, codec, flag)
+        given = q, k, v, mask, is_causal, dropout_p, scale, codec, keeps
+        if not traced():
+            return _unfused(*given, flag)
+        status, *outputs = _sealed_unfused(*given)
+        raise_flag(flag, status[0])
+        return tuple(outputs)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -179,56 +324,11 @@ class _Attention(RazorFunction):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_q, need_k, need_v, need_mask, *rest = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         mask, *parts = load(ctx)
         dropped = parts.pop(0) if ctx.dropout_p > 0 else None
-        keep_scale = 0.0 if ctx.dropout_p >= 1 else 1 / (1 - ctx.dropout_p)
-        batch, heads, queries = grad.shape[:3]
-        keys = ctx.shapes[1][2]
-        grads = [
-            grad.new_empty(shape) if need else None
-            for shape, need in zip(ctx.shapes, (need_q, need_k, need_v), strict=True)
-        ]
-        grad_mask = torch.zeros_like(mask) if need_mask else None
-        row_bytes = keys * grad.element_size()
-        for start, stop in sample_chunks(batch, heads * queries * row_bytes, grad.device):
-            q, k, v, *p = (packed.unpack(start, stop, grad.dtype) for packed in parts)
-            k, v = per_head(k, heads), per_head(v, heads)
-            part, part_mask = grad[start:stop], _of_samples(mask, start, stop)
-            parts_of_it = [Piece(slice(None), slice(None))]
-            if not p and dropped is None and stop - start == 1:
-                parts_of_it = pieces(heads, queries, row_bytes, grad.device)
-            sums = Sums(*(None if g is None else g[start:stop] for g in grads), heads, whole=len(parts_of_it) == 1)
-            for piece in parts_of_it:
-                piece_mask = None if part_mask is None else piece.of(part_mask)
-                piece_q, piece_grad, first = piece.of(q), piece.of(part), piece.queries.start or 0
-                piece_k, piece_v = k[:, piece.heads], v[:, piece.heads]
-                # P is recomputed where it is not kept
-                piece_p = p[0] if p else None
-                if piece_p is None:
-                    piece_p = _probabilities(piece_q, piece_k, ctx.scale, piece_mask, ctx.is_causal, first)
-                if need_v:
-                    after = piece_p if dropped is None else times(piece_p, dropped, start, stop).mul_(keep_scale)
-                    sums.add_value(piece, after, piece_grad)
-                    del after
-                grad_p = piece_grad @ piece_v.transpose(-2, -1)
-                fused = fused_softmax(grad_p) and not need_mask  # the mask takes the gradient before the scale
-                if fused:
-                    bits = None if dropped is None else dropped.tensors[0][start:stop]
-                    grad_scores = softmax_backward(grad_p, piece_p, bits, keep_scale, ctx.scale.factor)
-                else:
-                    if dropped is not None:
-                        grad_p = times(grad_p, dropped, start, stop).mul_(keep_scale)
-                    grad_scores = torch.ops.aten._softmax_backward_data(grad_p, piece_p, -1, piece_p.dtype)
-                del grad_p, piece_p
-                if need_mask:
-                    target = piece.of(_of_samples(grad_mask, start, stop))
-                    target.add_(grad_scores.sum_to_size(target.shape))
-                if not fused:
-                    grad_scores.mul_(ctx.scale.factor)
-                sums.add_scores(piece, grad_scores, piece_q, piece_k)
-            sums.close()
-        return *grads, grad_mask, *(None for _ in rest)
+        shapes, settings = tuple(map(tuple, ctx.shapes)), (ctx.is_causal, ctx.dropout_p, ctx.scale)
+        return *_gradients(grad, mask, dropped, tuple(parts), shapes, *settings, *needs[:4]), *(None for _ in needs[4:])
 
 
 def _kept(

@@ -11,10 +11,14 @@ from torch.nn import functional as F
 
 from ..codecs import NOTHING, Form, NormCodec, Packed, load, mark, packed_of, save, save_outputs
 from ..codecs.roles import DENSE
+from ..kernels.sealed import sealed, traced
 from .common import needs_grad, sample_chunks, write
-from .transforms import RazorFunction, differentiable_once
+from .conv_norm_act import Norm, normalised_convolution
+from .recipes import ConvRecipe, recipe_of
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
+@one_node
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -41,6 +45,13 @@ def batch_norm(
     if keep_input and codec.kind == "dense":
         return F.batch_norm(x, *arguments)
     if not use_batch_statistics:
+        recipe = (
+            recipe_of(x) if traced() and not any(p is not None and p.requires_grad for p in (weight, bias)) else None
+        )
+        if isinstance(recipe, ConvRecipe):
+            out = normalised_convolution(recipe, Norm(running_mean, running_var, weight, bias, eps))
+            if out is not None:
+                return out
         packed = NOTHING
         if keep_input:
             mean, rstd = running_mean.float(), torch.rsqrt(running_var.float() + eps)
@@ -54,6 +65,12 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).view(1, -1, *(1,) * (x.dim() - 2))
 
 
+def _sum_shapes(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    plain = grad.new_empty(grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+    return plain, torch.empty_like(plain)
+
+
+@sealed(_sum_shapes)
 def _sums(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """(sum of grad, sum of grad * normalised input) a channel, float32, chunk by chunk."""
     dims = (0, *range(2, grad.dim()))
@@ -103,6 +120,18 @@ class _Frozen(RazorFunction):
         return grad_x, grad_weight, grad_bias if need_bias else None, *(None for _ in rest)
 
 
+@sealed(lambda grad, packed, scale, plain, weighted: (torch.empty_like(grad),))
+def _batch_gradient(grad: Tensor, packed: Packed, scale: Tensor, plain: Tensor, weighted: Tensor) -> tuple[Tensor]:
+    count = grad.numel() // max(grad.shape[1], 1)
+    scale = _per_channel(scale, grad)
+    offset, slope = _per_channel(plain / count, grad), _per_channel(weighted / count, grad)
+    grad_x = torch.empty_like(grad)
+    for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
+        part = packed.unpack(start, stop, grad.dtype).mul_(slope).add_(offset)
+        write(grad_x[start:stop], torch.mul, part.neg_().add_(grad[start:stop]), scale)
+    return (grad_x,)
+
+
 class _Batch(RazorFunction):
     @staticmethod
     def forward(
@@ -137,13 +166,8 @@ class _Batch(RazorFunction):
         plain, weighted = _sums(grad, packed)
         grad_x = None
         if need_x:
-            count = grad.numel() // max(grad.shape[1], 1)
-            scale = _per_channel(rstd if weight is None else rstd * weight, grad)
-            offset, slope = _per_channel(plain / count, grad), _per_channel(weighted / count, grad)
-            grad_x = torch.empty_like(grad)
-            for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
-                part = packed.unpack(start, stop, grad.dtype).mul_(slope).add_(offset)
-                write(grad_x[start:stop], torch.mul, part.neg_().add_(grad[start:stop]), scale)
+            scale = rstd if weight is None else rstd * weight
+            (grad_x,) = _batch_gradient(grad, packed, scale, plain, weighted)
         dtype = grad.dtype if weight is None else weight.dtype
         return (
             grad_x,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..codecs.layouts import reshaped
+from ..codecs.shared import activation_of, remember_activation
 from ..kernels.dispatch import on_cuda
+from ..kernels.sealed import traced
 from .transforms import is_wrapped, refuse_tracing, refuse_transforms
 
 # Backward never holds more than this much of a dense copy at once (one sample where a sample is larger). 8 MiB keeps
@@ -93,7 +97,7 @@ def needs_grad(x: Tensor, *tensors: Tensor | None) -> bool:
     Raises:
         RuntimeError: there is, and it is of a kind that pruned activations have no answer to (see ``transforms``).
     """
-    tracing = torch.compiler.is_compiling()
+    tracing = traced()
     if not tracing:
         refuse_tracing(x)
     if not torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested:
@@ -123,6 +127,40 @@ def raise_flag(flag: Tensor, bits: Tensor) -> None:
         bits = _functorch.get_unwrapped(bits)
     with torch._C._DisableFuncTorch():
         flag.bitwise_or_(bits)
+
+
+def computed(dense: Callable[[Tensor], Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+    """What ``dense`` makes of x, without recording; ``inplace``: of a copy, since it would overwrite x."""
+    with torch.no_grad():
+        return dense(x.detach().clone() if inplace else x.detach())
+
+
+class _Overwritten(torch.autograd.Function):
+    """``x`` with the values and the history of ``out``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        if not isinstance(x, FunctionalTensor):
+            return x.copy_(out)
+        # a copy would be a node that reads the values of before, which may be dead
+        x.replace_(torch._from_functional_tensor(out.elem))
+        x.commit_update()
+        x.sync()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def overwritten(x: Tensor, out: Tensor) -> Tensor:
+    """x, made what ``out`` is, as an operator in place would leave it."""
+    known = activation_of(out)
+    x = _Overwritten.apply(x, out)
+    if known is not None:
+        remember_activation(x, known.codes)
+    return x
 
 
 def not_a_view(fresh: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from ..codecs import NOTHING, ConvProduct, Form, Packed, Pruned, Use, Window, load, pack_shared, packed_of, save
 from ..kernels.dispatch import on_cuda
+from ..kernels.sealed import sealed, traced
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks, write
-from .transforms import RazorFunction, differentiable_once
+from .recipes import ConvRecipe, remember_recipe
+from .transforms import RazorFunction, differentiable_once, one_node
 
 # Above it the forward of a convolution on CUDA runs some samples at a time too: what it makes on its way would be as
 # large again.
@@ -32,6 +34,7 @@ class ConvSpec(NamedTuple):
     pad_mode: str = "constant"
 
 
+@one_node
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec: Pruned, flag: Tensor) -> Tensor:
     """``F.conv2d`` of x (B, C, H, W) with weight (D, C / groups, kh, kw); backward uses x_hat = unpack(pack(x)) for the
     weight's gradient.
@@ -39,30 +42,35 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, codec
     The input is packed before padding. The gradient of x is exact.
     """
     if not needs_grad(x, weight, bias) or x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * spec.groups:
-        return _forward(x, weight, bias, spec)
+        usual = isinstance(x, Tensor) and x.dim() == 4
+        return _forward(x, weight, bias, spec)[0] if usual else forward_of_chunk(x, weight, bias, spec)
     cast = autocast_dtype(x)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     packed = pack_shared(batched, codec, Use.of(weight), flag, x).arguments if weight.requires_grad else NOTHING
     (batched,) = cast_to(cast, batched)
     out = _Conv2d.run(batched, weight, bias, spec, cast, *packed)
-    return out if x.dim() == 4 else out.squeeze(0)
+    if x.dim() == 3:
+        return out.squeeze(0)
+    if traced():
+        remember_recipe(out, ConvRecipe(batched, weight, bias, spec, cast, packed))
+    return out
 
 
 def _pad(x: Tensor, spec: ConvSpec) -> Tensor:
     return x if spec.pad is None else F.pad(x, spec.pad, mode=spec.pad_mode)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """The dense operator, some samples at a time: the convolution library copies input and output into a layout of its
-    own, which for a whole batch would be the highest peak of the forward pass."""
-    usual = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] and x.is_contiguous()
-    chunks = forward_chunks(x, weight, spec) if usual else []
+@sealed(lambda x, weight, bias, spec: (forward_of_chunk(x, weight, bias, spec),))
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> tuple[Tensor]:
+    """The dense operator on x (B, C, H, W), some samples at a time: the convolution library copies input and output
+    into a layout of its own, which for a whole batch would be the highest peak of the forward pass."""
+    chunks = forward_chunks(x, weight, spec) if x.shape[1] and x.is_contiguous() else []
     if len(chunks) < 2:
-        return forward_of_chunk(x, weight, bias, spec)
+        return (not_a_view(forward_of_chunk(x, weight, bias, spec)),)
     out = None
     for start, stop in chunks:
         out = placed(out, forward_of_chunk(x[start:stop], weight, bias, spec), start, x.shape[0])
-    return out
+    return (not_a_view(out),)
 
 
 def forward_chunks(x: Tensor, weight: Tensor, spec: ConvSpec) -> list[tuple[int, int]]:
@@ -248,6 +256,37 @@ def backward_sample_bytes(shape: tuple[int, ...], grad: Tensor, spec: ConvSpec) 
     return 2 * larger if spec.groups > 1 else larger
 
 
+def gradient_shapes(
+    grad: Tensor,
+    packed: Packed | None,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    spec: ConvSpec,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tensors like the gradients of input and weight."""
+    grad_x = grad.new_empty(shape) if need_x else None
+    return grad_x, grad.new_empty(weight.shape) if need_weight else None
+
+
+@sealed(gradient_shapes)
+def _gradients(
+    grad: Tensor,
+    packed: Packed | None,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    spec: ConvSpec,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    weight = weight.to(grad.dtype)
+    grad_x, grad_weight = backward_in_chunks(
+        grad, lambda start, stop: grad[start:stop], packed, shape, weight, spec, need_x, need_weight
+    )
+    return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
 class _Conv2d(RazorFunction):
     @staticmethod
     def forward(
@@ -259,7 +298,7 @@ class _Conv2d(RazorFunction):
         form: Form | None,
         *stored: Tensor,
     ) -> Tensor:
-        return not_a_view(_forward(x, *cast_to(cast, weight, bias), spec))
+        return _forward(x, *cast_to(cast, weight, bias), spec)[0]
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -271,18 +310,7 @@ class _Conv2d(RazorFunction):
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, packed = load(ctx)
-        weight = weight.to(grad.dtype)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-        grad_x, grad_weight = backward_in_chunks(
-            grad,
-            lambda start, stop: grad[start:stop],
-            packed,
-            ctx.shape,
-            weight,
-            ctx.spec,
-            need_x,
-            need_weight,
-        )
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_x, grad_weight = _gradients(grad, packed, ctx.shape, weight, ctx.spec, need_x, need_weight)
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)

@@ -20,6 +20,7 @@ from ..codecs import (
     NOTHING,
     Bits,
     Form,
+    Packed,
     Pruned,
     Use,
     load,
@@ -31,9 +32,11 @@ from ..codecs import (
 )
 from ..kernels import mask_scale
 from ..kernels.dispatch import on_cuda
+from ..kernels.sealed import sealed
 from .common import added, autocast_dtype, cast_to, needs_grad
-from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk
-from .epilogue import Epilogue, activate_, encode_and_activate_, joined, packed_epilogue
+from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk, gradient_shapes
+from .epilogue import Epilogue, activate_, code_shape, encode_and_activate_, joined, packed_epilogue
+from .recipes import ConvRecipe, remember_recipe
 from .transforms import RazorFunction, differentiable_once, is_wrapped
 
 
@@ -66,10 +69,45 @@ def conv_norm_act(
     cast = autocast_dtype(x)
     packed = pack_shared(x, codec, Use.of(weight), flag).arguments if keeps and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
+    return _run(x, weight, bias, spec, norm, act, keeps, cast, packed)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: ConvSpec,
+    norm: Norm,
+    act: Epilogue | None,
+    keeps: bool,
+    cast: torch.dtype | None,
+    packed: tuple,
+) -> Tensor:
     out, *codes = _ConvNormAct.run(x, weight, bias, spec, *norm, act, keeps, cast, *packed)
     if act is not None:
         remember_activation(out, packed_epilogue(codes[0], out.shape, act) if codes else None)
     return out
+
+
+def normalised_convolution(recipe: ConvRecipe, norm: Norm) -> Tensor | None:
+    """Convolution and norm of what made a convolution's output; None where they do not run as one."""
+    channels, statistics = recipe.weight.shape[0], (t for t in norm[:4] if t is not None)
+    fits = all(t.numel() == channels and t.device == recipe.weight.device for t in statistics)
+    if recipe.norm is not None or not fits or not recipe.x.is_contiguous():
+        return None
+    out = _of_recipe(recipe._replace(norm=norm), None)
+    remember_recipe(out, recipe._replace(norm=norm))
+    return out
+
+
+def activated_convolution(recipe: ConvRecipe, act: Epilogue) -> Tensor | None:
+    """All three of what made a norm's output; None where there is none."""
+    return None if recipe.norm is None else _of_recipe(recipe, act)
+
+
+def _of_recipe(recipe: ConvRecipe, act: Epilogue | None) -> Tensor:
+    x, weight, bias, spec, cast, packed, norm = recipe
+    return _run(x, weight, bias, spec, norm, act, True, cast, packed)
 
 
 def _normalise(y: Tensor, norm: Norm) -> Tensor:
@@ -87,6 +125,106 @@ def _normalise_into(y: Tensor, norm: Norm, out: Tensor) -> None:
     torch.native_batch_norm(
         y, norm.weight, norm.bias, norm.running_mean, norm.running_var, False, 0.0, norm.eps, out=(out, *unused)
     )
+
+
+def _forward_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, norm: Norm, act: Epilogue | None, keeps: bool
+) -> tuple[Tensor, Tensor | None]:
+    out = forward_of_chunk(x, weight, bias, spec)
+    return out, x.new_empty(code_shape(out.shape, act), dtype=torch.uint8) if act is not None and keeps else None
+
+
+@sealed(_forward_shapes)
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, norm: Norm, act: Epilogue | None, keeps: bool
+) -> tuple[Tensor, Tensor | None]:
+    out, codes = None, []
+    chunks = forward_chunks(x, weight, spec) or [(0, 0)]  # one for an empty batch, too
+    for start, stop in chunks:
+        y = forward_of_chunk(x[start:stop], weight, bias, spec)
+        if len(chunks) == 1 and on_cuda(y.device):  # whose operator makes its output itself
+            out = part = _normalise(y, norm)
+        else:
+            out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
+            part = out[start:stop]
+            _normalise_into(y, norm, part)
+        del y
+        if act is not None and keeps:
+            codes.append(encode_and_activate_(part, act))
+        elif act is not None:
+            activate_(part, act)
+    return out, joined(codes, act) if codes else None
+
+
+def _gradient_shapes(
+    grad: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, Tensor | None, float],
+    derivative: Packed | None,
+    packed: Packed | None,
+    shape: tuple[int, ...],
+    spec: ConvSpec,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    gradients = gradient_shapes(grad, packed, shape, weight, spec, need_x, need_weight)
+    return *gradients, grad.new_empty(len(weight)) if need_bias else None
+
+
+@sealed(_gradient_shapes)
+def _gradients(
+    grad: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, Tensor | None, float],
+    derivative: Packed | None,
+    packed: Packed | None,
+    shape: tuple[int, ...],
+    spec: ConvSpec,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias. ``norm``: running variance, weight, eps."""
+    running_var, norm_weight, eps = norm
+    weight = weight.to(grad.dtype)
+    # On CUDA one kernel applies mask and scale to the gradient.
+    fused = (
+        on_cuda(grad.device)
+        and not is_wrapped(grad)
+        and (derivative is None or isinstance(derivative.form.codec, Bits))
+    )
+    folded, scale, scaled_weight = False, None, weight
+    if not fused:
+        scale = torch.rsqrt(running_var + eps)
+        scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
+        # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if
+        # smaller. Not in float16, whose sums may overflow before they are scaled
+        folded = weight.numel() < grad.numel() and grad.dtype != torch.float16
+        scaled_weight = weight * scale if folded else weight
+    grad_bias = weight.new_zeros(weight.shape[0]) if need_bias and not len(grad) else None
+
+    def part_of(start: int, stop: int) -> Tensor:
+        nonlocal grad_bias
+        part = grad[start:stop]
+        if fused:
+            bits = None if derivative is None else derivative.tensors[0][start:stop]
+            part = mask_scale(part, bits, running_var, norm_weight, eps)
+        elif derivative is not None:
+            part = times(part, derivative, start, stop)
+        if not fused and not folded:
+            part = part * scale.view(1, -1, 1, 1)
+        if need_bias:
+            wide = torch.float32 if part.element_size() == 2 else part.dtype
+            grad_bias = added(grad_bias, part.sum((0, 2, 3), dtype=wide), stop - start == len(grad))
+        return part
+
+    grad_x, grad_weight = backward_in_chunks(grad, part_of, packed, shape, scaled_weight, spec, need_x, need_weight)
+    if grad_weight is not None:
+        grad_weight = (grad_weight.mul_(scale) if folded else grad_weight).to(weight.dtype)
+    if grad_bias is not None:
+        grad_bias = (grad_bias.mul_(scale.flatten()) if folded else grad_bias).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 class _ConvNormAct(RazorFunction):
@@ -108,23 +246,8 @@ class _ConvNormAct(RazorFunction):
         *stored: Tensor,
     ) -> tuple[Tensor, ...]:
         norm = Norm(running_mean, running_var, norm_weight, norm_bias, eps)
-        weight, bias = cast_to(cast, weight, bias)
-        out, codes = None, []
-        chunks = forward_chunks(x, weight, spec) or [(0, 0)]  # one for an empty batch, too
-        for start, stop in chunks:
-            y = forward_of_chunk(x[start:stop], weight, bias, spec)
-            if len(chunks) == 1 and on_cuda(y.device):  # whose operator makes its output itself
-                out = part = _normalise(y, norm)
-            else:
-                out = y.new_empty(x.shape[0], *y.shape[1:]) if out is None else out
-                part = out[start:stop]
-                _normalise_into(y, norm, part)
-            del y
-            if act is not None and keeps:
-                codes.append(encode_and_activate_(part, act))
-            elif act is not None:
-                activate_(part, act)
-        return (out, joined(codes, act)) if codes else (out,)
+        out, codes = _forward(x, *cast_to(cast, weight, bias), spec, norm, act, keeps)
+        return (out,) if codes is None else (out, codes)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -137,45 +260,7 @@ class _ConvNormAct(RazorFunction):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         weight, norm_weight, running_var, derivative, packed = load(ctx)
-        weight = weight.to(grad.dtype)
-        # On CUDA one kernel applies mask and scale to the gradient.
-        fused = (
-            on_cuda(grad.device)
-            and not is_wrapped(grad)
-            and (derivative is None or isinstance(derivative.form.codec, Bits))
-        )
-        folded, scale, scaled_weight = False, None, weight
-        if not fused:
-            scale = torch.rsqrt(running_var + ctx.eps)
-            scale = (scale if norm_weight is None else scale * norm_weight).to(grad.dtype).view(-1, 1, 1, 1)
-            # the norm's scale belongs to the output channels: the weight may carry it instead of the gradient, if
-            # smaller. Not in float16, whose sums may overflow before they are scaled
-            folded = weight.numel() < grad.numel() and grad.dtype != torch.float16
-            scaled_weight = weight * scale if folded else weight
-        grad_bias = weight.new_zeros(weight.shape[0]) if need_bias and not len(grad) else None
-
-        def part_of(start: int, stop: int) -> Tensor:
-            nonlocal grad_bias
-            part = grad[start:stop]
-            if fused:
-                bits = None if derivative is None else derivative.tensors[0][start:stop]
-                part = mask_scale(part, bits, running_var, norm_weight, ctx.eps)
-            elif derivative is not None:
-                part = times(part, derivative, start, stop)
-            if not fused and not folded:
-                part = part * scale.view(1, -1, 1, 1)
-            if need_bias:
-                wide = torch.float32 if part.element_size() == 2 else part.dtype
-                grad_bias = added(grad_bias, part.sum((0, 2, 3), dtype=wide), stop - start == len(grad))
-            return part
-
-        grad_x, grad_weight = backward_in_chunks(
-            grad, part_of, packed, ctx.shape, scaled_weight, ctx.spec, need_x, need_weight
-        )
-        if grad_weight is not None:
-            grad_weight = (grad_weight.mul_(scale) if folded else grad_weight).to(weight.dtype)
-        if grad_bias is not None:
-            grad_bias = (grad_bias.mul_(scale.flatten()) if folded else grad_bias).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, *(None for _ in rest)
+        norm, needs = (running_var, norm_weight, ctx.eps), ctx.needs_input_grad
+        gradients = _gradients(grad, weight, norm, derivative, packed, ctx.shape, ctx.spec, *needs[:3])
+        return *gradients, *(None for _ in needs[3:])

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codecs import NOTHING, Form, Pruned, Use, load, pack_shared, packed_of, save
+from ..codecs import NOTHING, Form, Packed, Pruned, Use, load, pack_shared, packed_of, save
+from ..kernels.sealed import sealed
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks
+from .conv import gradient_shapes
 from .transforms import RazorFunction, differentiable_once
 
 
@@ -52,6 +54,33 @@ def conv_nd(
     return _ConvNd.run(x, weight, bias, spec, dense, cast, *packed)
 
 
+@sealed(gradient_shapes)
+def _gradients(
+    grad: Tensor,
+    packed: Packed | None,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    spec: ConvNdSpec,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    weight = weight.to(grad.dtype)
+    batch, grad_x, grad_weight = len(grad), None, None
+    larger = max(math.prod(shape[1:]), grad[:1].numel()) * grad.element_size()
+    for start, stop in sample_chunks(batch, larger, grad.device) if need_x or need_weight else ():
+        x_hat = grad.new_empty(()).expand(stop - start, *shape[1:])  # its shape is enough for grad_x
+        if need_weight:
+            x_hat = packed.unpack(start, stop, grad.dtype)
+        part_x, part_weight, _ = torch.ops.aten.convolution_backward(
+            grad[start:stop], x_hat, weight, None, *spec, (need_x, need_weight, False)
+        )
+        if need_x:
+            grad_x = placed(grad_x, part_x, start, batch)
+        if need_weight:
+            grad_weight = added(grad_weight, part_weight, stop - start == batch)
+    return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
 class _ConvNd(RazorFunction):
     @staticmethod
     def forward(
@@ -76,21 +105,7 @@ class _ConvNd(RazorFunction):
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, packed = load(ctx)
-        weight = weight.to(grad.dtype)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
-        batch, grad_x, grad_weight = len(grad), None, None
-        larger = max(math.prod(ctx.shape[1:]), grad[:1].numel()) * grad.element_size()
-        for start, stop in sample_chunks(batch, larger, grad.device) if need_x or need_weight else ():
-            x_hat = grad.new_empty(()).expand(stop - start, *ctx.shape[1:])  # its shape is enough for grad_x
-            if need_weight:
-                x_hat = packed.unpack(start, stop, grad.dtype)
-            part_x, part_weight, _ = torch.ops.aten.convolution_backward(
-                grad[start:stop], x_hat, weight, None, *ctx.spec, (need_x, need_weight, False)
-            )
-            if need_x:
-                grad_x = placed(grad_x, part_x, start, batch)
-            if need_weight:
-                grad_weight = added(grad_weight, part_weight, stop - start == batch)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_x, grad_weight = _gradients(grad, packed, ctx.shape, weight, ctx.spec, need_x, need_weight)
         grad_bias = grad.sum((0, *range(2, grad.dim()))) if need_bias else None
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)

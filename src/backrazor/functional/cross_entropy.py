@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.sealed import sealed
 from .common import autocast_dtype, cast_to, needs_grad, sample_chunks
-from .transforms import RazorFunction, differentiable_once
+from .transforms import RazorFunction, differentiable_once, one_node
 
 _REDUCTIONS = ("mean", "sum")
 
 
+@one_node
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -46,6 +48,70 @@ def linear_cross_entropy(
     return loss
 
 
+def _loss_shapes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    keeps: tuple[bool, bool, bool],
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    cast: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    wide = torch.promote_types(cast or x.dtype, torch.float32)
+    grads = (
+        torch.empty_like(t, dtype=_sum_type(t)) if keep else None
+        for t, keep in zip((x, weight, bias), keeps, strict=True)
+    )
+    return x.new_empty((), dtype=wide), *grads
+
+
+@sealed(_loss_shapes)
+def _loss(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    keeps: tuple[bool, bool, bool],
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    cast: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """The loss, and its gradients where ``keeps`` asks for them."""
+    rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    rows, matrix, offset = cast_to(cast, rows, weight, bias)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    counted = labels != ignore_index
+    # no gradient where nothing counts, as cross_entropy's mean of nothing is NaN and its gradient zero
+    share = 1 / counted.sum().to(wide) if reduction == "mean" else torch.ones((), dtype=wide, device=x.device)
+    loss = torch.zeros((), dtype=wide, device=x.device)
+    grads = [
+        torch.zeros_like(t, dtype=_sum_type(t)) if keep else None
+        for t, keep in zip((x, weight, bias), keeps, strict=True)
+    ]
+    grad_rows = None if grads[0] is None else grads[0].view(rows.shape)
+    for start, stop in sample_chunks(len(rows), len(weight) * wide.itemsize, x.device):
+        logits = F.linear(rows[start:stop], matrix, offset).to(wide)
+        part = labels[start:stop]
+        loss += F.cross_entropy(
+            logits, part, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        )
+        if not any(keeps):
+            continue
+        slope = _slope_(logits, part, counted[start:stop], label_smoothing).mul_(share.nan_to_num(posinf=0.0))
+        slope = slope.to(rows.dtype)
+        if grad_rows is not None:
+            grad_rows[start:stop] = slope @ matrix
+        if grads[1] is not None:
+            _add_product(grads[1], slope, rows[start:stop])
+        if grads[2] is not None:
+            grads[2] += slope.sum(0, dtype=grads[2].dtype)
+        del logits, slope
+    return loss * share, *grads
+
+
 class _LinearCrossEntropy(RazorFunction):
     @staticmethod
     def forward(
@@ -59,37 +125,9 @@ class _LinearCrossEntropy(RazorFunction):
         reduction: str,
         cast: torch.dtype | None,
     ) -> tuple[Tensor, ...]:
-        rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-        rows, matrix, offset = cast_to(cast, rows, weight, bias)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        counted = labels != ignore_index
-        # no gradient where nothing counts, as cross_entropy's mean of nothing is NaN and its gradient zero
-        share = 1 / counted.sum().to(wide) if reduction == "mean" else torch.ones((), dtype=wide, device=x.device)
-        loss = torch.zeros((), dtype=wide, device=x.device)
-        keeps = [differentiates and t is not None and t.requires_grad for t in (x, weight, bias)]
-        grads = [
-            torch.zeros_like(t, dtype=_sum_type(t)) if keep else None
-            for t, keep in zip((x, weight, bias), keeps, strict=True)
-        ]
-        grad_rows = None if grads[0] is None else grads[0].view(rows.shape)
-        for start, stop in sample_chunks(len(rows), len(weight) * wide.itemsize, x.device):
-            logits = F.linear(rows[start:stop], matrix, offset).to(wide)
-            part = labels[start:stop]
-            loss += F.cross_entropy(
-                logits, part, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-            )
-            if not any(keeps):
-                continue
-            slope = _slope_(logits, part, counted[start:stop], label_smoothing).mul_(share.nan_to_num(posinf=0.0))
-            slope = slope.to(rows.dtype)
-            if grad_rows is not None:
-                grad_rows[start:stop] = slope @ matrix
-            if grads[1] is not None:
-                _add_product(grads[1], slope, rows[start:stop])
-            if grads[2] is not None:
-                grads[2] += slope.sum(0, dtype=grads[2].dtype)
-            del logits, slope
-        return loss * share, *(g for g in grads if g is not None)
+        keeps = tuple(differentiates and t is not None and t.requires_grad for t in (x, weight, bias))
+        loss, *grads = _loss(x, weight, bias, target, keeps, ignore_index, label_smoothing, reduction, cast)
+        return loss, *(g for g in grads if g is not None)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from ..codecs import Bits, Form, activation_of, load, pack_derivative, packed_of, remember_activation, save, times
 from .common import needs_grad, reshaped
-from .transforms import RazorFunction, differentiable_once
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
+@one_node
 def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
     """``F.dropout`` with the mask that it would draw from the same generator state; backward scales the kept elements
     by 1 / (1 - p). In 16-bit types on CUDA it agrees to rounding: there PyTorch multiplies by a factor that is not

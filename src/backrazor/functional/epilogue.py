@@ -11,6 +11,7 @@ from ..codecs import Bits, Levels, Packed, mark
 from ..codecs.derivative import DerivativeForm
 from ..codecs.smooth import ACTIVATIONS
 from ..kernels import mask_clamp_
+from ..kernels.derivative.layout import code_bytes
 from ..kernels.dispatch import on_cuda
 from .transforms import is_wrapped
 
@@ -39,6 +40,11 @@ def encode_and_activate_(y: Tensor, act: Epilogue) -> Tensor:
     codes = encode(y, act)
     activate_(y, act)
     return codes
+
+
+def code_shape(shape: torch.Size, act: Epilogue) -> tuple[int, int]:
+    """The shape of ``encode(y, act)`` for y of this shape."""
+    return shape[0], code_bytes(math.prod(shape[1:]), act.bits if isinstance(act, Levels) else 1)
 
 
 def joined(codes: list[Tensor], act: Epilogue) -> Tensor:

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from ..codecs import AffineForm, NormCodec, Packed, load, mark, packed_of, remember_source, save_outputs
 from ..codecs.roles import DENSE, label_codes
 from ..kernels import fused_norm, norm_backward, norm_forward
+from ..kernels.sealed import sealed
 from .common import accumulator, added, needs_grad, reshaped, sample_chunks, write
-from .transforms import RazorFunction, differentiable_once
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
+@one_node
 def layer_norm(
     x: Tensor,
     shape: tuple[int, ...],
@@ -98,6 +100,49 @@ def _fused_backward(
     return tuple(part if need else None for part, need in zip((reshaped(grad_x, grad.shape), *sums), mask, strict=True))
 
 
+def _layer_gradient_shapes(
+    grad: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    packed: Packed,
+    shape: tuple[int, ...],
+    mask: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    dtype = grad.dtype if weight is None else weight.dtype
+    sums = (grad.new_empty(shape, dtype=dtype) if need else None for need in mask[1:])
+    return torch.empty_like(grad) if mask[0] else None, *sums
+
+
+@sealed(_layer_gradient_shapes)
+def _layer_gradients(
+    grad: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    packed: Packed,
+    shape: tuple[int, ...],
+    mask: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    statistics = _layer_statistics_type(grad, weight)
+    sums = [accumulator(shape, grad) if need and not len(grad) else None for need in mask[1:]]
+    grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
+    for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
+        part = grad[start:stop].contiguous()
+        normalised = packed.unpack(start, stop, grad.dtype)
+        scale = rstd[start:stop]
+        # PyTorch's own kernel on the normalised input, whose mean is 0 and deviation 1 by definition
+        zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
+        part_x, *part_affine = torch.ops.aten.native_layer_norm_backward(
+            part, normalised, shape, zero, one, weight, bias, mask
+        )
+        if mask[0]:
+            write(grad_x[start:stop], torch.mul, part_x, scale.to(grad.dtype))
+        sums = _affine_sums(sums, part_affine, stop - start == len(grad))
+    dtype = grad.dtype if weight is None else weight.dtype
+    return grad_x, *(None if total is None else total.to(dtype) for total in sums)
+
+
 class _LayerNorm(RazorFunction):
     @staticmethod
     def forward(
@@ -130,25 +175,11 @@ class _LayerNorm(RazorFunction):
         mask = list(ctx.needs_input_grad[:3])
         if packed.form.bits is not None and fused_norm(grad, packed.form.row):
             return *_fused_backward(grad, weight, rstd, packed, mask), *(None,) * 4
-        statistics = _layer_statistics_type(grad, weight)
-        sums = [accumulator(ctx.normalised_shape, grad) if need and not len(grad) else None for need in mask[1:]]
-        grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
-        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
-            part = grad[start:stop].contiguous()
-            normalised = packed.unpack(start, stop, grad.dtype)
-            scale = rstd[start:stop]
-            # PyTorch's own kernel on the normalised input, whose mean is 0 and deviation 1 by definition
-            zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
-            part_x, *part_affine = torch.ops.aten.native_layer_norm_backward(
-                part, normalised, ctx.normalised_shape, zero, one, weight, bias, mask
-            )
-            if mask[0]:
-                write(grad_x[start:stop], torch.mul, part_x, scale.to(grad.dtype))
-            sums = _affine_sums(sums, part_affine, stop - start == len(grad))
-        dtype = grad.dtype if weight is None else weight.dtype
-        return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4
+        gradients = _layer_gradients(grad, weight, bias, rstd, packed, ctx.normalised_shape, tuple(mask))
+        return *gradients, *(None,) * 4
 
 
+@one_node
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, codec: NormCodec, flag: Tensor
 ) -> Tensor:
@@ -160,6 +191,38 @@ def group_norm(
     x = _autocast(x)
     out, *_ = _GroupNorm.run(x, weight, bias, groups, eps, codec, flag)
     return out
+
+
+def _group_gradient_shapes(
+    grad: Tensor, weight: Tensor | None, rstd: Tensor, packed: Packed, groups: int, mask: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    dtype = grad.dtype if weight is None else weight.dtype
+    sums = (grad.new_empty(grad.shape[1], dtype=dtype) if need else None for need in mask[1:])
+    return torch.empty_like(grad) if mask[0] else None, *sums
+
+
+@sealed(_group_gradient_shapes)
+def _group_gradients(
+    grad: Tensor, weight: Tensor | None, rstd: Tensor, packed: Packed, groups: int, mask: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    channels, positions = grad.shape[1], math.prod(grad.shape[2:])
+    statistics = _group_statistics_type(grad, weight)
+    sums = [accumulator((channels,), grad) if need and not len(grad) else None for need in mask[1:]]
+    grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
+    for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
+        part = grad[start:stop].contiguous()
+        normalised = packed.unpack(start, stop, grad.dtype)
+        scale = rstd[start:stop]
+        zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
+        part_x, *part_affine = torch.ops.aten.native_group_norm_backward(
+            part, normalised, zero, one, weight, stop - start, channels, positions, groups, mask
+        )
+        if mask[0]:
+            rows = part_x.view(stop - start, groups, -1)
+            write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.to(grad.dtype).unsqueeze(2))
+        sums = _affine_sums(sums, part_affine, stop - start == len(grad))
+    dtype = grad.dtype if weight is None else weight.dtype
+    return grad_x, *(None if total is None else total.to(dtype) for total in sums)
 
 
 class _GroupNorm(RazorFunction):
@@ -190,22 +253,5 @@ class _GroupNorm(RazorFunction):
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, rstd, packed = load(ctx)
-        mask = list(ctx.needs_input_grad[:3])
-        channels, positions = grad.shape[1], math.prod(grad.shape[2:])
-        statistics = _group_statistics_type(grad, weight)
-        sums = [accumulator((channels,), grad) if need and not len(grad) else None for need in mask[1:]]
-        grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if mask[0] else None
-        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
-            part = grad[start:stop].contiguous()
-            normalised = packed.unpack(start, stop, grad.dtype)
-            scale = rstd[start:stop]
-            zero, one = torch.zeros_like(scale, dtype=statistics), torch.ones_like(scale, dtype=statistics)
-            part_x, *part_affine = torch.ops.aten.native_group_norm_backward(
-                part, normalised, zero, one, weight, stop - start, channels, positions, ctx.groups, mask
-            )
-            if mask[0]:
-                rows = part_x.view(stop - start, ctx.groups, -1)
-                write(grad_x[start:stop].view(rows.shape), torch.mul, rows, scale.to(grad.dtype).unsqueeze(2))
-            sums = _affine_sums(sums, part_affine, stop - start == len(grad))
-        dtype = grad.dtype if weight is None else weight.dtype
-        return grad_x, *(None if total is None else total.to(dtype) for total in sums), *(None,) * 4
+        mask = tuple(ctx.needs_input_grad[:3])
+        return *_group_gradients(grad, weight, rstd, packed, ctx.groups, mask), *(None,) * 4

@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codecs import NOTHING, Form, LinearProduct, Packed, Pruned, Use, load, pack_shared, packed_of, save
+from ..kernels.sealed import sealed, traced
 from .common import autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product
-from .transforms import RazorFunction, differentiable_once
+from .recipes import LinearRecipe, remember_recipe
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
+@one_node
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: Tensor) -> Tensor:
     """``F.linear`` of x (B, *, I) with weight (O, I); backward uses x_hat = unpack(pack(x)) for the weight's gradient.
 
@@ -25,7 +28,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, codec: Pruned, flag: 
     if weight.requires_grad:
         packed = pack_shared(x if x.dim() > 1 else x.unsqueeze(0), codec, Use.of(weight), flag).arguments
     (x,) = cast_to(cast, x)
-    return _Linear.run(x, weight, bias, cast, *packed)
+    out = _Linear.run(x, weight, bias, cast, *packed)
+    if traced() and x.dim() > 1:
+        remember_recipe(out, LinearRecipe(x, weight, bias, cast, packed))
+    return out
 
 
 class _Linear(RazorFunction):
@@ -54,13 +60,14 @@ class _Linear(RazorFunction):
         if need_x:
             grad_x = torch.matmul(grad, weight.to(grad.dtype))
         if need_weight:
-            grad_weight = _weight_gradient(grad, packed)
+            (grad_weight,) = _weight_gradient(grad, packed)
         if need_bias:
             grad_bias = grad if grad.dim() == 1 else grad.sum(tuple(range(grad.dim() - 1)))
         return grad_x, grad_weight, grad_bias, *(None for _ in rest)
 
 
-def _weight_gradient(grad: Tensor, packed: Packed) -> Tensor:
+@sealed(lambda grad, packed: (grad.new_empty(grad.shape[-1], packed.form.shape[-1]),))
+def _weight_gradient(grad: Tensor, packed: Packed) -> tuple[Tensor]:
     """sum over rows of grad^T x_hat, chunk by chunk into one (O, I) buffer: no (B, O, I) temporary, no dense copy of
     the batch."""
     form = packed.form
@@ -71,9 +78,9 @@ def _weight_gradient(grad: Tensor, packed: Packed) -> Tensor:
     if product is not None:
         for start, stop in chunks:
             product.add(grad[start:stop], start, stop)
-        return product.result().to(grad.dtype)
+        return (product.result().to(grad.dtype),)
     total = None
     for start, stop in chunks:
         x_hat = packed.unpack(start, stop, grad.dtype).reshape(-1, inputs)
         total = with_product(total, grad[start:stop].reshape(-1, outputs), x_hat, stop - start == batch)
-    return grad.new_zeros(outputs, inputs) if total is None else total.to(grad.dtype)
+    return (grad.new_zeros(outputs, inputs) if total is None else total.to(grad.dtype),)

@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from ..codecs import hand_on_activation, mark, save_outputs
 from ..codecs.layouts import memory_format
 from ..codecs.roles import INDEX
+from ..kernels.sealed import sealed
 from .common import needs_grad, not_a_view, sample_chunks
-from .transforms import RazorFunction, differentiable_once
+from .transforms import RazorFunction, differentiable_once, one_node
 
 Pair = tuple[int, int]
 
 
+@one_node
 def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
     """``F.max_pool2d`` of x (B, C, H, W); keeps which element of its window each output is, in 8 bits (a window of at
     most 256 elements)."""
@@ -42,26 +44,67 @@ def _places(index: Tensor, width: int, kernel: Pair, stride: Pair, padding: Pair
     return row.sub_(top).div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(column)
 
 
+def _max_pool_shapes(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    out = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
+@sealed(_max_pool_shapes)
+def _max_pool_forward(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    settings = (kernel, stride, padding, dilation, ceil_mode)
+    out = place = None
+    # the wide index, twice in passing, exists for some samples only
+    for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size(), x.device):
+        part, index = F.max_pool2d(x[start:stop], *settings, return_indices=True)
+        if out is None:
+            shape = (x.shape[0], *part.shape[1:])
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+            place = torch.empty_like(out, dtype=torch.uint8)
+        out[start:stop] = part
+        place[start:stop] = _places(index, x.shape[-1], kernel, stride, padding, dilation)
+        del part, index
+    if out is None:  # an empty batch
+        out = F.max_pool2d(x, *settings)
+        place = out.to(torch.uint8)
+    return out, place
+
+
+@sealed(lambda grad, place, shape, *settings: (grad.new_empty(shape),))
+def _max_pool_backward(
+    grad: Tensor,
+    place: Tensor,
+    shape: tuple[int, ...],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+) -> tuple[Tensor]:
+    top, left = _corners(grad.shape, stride, padding, grad.device)
+    grad_x = grad.new_empty(shape)
+    # the wide index, twice in passing, exists for some samples only
+    sample_bytes = max(math.prod(shape[1:]) * grad.element_size(), 3 * 8 * place[:1].numel())
+    for start, stop in sample_chunks(shape[0], sample_bytes, grad.device):
+        at = place[start:stop].long()
+        row = top + at.div(kernel[1], rounding_mode="floor") * dilation[0]
+        index = row * shape[-1] + left + at % kernel[1] * dilation[1]
+        point = grad.new_empty(()).expand(stop - start, *shape[1:])
+        grad_x[start:stop] = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad[start:stop].contiguous(), point, kernel, stride, padding, dilation, ceil_mode, index
+        )
+    return (grad_x,)
+
+
 class _MaxPool2d(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
     ) -> tuple[Tensor, Tensor]:
-        settings = (kernel, stride, padding, dilation, ceil_mode)
-        out = place = None
-        # the wide index, twice in passing, exists for some samples only
-        for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size(), x.device):
-            part, index = F.max_pool2d(x[start:stop], *settings, return_indices=True)
-            if out is None:
-                shape = (x.shape[0], *part.shape[1:])
-                out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-                place = torch.empty_like(out, dtype=torch.uint8)
-            out[start:stop] = part
-            place[start:stop] = _places(index, x.shape[-1], kernel, stride, padding, dilation)
-            del part, index
-        if out is None:  # an empty batch
-            out = F.max_pool2d(x, *settings)
-            place = out.to(torch.uint8)
+        out, place = _max_pool_forward(x, kernel, stride, padding, dilation, ceil_mode)
         return out, mark(place, INDEX)
 
     @staticmethod
@@ -75,22 +118,10 @@ class _MaxPool2d(RazorFunction):
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        kernel, stride, padding, dilation, ceil_mode = ctx.settings
-        top, left = _corners(grad.shape, stride, padding, grad.device)
-        grad_x = grad.new_empty(ctx.shape)
-        # the wide index, twice in passing, exists for some samples only
-        sample_bytes = max(math.prod(ctx.shape[1:]) * grad.element_size(), 3 * 8 * place[:1].numel())
-        for start, stop in sample_chunks(ctx.shape[0], sample_bytes, grad.device):
-            at = place[start:stop].long()
-            row = top + at.div(kernel[1], rounding_mode="floor") * dilation[0]
-            index = row * ctx.shape[-1] + left + at % kernel[1] * dilation[1]
-            point = grad.new_empty(()).expand(stop - start, *ctx.shape[1:])
-            grad_x[start:stop] = torch.ops.aten.max_pool2d_with_indices_backward(
-                grad[start:stop].contiguous(), point, kernel, stride, padding, dilation, ceil_mode, index
-            )
-        return grad_x, *(None,) * 5
+        return *_max_pool_backward(grad, place, ctx.shape, *ctx.settings), *(None,) * 5
 
 
+@one_node
 def adaptive_avg_pool2d(x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
     """``F.adaptive_avg_pool2d``: linear, so backward needs the shape of x alone."""
     if not needs_grad(x):
@@ -117,6 +148,7 @@ class _AdaptiveAvgPool2d(RazorFunction):
         return torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), stand_in), None
 
 
+@one_node
 def avg_pool2d(
     x: Tensor, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool, count_include_pad: bool, divisor: int | None
 ) -> Tensor:

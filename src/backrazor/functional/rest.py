@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..codecs import Packed, role_of
@@ -30,6 +31,7 @@ from ..codecs.rest import FORMS, SMALLEST, Blocks, Slice, in_memory_order, pack_
 from ..codecs.roles import DENSE, QUANTISED, mark
 from ..codecs.shared import source_of
 from ..kernels.dispatch import on_cuda
+from ..kernels.sealed import traced
 from ..kernels.topk.layout import NON_FINITE
 from .transforms import calls
 
@@ -38,6 +40,9 @@ Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 REASON = "rest: what autograd keeps beside the drop-ins"
 # Where compiled code keeps its tensors, razored ones among them, and checkpointing the inputs that it computes from.
 _OPAQUE = ("runtime_wrappers.py", os.path.join("torch", "utils", "checkpoint.py"))
+
+
+_STAND_INS = FakeTensor, FunctionalTensor  # for the tensors that will be
 
 
 class _Thread(threading.local):
@@ -235,7 +240,7 @@ class Net:
 
     def _packed(self, x: Tensor) -> _Packed | _Halved | _Sourced | None:
         """x kept small, or None where it is to stay as it is."""
-        plain = type(x) is Tensor or isinstance(x, FakeTensor)
+        plain = type(x) is Tensor or isinstance(x, _STAND_INS)
         if not plain or x.layout != torch.strided or self._lives_anyway(x) or role_of(x)[0] != DENSE:
             return None
         if _is_opaque(sys._getframe(2).f_code):
@@ -262,7 +267,7 @@ class Net:
         )
         is_whole = in_memory_order(compact) is not None
         content = storage._cdata, x.dtype, x._version
-        key = (*content, start, stop, () if is_whole else (*compact.shape, *compact.stride()))
+        key = (*content, *map(_hashable, (start, stop, *(() if is_whole else (*compact.shape, *compact.stride())))))
         small = _living(self._known.get(key))
         if small is not None:
             return _Packed(small, Blocks.of(x))
@@ -287,7 +292,7 @@ class Net:
         would wait for the device, so a flag is raised there, which ``check_finite`` reads."""
         if isinstance(scales, FakeTensor):
             return True
-        if scales.device.type == "cpu" and not on_cuda(scales.device):
+        if not traced() and scales.device.type == "cpu" and not on_cuda(scales.device):
             return bool(scales.isfinite().all())
         self._flag(scales.device).bitwise_or_(NON_FINITE * (~scales.isfinite()).any().to(torch.int32))
         return True
@@ -306,11 +311,37 @@ class Net:
         return x.untyped_storage()._cdata in self._resident
 
 
+class TracedNet(Net):
+    """The net of a module that ``torch.compile`` traces: what autograd would save is packed in the graph itself.
+
+    The compiler switches hooks off while it traces, to call them when the graph runs. The outermost net of a trace
+    switches them on again: there is nothing else to be called, since hooks from outside are left out.
+    """
+
+    def __enter__(self) -> TracedNet:
+        super().__enter__()
+        if not isinstance(_thread.nets[-2] if len(_thread.nets) > 1 else None, TracedNet):
+            self._outer = None
+        self._tracing = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(self._tracing)
+        super().__exit__()
+
+
+def _hashable(size: Any) -> Any:
+    """A size as part of a key; open ones are told by their formula."""
+    return size if isinstance(size, int) else str(size)
+
+
 def running() -> Net | None:
     """The net that a tensor saved now would fall into, or None: no razored module runs, or somebody else's hooks came
     between, as those of activation checkpointing do."""
-    nets = _thread.nets
-    return nets[-1] if nets and nets[-1]._is_on_top() else None
+    net = _thread.nets[-1] if _thread.nets else None
+    if net is None or isinstance(net, TracedNet) != traced():
+        return None
+    return net if net._is_on_top() else None
 
 
 @contextmanager

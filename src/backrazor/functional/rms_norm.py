@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from ..codecs import AffineForm, NormCodec, Packed, load, mark, packed_of, remember_source, save_outputs
 from ..codecs.roles import DENSE
-from .common import accumulator, needs_grad, sample_chunks, write
+from ..kernels.sealed import sealed
+from .common import accumulator, computed, needs_grad, reshaped, sample_chunks, write
 from .layer_norm import has_rows
-from .transforms import RazorFunction, differentiable_once
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
 def rms_norm(
@@ -36,6 +37,37 @@ def rms_norm(
     ``dense`` is another way to compute the same, with roundings of its own: the forward is what it gives. ``offset`` is
     added to ``weight`` first.
     """
+    if dense is not None and torch.compiler.is_dynamo_compiling():
+        return _rms_norm_of(x, computed(dense, x), shape, weight, eps, codec, flag, offset)
+    return _rms_norm(x, shape, weight, eps, codec, flag, dense, offset)
+
+
+@one_node
+def _rms_norm_of(
+    x: Tensor,
+    value: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    eps: float | None,
+    codec: NormCodec,
+    flag: Tensor,
+    offset: float,
+) -> Tensor:
+    """``rms_norm`` where its value is computed."""
+    return _rms_norm(x, shape, weight, eps, codec, flag, lambda x: reshaped(value, value.shape), offset)
+
+
+@one_node
+def _rms_norm(
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    eps: float | None,
+    codec: NormCodec,
+    flag: Tensor,
+    dense: Callable[[Tensor], Tensor] | None,
+    offset: float,
+) -> Tensor:
     if dense is None:
         dense = partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
     if not needs_grad(x, weight) or codec.kind == "dense" or not has_rows(x, shape):
@@ -47,6 +79,45 @@ def rms_norm(
         form = AffineForm(codec.form(x, rstd.numel()), out.dtype, weight is not None, False)
         remember_source(out, Packed((*stored, *affine), form))
     return out
+
+
+def _gradient_shapes(
+    grad: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    packed: Packed,
+    shape: tuple[int, ...],
+    offset: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    dtype = grad.dtype if weight is None else weight.dtype
+    return torch.empty_like(grad) if need_x else None, grad.new_empty(shape, dtype=dtype) if need_weight else None
+
+
+@sealed(_gradient_shapes)
+def _gradients(
+    grad: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    packed: Packed,
+    shape: tuple[int, ...],
+    offset: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    dims = tuple(range(-len(shape), 0))
+    total = accumulator(shape, grad) if need_weight else None
+    grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_x else None
+    for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
+        part, h = grad[start:stop], packed.unpack(start, stop, grad.dtype)
+        if total is not None:
+            total.add_((part * h).sum_to_size(total.shape).to(total.dtype))
+        if grad_x is not None:
+            g = part if weight is None else part * (weight + offset if offset else weight)
+            slope = (g * h).mean(dims, keepdim=True)
+            write(grad_x[start:stop], torch.mul, g - h.mul_(slope), rstd[start:stop].to(grad.dtype))
+    return grad_x, None if total is None else total.to(grad.dtype if weight is None else weight.dtype)
 
 
 class _RMSNorm(RazorFunction):
@@ -79,16 +150,5 @@ class _RMSNorm(RazorFunction):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, rstd, packed = load(ctx)
         need_x, need_weight, *rest = ctx.needs_input_grad
-        dims = tuple(range(-len(ctx.normalised_shape), 0))
-        total = accumulator(ctx.normalised_shape, grad) if need_weight else None
-        grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_x else None
-        for start, stop in sample_chunks(grad.shape[0], grad[:1].numel() * grad.element_size(), grad.device):
-            part, h = grad[start:stop], packed.unpack(start, stop, grad.dtype)
-            if total is not None:
-                total.add_((part * h).sum_to_size(total.shape).to(total.dtype))
-            if grad_x is not None:
-                g = part if weight is None else part * (weight + ctx.offset if ctx.offset else weight)
-                slope = (g * h).mean(dims, keepdim=True)
-                write(grad_x[start:stop], torch.mul, g - h.mul_(slope), rstd[start:stop].to(grad.dtype))
-        grad_weight = None if total is None else total.to(grad.dtype if weight is None else weight.dtype)
-        return grad_x, grad_weight, *(None for _ in rest)
+        gradients = _gradients(grad, weight, rstd, packed, ctx.normalised_shape, ctx.offset, need_x, need_weight)
+        return *gradients, *(None for _ in rest)

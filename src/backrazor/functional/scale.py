@@ -21,10 +21,12 @@ from ..codecs import (
     save,
 )
 from ..codecs.roles import DENSE
+from ..kernels.sealed import sealed
 from .common import needs_grad, sample_chunks
-from .transforms import RazorFunction, differentiable_once
+from .transforms import RazorFunction, differentiable_once, one_node
 
 
+@one_node
 def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tensor:
     """x * gate, where gate broadcasts to x (B, ...). The gate's gradient uses x_hat = unpack(pack(x)); the gradient of
     x is exact."""
@@ -59,11 +61,12 @@ class _ChannelScale(RazorFunction):
         gate, packed = load(ctx)
         need_x, need_gate, *rest = ctx.needs_input_grad
         grad_x = grad * gate if need_x else None
-        grad_gate = _gate_gradient(grad, packed, ctx.gate_shape) if need_gate else None
+        (grad_gate,) = _gate_gradient(grad, packed, ctx.gate_shape) if need_gate else (None,)
         return grad_x, grad_gate, *(None for _ in rest)
 
 
-def _gate_gradient(grad: Tensor, packed: Packed, shape: torch.Size) -> Tensor:
+@sealed(lambda grad, packed, shape: (grad.new_empty(shape),))
+def _gate_gradient(grad: Tensor, packed: Packed, shape: tuple[int, ...]) -> tuple[Tensor]:
     """sum of grad * x_hat over the dimensions that the gate was broadcast along."""
     own_batch = len(shape) == grad.dim() and shape[0] == grad.shape[0]
     parts, total = [], None
@@ -75,5 +78,5 @@ def _gate_gradient(grad: Tensor, packed: Packed, shape: torch.Size) -> Tensor:
             part = product.sum_to_size(shape)
             total = part if total is None else total.add_(part)
     if own_batch:
-        return torch.cat(parts) if parts else grad.new_zeros(shape)
-    return grad.new_zeros(shape) if total is None else total
+        return (torch.cat(parts) if parts else grad.new_zeros(shape),)
+    return (grad.new_zeros(shape) if total is None else total,)

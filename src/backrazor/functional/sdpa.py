@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .attention import AttentionCodec, attention
+from .transforms import one_node
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
@@ -30,6 +31,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
     return grouped or k.shape[1] == 1  # one head for all is broadcast
 
 
+@one_node
 def sdpa(
     q: Tensor,
     k: Tensor,

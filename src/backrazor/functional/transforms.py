@@ -11,13 +11,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.fx import Proxy
+
+from ..kernels.sealed import traced
 
 _WAY_OUT = (
     "call backrazor.unrazor_(model) first; razor_(..., filter_fn=...) can then leave the layers that it concerns dense"
@@ -56,6 +58,27 @@ class _Calls(threading.local):
 calls = _Calls()
 
 
+NODES: dict[str, Callable[..., Any]] = {}  # the functions that ``one_node`` decorates, by name
+Operator = TypeVar("Operator", bound=Callable[..., Any])
+
+
+def one_node(function: Operator) -> Operator:
+    """Decorator of an operator: where Dynamo traces a call of it, one node of the graph (see ``nodes``). Its arguments
+    are tensors and plain values, and it returns a tensor or None."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    NODES[name] = function
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            from .nodes import IN_GRAPH
+
+            return IN_GRAPH[name](*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
 class RazorFunction(torch.autograd.Function):
     """An autograd Function with ``setup_context``, as ``torch.func`` asks for. Called by ``run``.
 
@@ -79,7 +102,7 @@ class RazorFunction(torch.autograd.Function):
     @classmethod
     def run(cls, *arguments: Any) -> Any:
         """``apply``."""
-        if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
+        if _functorch.peek_interpreter_stack() is not None:
             return cls.apply(*arguments)
         calls.own += 1
         try:
@@ -99,11 +122,11 @@ def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     def once(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
         if grad is None:  # nothing downstream depends on the output
             return tuple(None for _ in ctx.needs_input_grad)
-        if not torch.compiler.is_compiling():
+        if not traced():
             _refuse_vmap(grad)
         with torch.no_grad():
             gradients = backward(ctx, grad)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or traced():
             return gradients
         message = _TWICE.format(type(ctx).__name__.strip("_").removesuffix("Backward").removesuffix("Generated"))
         if (
@@ -122,7 +145,7 @@ def _kinds() -> list[_functorch.TransformType]:
 
 def is_wrapped(x: Tensor) -> bool:
     """Whether x belongs to a transform of ``torch.func``."""
-    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x)
+    return not traced() and _functorch.is_functorch_wrapped_tensor(x)
 
 
 def is_transformed() -> bool:

@@ -14,7 +14,7 @@ HOST_CODE: dict[
 ] = {}  # what runs on real tensors, by the operator's name: to count its launches
 # what that takes on CUDA in passing, beside what it returns: bytes by the operator's arguments
 SCRATCH: dict[str, Callable[..., int]] = {}
-_library = torch.library.Library("backrazor", "DEF")
+library = torch.library.Library("backrazor", "DEF")
 
 
 def operator(
@@ -25,14 +25,14 @@ def operator(
     name = schema.split("(")[0]
     if scratch is not None:
         SCRATCH[name] = scratch
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(function: Callable[..., Any]) -> Any:
         # after a graph break Dynamo would compile the body itself, and the kernels take addresses of its tensors
         opaque = _disable_dynamo(function)
         HOST_CODE[name] = function
-        _library.impl(name, opaque, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"backrazor::{name}", fake, lib=_library)
+        library.impl(name, opaque, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"backrazor::{name}", fake, lib=library)
         return getattr(torch.ops.backrazor, name).default
 
     return register

@@ -144,7 +144,7 @@ class RazorMultiheadAttention(DropIn, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             refuse_tracing(query)
         plain = need_weights or not torch.is_grad_enabled()
         if plain or not self._fits(query, key, value, attn_mask, key_padding_mask):

@@ -6,6 +6,7 @@ hooks, mode, names and every reference to the module stay as they are. The way b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -44,6 +45,11 @@ class LayerRules:
     attention: AttentionCodec
 
 
+def devices_of(module: nn.Module) -> set[torch.device]:
+    """The devices of a module's parameters and buffers."""
+    return {t.device for t in (*module.parameters(), *module.buffers())}
+
+
 class Status:
     """The status bits that a layer's packing sets: one int32 per device, made where it is first needed.
 
@@ -57,6 +63,8 @@ class Status:
     def on(self, device: torch.device) -> Tensor:
         """The flag, int32 (1,), for work on ``device``."""
         flag = self._flags.get(device)
+        if flag is None and torch.compiler.is_dynamo_compiling():  # nobody would find what it writes there
+            return torch.zeros(1, dtype=torch.int32, device=device)
         if flag is None:
             with torch.inference_mode(False):  # it is written to in training, too
                 flag = torch.zeros(1, dtype=torch.int32, device=device)
@@ -70,6 +78,19 @@ class Status:
     def flags(self) -> list[Tensor]:
         """The flags that exist."""
         return list(self._flags.values())
+
+    def prepare(self, module: nn.Module, devices: Iterable[torch.device]) -> None:
+        """Make the flags now where ``module`` is going to need them, so that a compiler that traces it finds them:
+        where its parameters are, on ``devices`` if it has none."""
+        for device in devices_of(module) or devices:
+            self.on(device)
+
+    def follow(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Make the flags also where ``move`` puts tensors, which it is going to do with the module's."""
+        for flag in self.flags:
+            moved = move(torch.zeros_like(flag))
+            if isinstance(moved, Tensor):
+                self.on(moved.device)
 
     def __deepcopy__(self, memo: dict) -> Status:
         copied = Status()
@@ -127,9 +148,14 @@ class DropIn(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call of every module. Where nothing is called by way of the layer, functions need not be watched."""
-        if self._modules or torch.compiler.is_compiling():
+        if self._modules or torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         return FUNCTIONS.paused(super().__call__, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What moves a module: there have to be status bits where it is."""
+        self.__dict__[_STATUS].follow(fn)
+        return super()._apply(fn, *args, **kwargs)
 
     @classmethod
     def refusal(cls, module: nn.Module, rules: LayerRules) -> str | None:
@@ -158,7 +184,7 @@ class DropIn(nn.Module):
             RuntimeError: ``torch.jit.trace`` records.
             TypeError: ``x`` stands for a tensor that ``torch.fx`` traces.
         """
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             refuse_tracing(x)
         if not isinstance(x, Tensor):
             return torch.zeros(1, dtype=torch.int32)  # for the dense operator's refusal
@@ -169,6 +195,11 @@ class DropIn(nn.Module):
 
 class MadeDropIn(DropIn):
     """A drop-in that fits many classes: ``made`` derives one from it and from the class it replaces."""
+
+    @classmethod
+    def members_for(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """Class attributes of the drop-in of ``original``."""
+        return {}
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         cls = type(self)
@@ -181,7 +212,7 @@ class MadeDropIn(DropIn):
 @cache
 def made(base: type[MadeDropIn], original: type[nn.Module]) -> type[MadeDropIn]:
     """The drop-in of ``original`` that ``base`` is for it."""
-    members = {"__module__": base.__module__, "_made_for": original}
+    members = {"__module__": base.__module__, "_made_for": original, **base.members_for(original)}
     return type(f"Razor{original.__name__}", (base, original), members)
 
 
@@ -223,12 +254,11 @@ def has_its_own_forward(cls: type[nn.Module]) -> bool:
     return names == (owner.__module__, f"{owner.__qualname__}.forward")
 
 
-def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules) -> None:
-    """Turn ``module`` into the drop-in ``cls``."""
+def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules, devices: Iterable[torch.device]) -> None:
+    """Turn ``module``, of a model on ``devices``, into the drop-in ``cls``."""
     status = Status()
-    if cls.packs:  # made now for where it is going to be needed, so that tracing finds it
-        for device in {t.device for t in (*module.parameters(), *module.buffers())}:
-            status.on(device)
+    if cls.packs:
+        status.prepare(module, devices)
     module.__dict__.update({ORIGINAL: type(module), _GIVEN: cls, _STATUS: status, "razor": rules})
     module.__class__ = cls
 

@@ -61,7 +61,9 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        handler = None if torch.compiler.is_compiling() else _HANDLERS.get(function) or _foreign(function)
+        if torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
+        handler = _HANDLERS.get(function) or _foreign(function)
         if handler is None or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         net = running()

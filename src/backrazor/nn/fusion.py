@@ -163,7 +163,7 @@ def linked(original: type[nn.Module]) -> type[Linked]:
 
     @wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return original.forward(self, *args, **kwargs)
         with _Call(self) as call:
             if _is_sequential(original):
@@ -184,7 +184,7 @@ def _in_turn(call: _Call, input: Any) -> Any:
 
 def chain_of(leader: nn.Module, x: object) -> Chain | None:
     """What ``leader`` may run beside its own work on x in this call, or None."""
-    if torch.compiler.is_compiling() or not _running.stack or is_transformed():
+    if torch.compiler.is_dynamo_compiling() or not _running.stack or is_transformed():
         return None
     if not isinstance(x, Tensor) or x.is_nested:
         return None
@@ -193,7 +193,7 @@ def chain_of(leader: nn.Module, x: object) -> Chain | None:
 
 def hands_through(follower: nn.Module, x: Tensor) -> bool:
     """Whether x is what the leader of ``follower``'s chain made in this call, its work done. Counts once."""
-    if torch.compiler.is_compiling() or not _running.stack:
+    if torch.compiler.is_dynamo_compiling() or not _running.stack:
         return False
     made = _running.stack[-1].made
     if not made or made.get(id(follower)) is not x:

@@ -8,15 +8,19 @@ activation checkpointing or another holder of hooks came between.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..functional.rest import Net, running
-from ..functional.transforms import refuse_script
+from ..functional.rest import Net, TracedNet, running
+from ..functional.transforms import one_node, refuse_script
 from .base import NET, LayerRules, Status, rebased, why_not_rebased
 from .functions import FUNCTIONS
 from .fusion import Linked, linked
@@ -47,6 +51,74 @@ class Place:
         return self.status.on(x.device)
 
 
+class _TracedPlace:
+    """A module's place in the net of a graph that is being traced. ``flags``: its status bits there, one per device."""
+
+    def __init__(self, net: NetRules, flags: tuple[Tensor, ...]) -> None:
+        self.net, self._flags = net, flags
+
+    def on(self, device: torch.device) -> Tensor:
+        """The status bits for work on a device."""
+        for flag in self._flags:
+            if flag.device == device:
+                return flag
+        return torch.zeros(1, dtype=torch.int32, device=device)
+
+    def flag(self, x: Tensor) -> Tensor:
+        """The status bits for work on x."""
+        return self.on(x.device)
+
+
+class _Traced(threading.local):
+    """What is open in the graph that this thread traces, innermost last; None where nothing had to be opened."""
+
+    def __init__(self) -> None:
+        self.open: list[ExitStack | None] = []
+
+
+_traced = _Traced()
+
+
+@one_node
+def _open(net: NetRules, flags: tuple[Tensor, ...], resident: tuple[Tensor, ...]) -> None:
+    """A node that opens the net for the nodes that follow, while what they do is recorded. Where they only run, or give
+    shapes, it does nothing."""
+    if not isinstance(flags[0], FunctionalTensor):
+        return
+    outer, context = running(), None
+    if outer is None or outer.settings.net != net:
+        place = _TracedPlace(net, flags)
+        context = ExitStack()
+        context.enter_context(TracedNet(net.packs, place, place.on, lambda: iter(resident)))
+        context.enter_context(FUNCTIONS.opened())
+    _traced.open.append(context)
+
+
+@one_node
+def _close(flags: tuple[Tensor, ...]) -> None:
+    """The node that closes what ``_open`` has opened."""
+    if isinstance(flags[0], FunctionalTensor):
+        context = _traced.open.pop()
+        if context is not None:
+            context.close()
+
+
+@contextmanager
+def _in_graph(module: nn.Module, place: Place) -> Iterator[None]:
+    """The net of one call of ``module`` as nodes of the graph that Dynamo writes."""
+    flags = tuple(place.status.flags)
+    if not flags:
+        yield
+        return
+    # those that require a gradient are known by themselves
+    frozen = tuple(t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad)
+    _open(place.net, flags, frozen)
+    try:
+        yield
+    finally:
+        _close(flags)
+
+
 class Netted(nn.Module):
     """Mixin of the modules under the net."""
 
@@ -71,6 +143,22 @@ def _restore(function: Callable[..., nn.Module], arguments: tuple, has_chains: b
     return module
 
 
+def _under_net(function: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``function(module, *args, **kwargs)``, a call of the module, with its net open."""
+    place = module.__dict__.get(NET)
+    if place is None or not torch.is_grad_enabled():
+        return function(module, *args, **kwargs)
+    if torch.compiler.is_dynamo_compiling():
+        with _in_graph(module, place):
+            return function(module, *args, **kwargs)
+    net = running()
+    same = net is not None and net.settings.net == place.net
+    if same or get_eval_frame_callback():  # a module that takes several graphs, each of which has nets of its own
+        return function(module, *args, **kwargs)
+    with place.opened(module), FUNCTIONS.opened():
+        return function(module, *args, **kwargs)
+
+
 def netted(original: type[nn.Module]) -> type[Netted]:
     """The class of a netted module whose class was ``original``: one for each, which lives as long as it is used.
 
@@ -82,32 +170,41 @@ def netted(original: type[nn.Module]) -> type[Netted]:
             return cls
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        place = None if torch.compiler.is_compiling() else self.__dict__.get(NET)
-        if place is None or not torch.is_grad_enabled():
+        if self._compiled_call_impl is not None:  # which opens the net itself
             return original.__call__(self, *args, **kwargs)
-        net = running()
-        if net is not None and net.settings.net == place.net:
-            return original.__call__(self, *args, **kwargs)
-        with place.opened(self), FUNCTIONS.opened():
-            return original.__call__(self, *args, **kwargs)
+        return _under_net(original.__call__, self, *args, **kwargs)
+
+    def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            return _under_net(original._call_impl, self, *args, **kwargs)
+
+        self._compiled_call_impl = torch.compile(compiled, *args, **kwargs)
+
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        if NET in self.__dict__:
+            self.__dict__[NET].status.follow(fn)
+        return original._apply(self, fn, *args, **kwargs)
 
     members = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__call__": call,
+        "_apply": apply,
+        "compile": compile,
         "_backrazor_netted": original,
     }
     return type(original)(original.__name__, (Netted, original), members)
 
 
-def cast_net(module: nn.Module, net: NetRules) -> bool:
-    """Put ``module`` under the net; returns whether its class allows it."""
+def cast_net(module: nn.Module, net: NetRules, devices: Iterable[torch.device]) -> bool:
+    """Put ``module``, of a model on ``devices``, under the net; returns whether its class allows it."""
     try:
         cls = netted(type(module))
     except TypeError:  # its __init_subclass__ asks for more
         return False
-    module.__dict__[NET] = Place(net)
+    place = module.__dict__[NET] = Place(net)
+    place.status.prepare(module, devices)
     module.__class__ = cls
     return True
 

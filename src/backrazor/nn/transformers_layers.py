@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from types import CodeType
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import (
@@ -175,10 +176,14 @@ class TransformersRMSNorm(MadeDropIn):
     refusal = RazorLayerNorm.refusal
     keeps = RazorLayerNorm.keeps
     rules_used = RazorLayerNorm.rules_used
+    _offset: float  # what the class adds to its weight
+
+    @classmethod
+    def members_for(cls, original: type[nn.Module]) -> dict[str, Any]:
+        return {"_offset": _arithmetic(original) or 0.0}
 
     def forward(self, x: Tensor) -> Tensor:
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-        offset = _arithmetic(vars(type(self))["_made_for"]) or 0.0
         return functional.rms_norm(
             x,
             x.shape[-1:],
@@ -187,7 +192,7 @@ class TransformersRMSNorm(MadeDropIn):
             self.razor.norm,
             self.flag_for(x),
             super().forward,
-            offset,
+            self._offset,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ class Row:
     """One way to run the step of one backbone.
 
     razor: None for the plain network, else (preset, sparsity). micro: images per micro-batch, None for the whole batch
-        at once. bn: "frozen" (affine and statistics, as in the paper's recipes) or "train".
+        at once. bn: "frozen" (affine and statistics, as in the paper's recipes) or "train". compiled: by torch.compile.
     """
 
     backbone: str
@@ -37,6 +38,7 @@ class Row:
     micro: int | None = None
     bn: str = "frozen"
     offload: bool = False
+    compiled: bool = False
     precision: str = "float32"
     image: int = 224
     batch: int | None = None
@@ -64,6 +66,8 @@ class Row:
             br.razor_(model, getattr(br.RazorConfig, preset)(sparsity))
         apply_checkpointing(model, backbone.stages, self.checkpointing)
         set_train_mode(model, frozen)
+        if self.compiled:
+            model.compile()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
 
         def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -86,10 +90,34 @@ class Row:
     def saved_bytes(self) -> int:
         """What autograd holds after the forward of this row (of one micro-batch, where there are several)."""
         step = self.build()
+        if self.compiled:
+            step.forward().backward()
+            return _held_by(step)
         with br.memory.ledger(step.model) as ledger:
             loss = step.forward()
         del loss
         return ledger.total_bytes
+
+
+def _held_by(step: br.memory.Step) -> int:
+    """The same of a compiled step, whose layers cannot be told apart: storages once, parameters and buffers apart."""
+    held: dict[int, torch.Tensor] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        held[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss = step.forward()
+    alive = {x.untyped_storage().data_ptr() for x in (*step.model.parameters(), *step.model.buffers())}
+    found = sum(x.untyped_storage().nbytes() for at, x in held.items() if at not in alive)
+    del loss
+    return found
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that ``torch.compile`` needs on the CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++")))
 
 
 def _settle_batch_norm(model: nn.Module, images: torch.Tensor) -> None:
@@ -127,7 +155,8 @@ def pinning_notice(row: Row) -> str:
 
 
 def rows_of(backbone: str, precision: str = "float32", device: str = "cpu", batch: int | None = None) -> list[Row]:
-    """All rows of one backbone, dense first. ``save_on_cpu`` is a rival on a device with memory of its own only."""
+    """All rows of one backbone, dense first. ``save_on_cpu`` is a rival on a device with memory of its own only, and
+    compiled rows are there where there is a C++ compiler."""
     shared: dict = {"backbone": backbone, "precision": precision, "device": device, "batch": batch}
     micro = micro_batch(backbone, precision, Row(label="", **shared).images)
     rows = [
@@ -143,6 +172,9 @@ def rows_of(backbone: str, precision: str = "float32", device: str = "cpu", batc
         Row(label="compact 0.97", razor=("compact", 0.97), **shared),
         Row(label="compact 0.9 + checkpointing", razor=("compact", 0.9), checkpointing="block", **shared),
     ]
+    if has_compiler():
+        rows.append(Row(label="compile", compiled=True, **shared))
+        rows.append(Row(label="compact 0.97 + compile", razor=("compact", 0.97), compiled=True, **shared))
     if device != "cpu":
         rows.insert(3, Row(label="save_on_cpu", offload=True, **shared))
     if backbone != "vit_b16":
