@@ -120,7 +120,9 @@ def page(table: pd.DataFrame, score: float, common: dict[str, str]) -> str:
 
 
 def convolutional() -> list[str]:
-    """The section on convolutional networks, from the record of ``gradients_cnn.py``."""
+    """The section on convolutional networks, from the record of ``gradients_cnn.py`` if there is one."""
+    if not CNN.exists():
+        return []
     table = pd.read_csv(CNN)
     made = table.iloc[0]
     return [
