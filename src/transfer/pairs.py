@@ -43,6 +43,8 @@ def with_recipe(overrides: Sequence[str], configs: Path) -> list[str]:
     model, data = _named(words, "model"), _named(words, "data")
     if model is None or data is None or _named(words, "recipe") is not None:
         return words
+    if _named(words, "task") not in (None, "classification"):  # recipes are of classification
+        return words
     if _named(words, "experiment") not in (None, "null") or not _NAME.fullmatch(model) or not _NAME.fullmatch(data):
         return words
     file = configs / "recipe" / model / f"{data}.yaml"

@@ -148,6 +148,7 @@ def build_text_classifier(config: Mapping[str, Any], num_classes: int) -> Backbo
     last.reset_parameters()
     if config["head_init"] == "zero":
         nn.init.zeros_(last.weight)
+    if config["head_init"] != "linear":
         nn.init.zeros_(last.bias)
     weights = folder if config["pretrained"] else None
     return Backbone(
