@@ -28,7 +28,7 @@ EXACT = {"values": "float32", "fill": "zero", "norm": "dense", "activation": "de
 PRESETS = {
     "pruning alone": lambda s: br.RazorConfig(s, **EXACT),
     "compact": lambda s: br.RazorConfig.compact(s),
-    "compact, fill=zero": lambda s: br.RazorConfig.compact(s, fill="zero"),
+    "compact, fill=known": lambda s: br.RazorConfig.compact(s, fill="known", values="int4"),
     "paper": lambda s: br.RazorConfig.paper(s),
     "paper, attention int4": lambda s: br.RazorConfig.paper(s, attention="int4"),
 }
@@ -129,8 +129,7 @@ def convolutional() -> list[str]:
         "## Convolutional networks",
         wrap(
             "EfficientNet-Lite0 starts from ImageNet weights and has seen 25 steps on digits at 160 px; the others "
-            "start at random and have seen 60 steps at 96 px. Batch norm is frozen. Three batches of 16. *fill=zero* "
-            "is the default before guesses: int8 values, two bits for every smooth derivative."
+            "start at random and have seen 60 steps at 96 px. Batch norm is frozen. Three batches of 16."
         ),
         wrap(
             f"Made by `python benchmarks/gradients_cnn.py` ({made['date']}, commit {made['commit']}). "

@@ -62,12 +62,12 @@ class RazorConfig:
 
     sparsity: float = 0.9
     head_sparsity: float | None = None
-    values: str = "int4"
+    values: str = "int8"
     index: str = "auto"
-    fill: str = "known"
+    fill: str = "zero"
     norm: str = "int4"
     batch_norm: str | None = None
-    activation: str = "auto"
+    activation: str = "int2"
     attention: str = "int4"
     rest: str = "int8"
 

@@ -69,7 +69,7 @@ SEGMENTATION_ROWS = (
             f"paper{round(100 * sparsity)}",
             f"full, Back Razor {sparsity:g} (paper)",
             {"method": "full", "razor": "paper"},
-            {"razor": {"sparsity": sparsity, "batch_norm": "pruned"}},
+            {"razor": {"sparsity": sparsity, "norm": "pruned", "batch_norm": "pruned"}},
         )
         for sparsity in (SEGMENTATION_SPARSITY, 0.9)
     ),

@@ -19,7 +19,7 @@ def offered(group: str, names: Sequence[str], separator: str = ", ") -> str:
         return f"none{separator}a pair such as {example}; `ls configs/{group}/*` lists them"
     counts = Counter(name.partition("/")[0] for name in names)
     tables = separator.join(f"{folder}/ ({count})" for folder, count in counts.items())
-    return f"{tables}, such as {example}; `ls configs/{group}/*` lists them"
+    return f"{tables}; `ls configs/{group}/*` lists them"
 
 
 def help_text(groups: Mapping[str, list[str]]) -> str:

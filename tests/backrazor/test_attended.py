@@ -15,7 +15,7 @@ from backrazor.codecs import Rows
 from tests.backrazor.compare import assert_close, assert_same_bits
 
 WIDTH, HEADS, TOKENS = 64, 4, 17
-CONFIG = br.RazorConfig(0.97)
+CONFIG = br.RazorConfig(0.97, fill="known", values="int4")
 
 
 class ViT(nn.Module):
@@ -108,7 +108,7 @@ def test_an_output_that_changed_since_is_packed_as_it_is() -> None:
     plain, x = ViT(), torch.randn(3, TOKENS, WIDTH)
     plain.attn.fused_attn = False  # whose output PyTorch's backward does not read
     ours = copy.deepcopy(plain)
-    br.razor_(ours, br.RazorConfig(0.1, values="float32"))
+    br.razor_(ours, br.RazorConfig(0.1, fill="known", values="float32"))
     found = []
     for model in (plain, ours):
         changed_in_place(model, x).square().sum().backward()

@@ -451,6 +451,6 @@ def test_the_classifier_of_a_convolutional_network_is_kept_whole_where_the_dropp
         ({"fill": "zero"}, 0.9, "int4"),
         ({"head_sparsity": 0.5}, 0.5, "int8"),
     ):
-        br.razor_(model, br.RazorConfig(0.9, **fields))
+        br.razor_(model, br.RazorConfig(0.9, **({"fill": "known", "values": "int4"} | fields)))
         assert (model[2].razor.pruned.sparsity, model[2].razor.pruned.values) == (sparsity, values)
         assert model[0].razor.pruned.sparsity == 0.9

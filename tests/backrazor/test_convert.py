@@ -68,10 +68,9 @@ def test_nothing_is_lowered_in_silence() -> None:
     )
 
 
-KEPT = "kept values are stored in int4"
+KEPT = "kept values are stored in int8"
 NORM = "the input of normalisation is stored in int4"
-SMOOTH = "the derivative of smooth activations is stored in int4"
-SMOOTH_BESIDE_ATTENTION = SMOOTH.replace("int4", "int2")
+SMOOTH = "the derivative of smooth activations is stored in int2"
 ATTENTION = "q, k and v of attention are stored in int4"
 REST = "what else autograd keeps is stored in int8, from 1024 elements on"
 
@@ -87,12 +86,26 @@ REST = "what else autograd keeps is stored in int8, from 1024 elements on"
         (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()), [REST]),
         (nn.MultiheadAttention(8, 2), [KEPT, ATTENTION]),
         (nn.TransformerEncoderLayer(8, 2, 16, activation="relu"), [KEPT, ATTENTION, NORM]),
-        (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"), [SMOOTH_BESIDE_ATTENTION, KEPT, ATTENTION, NORM]),
+        (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"), [SMOOTH, KEPT, ATTENTION, NORM]),
     ],
     ids=["ReLU", "GELU", "norm", "frozen norm", "norm alone", "bits", "attention", "encoder", "encoder with GELU"],
 )
 def test_the_report_speaks_only_of_what_the_model_has(model: nn.Module, lines: list[str]) -> None:
     assert br.razor_(model).lowered == lines
+
+
+@pytest.mark.parametrize(
+    ("model", "word"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU()), "int2"),
+        (nn.Sequential(nn.Linear(4, 4), nn.SiLU()), "int4"),
+        (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"), "int2"),
+    ],
+    ids=["GELU", "SiLU", "encoder with GELU"],
+)
+def test_the_report_names_the_width_that_auto_chooses(model: nn.Module, word: str) -> None:
+    lines = br.razor_(model, br.RazorConfig(activation="auto")).lowered
+    assert f"the derivative of smooth activations is stored in {word}" in lines
 
 
 def test_the_report_of_a_frozen_norm_with_its_activation_inside() -> None:

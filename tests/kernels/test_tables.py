@@ -78,12 +78,10 @@ def test_a_launch_says_how_often_its_loop_runs() -> None:
     assert [(launch.programs, launch.passes) for launch in small.launches] == [(8, 3)]
 
 
-# Of forward and backward; the dense steps have 380, 408 and 406. A guess takes two more launches per packed input: its
-# averages, and these in 8 bits. With zeros ProxylessNAS has 655.
-MOST_LAUNCHES = {
+MOST_LAUNCHES = {  # of forward and backward; the dense steps have 380, 408 and 406
     ("vit_b16", 128, torch.bfloat16): 1500,
-    ("proxylessnas", 8, torch.bfloat16): 800,
-    ("proxylessnas", 8, torch.float32): 800,
+    ("proxylessnas", 8, torch.bfloat16): 700,
+    ("proxylessnas", 8, torch.float32): 700,
 }
 
 

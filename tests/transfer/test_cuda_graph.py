@@ -14,7 +14,7 @@ from graph_recorder import graphs_on_the_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backrazor.nn.base import DropIn
+from backrazor.nn.base import NET, DropIn
 from transfer.errors import UserError
 from transfer.settings import validate
 from transfer.training import graphs
@@ -277,8 +277,9 @@ def to_device(model: torch.nn.Module, device: torch.device) -> None:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     trained = owned is module._parameters
                     owned[name] = torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
-        if isinstance(module, DropIn):
-            module._backrazor_status._flags = {device: torch.zeros(1, dtype=torch.int32, device=device)}
+        statuses = [module._backrazor_status] if isinstance(module, DropIn) else []
+        for status in (*statuses, *(place.status for place in [module.__dict__.get(NET)] if place is not None)):
+            status._flags = {device: torch.zeros(1, dtype=torch.int32, device=device)}
 
 
 @pytest.mark.gpu

@@ -86,11 +86,16 @@ class Status:
             self.on(device)
 
     def follow(self, move: Callable[[Tensor], Tensor]) -> None:
-        """Make the flags also where ``move`` puts tensors, which it is going to do with the module's."""
-        for flag in self.flags:
+        """Take the flags to where ``move`` puts tensors, which it is going to do with the module's. None stays behind:
+        whoever reads them all would wait for a copy."""
+        for device, flag in list(self._flags.items()):
             moved = move(torch.zeros_like(flag))
-            if isinstance(moved, Tensor):
-                self.on(moved.device)
+            if not isinstance(moved, Tensor) or moved.device == device:
+                continue
+            there = self.on(moved.device)
+            if "meta" not in (device.type, moved.device.type):
+                there.bitwise_or_(flag.to(moved.device))
+            del self._flags[device]
 
     def __deepcopy__(self, memo: dict) -> Status:
         copied = Status()

@@ -13,8 +13,6 @@ from typing import Any
 from torch import nn
 from torchvision.transforms import v2
 
-from transfer.errors import UserError
-
 RESIZE_MARGIN = 256 / 224  # what is cropped is first brought to image_size times this
 INTERPOLATION = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
 # How images are evaluated that were brought to size in training as the key says.
@@ -70,8 +68,6 @@ def train_transform(data: Mapping[str, Any]) -> TwoPartTransform:
     follow.
     """
     size, kind, interpolation = data["image_size"], data["train_transform"], _interpolation(data)
-    if kind == "scale_crop":
-        raise UserError.value("data.train_transform", kind, "plain|random_crop|resize_crop, for task=classification")
     fixed: list[nn.Module] = [v2.PILToTensor()]
     random: list[nn.Module] = []
     if kind == "plain":
