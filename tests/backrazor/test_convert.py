@@ -97,7 +97,7 @@ def test_the_report_speaks_only_of_what_the_model_has(model: nn.Module, lines: l
 @pytest.mark.parametrize(
     ("model", "word"),
     [
-        (nn.Sequential(nn.Linear(4, 4), nn.GELU()), "int2"),
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU()), "int4"),
         (nn.Sequential(nn.Linear(4, 4), nn.SiLU()), "int4"),
         (nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"), "int2"),
     ],
