@@ -138,11 +138,7 @@ def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], bou
     "network",
     [pytest.param(name, marks=[pytest.mark.slow] if name == "mobilenetv2_100" else []) for name in NETWORKS],
 )
-def test_one_graph_with_the_gradients_and_the_bytes_of_the_eager_step(
-    network: str, config: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # in a graph the projection behind an attention packs its own input (docs/deviations.md)
-    monkeypatch.setattr("backrazor.functional.attended.MOST_KEYS", 0.0)
+def test_one_graph_with_the_gradients_and_the_bytes_of_the_eager_step(network: str, config: str) -> None:
     case = NETWORKS[network]
     model, x = razored(case.build, CONFIGS[config]), case.inputs()
     loss, wanted = gradients(model, x)

@@ -96,8 +96,7 @@ def attention(
     scaled = _Scale(scale, scales_scores)
     fused = fused if dropout_p == 0 and codec.rule != "pruned" else None
     out, *kept = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
-    plain = mask is None and not is_causal and dropout_p == 0 and codec.rule != "pruned"
-    if kept and plain and not traced() and by_tokens(out):
+    if kept and mask is None and not is_causal and dropout_p == 0 and codec.rule != "pruned" and by_tokens(out):
         source = attended(_parts(kept, _forms(q, k, v, codec)), *scaled)
         if source is not None:
             remember_attended(out, source)
@@ -175,7 +174,7 @@ def _unfused_shapes(
 ) -> tuple[Tensor, ...]:
     batch, heads, queries, keys = *q.shape[:3], k.shape[2]
     status = q.new_empty(1, dtype=torch.int32)
-    out = q.new_empty(batch, heads, queries, v.shape[3])
+    out = q.new_empty(batch, queries, heads, v.shape[3])
     if not keeps:
         return status, out
     dropped = (q.new_empty(batch, code_bytes(heads * queries * keys, 1), dtype=torch.uint8),) if dropout_p > 0 else ()
@@ -194,10 +193,10 @@ def _sealed_unfused(
     codec: AttentionCodec,
     keeps: bool,
 ) -> tuple[Tensor, ...]:
-    """Status bits, then what ``_unfused`` gives."""
+    """Status bits, then what ``_unfused`` gives, its value by tokens (B, N, H, e)."""
     status = torch.zeros(1, dtype=torch.int32, device=q.device)
-    outputs = _unfused(q, k, v, mask, is_causal, dropout_p, scale, codec, keeps, status)
-    return status, *outputs
+    out, *kept = _unfused(q, k, v, mask, is_causal, dropout_p, scale, codec, keeps, status)
+    return status, out.transpose(1, 2), *kept
 
 
 def _gradient_shapes(
@@ -303,9 +302,9 @@ class _Attention(RazorFunction):
         given = q, k, v, mask, is_causal, dropout_p, scale, codec, keeps
         if not traced():
             return _unfused(*given, flag)
-        status, *outputs = _sealed_unfused(*given)
+        status, tokens, *kept = _sealed_unfused(*given)
         raise_flag(flag, status[0])
-        return tuple(outputs)
+        return not_a_view(tokens.transpose(1, 2)), *kept
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
