@@ -228,15 +228,19 @@ class Product(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
         self.frozen = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+        self.scale, self.own = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(64, 64))
 
     def forward(self, x: Tensor) -> Tensor:
         gate = torch.nn.functional.silu(self.a(x))
-        return (gate * self.b(x)) @ self.frozen
+        y = (gate * self.b(x)) @ self.frozen.t()
+        y = torch.nn.functional.linear(y, self.own)
+        return y @ self.scale
 
 
 @pytest.mark.parametrize("rest", ["int8", "dense"])
 def test_the_net_is_in_the_graph(rest: str) -> None:
-    """A product's factors in 8 bits, a silu by its derivative's code; a frozen weight as it is."""
+    """A product's factors in 8 bits, a silu by its derivative's code, a function's input as a layer's; weights as they
+    are, trained or frozen."""
     model, x = razored(Product, br.RazorConfig.compact(0.9, rest=rest)), torch.randn(8, 32, 64)
     _, wanted = gradients(model, x)
     run, _ = compiled(model, fullgraph=True)

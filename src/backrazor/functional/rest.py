@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NamedTuple
@@ -315,8 +315,28 @@ class TracedNet(Net):
     """The net of a module that ``torch.compile`` traces: what autograd would save is packed in the graph itself.
 
     The compiler switches hooks off while it traces, to call them when the graph runs. The outermost net of a trace
-    switches them on again: there is nothing else to be called, since hooks from outside are left out.
+    switches them on again: there is nothing else to be called, since hooks from outside are left out. What stands for a
+    parameter is neither one nor a leaf there, so that ``parameters`` are told by their storage.
     """
+
+    def __init__(
+        self,
+        packs: bool,
+        settings: Any,
+        flag: Callable[[torch.device], Tensor],
+        parameters: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+    ) -> None:
+        super().__init__(packs, settings, flag, lambda: iter((*parameters, *buffers)))
+        self._parameters = {t.untyped_storage()._cdata for t in parameters}
+        self._resident = self._parameters | {t.untyped_storage()._cdata for t in buffers}
+
+    def _lives_anyway(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self._resident
+
+    def is_parameter(self, x: Tensor) -> bool:
+        """Whether x is a parameter or a view of one."""
+        return x.untyped_storage()._cdata in self._parameters
 
     def __enter__(self) -> TracedNet:
         super().__enter__()

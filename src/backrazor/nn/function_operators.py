@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..codecs import NormCodec
-from ..functional.rest import exactly
+from ..functional.rest import TracedNet, exactly, running
 
 
 def run_exactly(place: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +117,9 @@ def _is_parameter(x: Any) -> bool:
     """Whether x is a parameter or a view of one."""
     if not isinstance(x, Tensor):
         return False
+    net = running()
+    if isinstance(net, TracedNet):
+        return net.is_parameter(x)
     base = x if x._base is None else x._base
     return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
 

@@ -80,7 +80,9 @@ _traced = _Traced()
 
 
 @one_node
-def _open(net: NetRules, flags: tuple[Tensor, ...], resident: tuple[Tensor, ...]) -> None:
+def _open(
+    net: NetRules, flags: tuple[Tensor, ...], parameters: tuple[Tensor, ...], buffers: tuple[Tensor, ...]
+) -> None:
     """A node that opens the net for the nodes that follow, while what they do is recorded. Where they only run, or give
     shapes, it does nothing."""
     if not isinstance(flags[0], FunctionalTensor):
@@ -89,7 +91,7 @@ def _open(net: NetRules, flags: tuple[Tensor, ...], resident: tuple[Tensor, ...]
     if outer is None or outer.settings.net != net:
         place = _TracedPlace(net, flags)
         context = ExitStack()
-        context.enter_context(TracedNet(net.packs, place, place.on, lambda: iter(resident)))
+        context.enter_context(TracedNet(net.packs, place, place.on, parameters, buffers))
         context.enter_context(FUNCTIONS.opened())
     _traced.open.append(context)
 
@@ -110,9 +112,7 @@ def _in_graph(module: nn.Module, place: Place) -> Iterator[None]:
     if not flags:
         yield
         return
-    # those that require a gradient are known by themselves
-    frozen = tuple(t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad)
-    _open(place.net, flags, frozen)
+    _open(place.net, flags, tuple(module.parameters()), tuple(module.buffers()))
     try:
         yield
     finally:
