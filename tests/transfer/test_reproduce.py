@@ -108,7 +108,7 @@ def test_what_is_missing_comes_first_with_its_command(tmp_path: Path, capsys: py
     assert reproduce.main([*settings, *small, "--outputs", str(tmp_path), "--dry"]) == 0
     shown = capsys.readouterr().out
     assert "missing: data pets" in shown and "dataset_setup_scripts/pets.py" in shown
-    assert "pretrain/fetch.py proxylessnas" in shown and "cells: 7 (0 finished, 7 to run)" in shown
+    assert "pretrain/fetch.py proxylessnas" in shown and "cells: 12 (0 finished, 12 to run)" in shown
     assert "estimate" in shown and not list(tmp_path.rglob("record.json"))
     assert reproduce.main([*settings, *small, "--outputs", str(tmp_path)]) == 2
     assert "--data" in capsys.readouterr().err
