@@ -29,25 +29,20 @@ def text(recipe: Recipe) -> str:
             f"published: {recipe.published.accuracy[recipe.data]}%, {recipe.published.memory_mb:g} MB by formula, "
             f"batch 8 ({recipe.row.published}, TinyTL, arXiv 2007.11622, table 2, mean of 5 runs)"
         )
-    lines = [
-        "# @package _global_",
-        f"# python train.py experiment={recipe.name}",
-        f"# {recipe.row.label}; {figure}",
-        f"# settings: {recipe.origin}",
-        "# written by scripts/write_recipes.py",
-        "defaults:",
-        *(f"  - override /{group}: {name}" for group, name in recipe.groups.items()),
-        "",
-    ]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(dict(recipe.settings), sort_keys=False)
+    return _content(recipe, f"experiment={recipe.name}", f"# {recipe.row.label}; {figure}")
 
 
 def pair_text(recipe: Recipe) -> str:
     """Return the content of the file of a backbone and a data set."""
     model, data = recipe.name.split("/")
+    return _content(recipe, f"model={model} data={data}")
+
+
+def _content(recipe: Recipe, arguments: str, *about: str) -> str:
     lines = [
         "# @package _global_",
-        f"# python train.py model={model} data={data}",
+        f"# python train.py {arguments}",
+        *about,
         f"# settings: {recipe.origin}",
         "# written by scripts/write_recipes.py",
         "defaults:",

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .codecs import NormCodec, Pruned
+from .codecs import NormCodec, Pruned, whole_values
 from .config import RazorConfig
 from .functional import AttentionCodec
 from .nn import DROP_INS, STAYS, WINDOWED, DropIn, LayerRules, drop_in_for, qualified_name
@@ -214,8 +214,8 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
             values = "float32"
         elif is_head and surroundings.is_cnn:
             values = "int8"
-    if whole and values == "int4":
-        values = "int8"
+    if whole:
+        values = whole_values(values)
     pruned = Pruned(sparsity, values, config.index, config.fill)
     norm_values = "float32" if config.values == "paper" else values
     of_norm = (config.batch_norm if isinstance(module, _BatchNorm) else None) or config.norm

@@ -8,6 +8,9 @@ from typing import Any
 
 from transfer.errors import UserError
 
+# Keys of the razor section that change a preset, and that are null where they do not.
+RAZOR_OVERRIDES = ("values", "index", "fill", "norm", "batch_norm", "activation", "attention", "rest", "head_sparsity")
+
 
 @dataclass(frozen=True)
 class Key:

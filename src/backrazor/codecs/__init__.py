@@ -6,7 +6,7 @@ from .inputs import CHANNELS, FEATURES, Use
 from .normalised import AffineForm, NormCodec
 from .packed import NOTHING, Form, Packed, load, packed_of, save, save_outputs
 from .products import ConvProduct, LinearProduct, Window
-from .pruned import Pruned, PrunedForm, kept_count, pack
+from .pruned import Pruned, PrunedForm, kept_count, pack, whole_values
 from .roles import mark, role_of
 from .rows import Rows
 from .shared import (
@@ -56,4 +56,5 @@ __all__ = [
     "smooth_codec",
     "smooth_word",
     "times",
+    "whole_values",
 ]

@@ -26,7 +26,7 @@ from .averaged import Averaged
 from .derivative import Bits, DerivativeForm
 from .guessed import Guessed
 from .packed import Packed
-from .pruned import Pruned, pack
+from .pruned import Pruned, pack, whole_values
 
 # Where a mean over fewer positions would cost as much as they do.
 FEWEST_POSITIONS = 4
@@ -83,12 +83,12 @@ class Activation:
 def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None, flag: Tensor) -> Packed:
     """Pack x (B, ...) for the gradient of a weight that reads it as ``use`` says. ``activation``: what is known of the
     activation that x comes from; None where it comes from none."""
-    if codec.fill == "zero" or codec.sparsity == 0 or x.dim() < 3:
+    if not codec.guesses or x.dim() < 3:
         return pack(x, codec, flag)
     positions = math.prod(x.shape[1:-1] if use.features else x.shape[2:])
     if positions < FEWEST_POSITIONS or not x.numel():
-        values = "int8" if codec.values == "int4" else codec.values
-        return pack(x, codec if use.features else replace(codec, sparsity=0.0, values=values), flag)
+        whole = replace(codec, sparsity=0.0, values=whole_values(codec.values))
+        return pack(x, codec if use.features else whole, flag)
     if use.features:
         return Guessed(codec, True).pack(x, flag)
     if activation is None and x.dim() == 4:

@@ -33,6 +33,11 @@ class Pruned:
     index: str = "auto"
     fill: str = "zero"
 
+    @property
+    def guesses(self) -> bool:
+        """Whether backward reads something else than zero for a dropped element."""
+        return self.fill != "zero" and self.sparsity > 0
+
     def form(self, x: Tensor) -> PrunedForm:
         """How x (B, ...) is going to be stored."""
         n = math.prod(x.shape[1:])
@@ -46,6 +51,11 @@ class Pruned:
             index=_index(self.index, n, keep),
             channels_last=channels_last,
         )
+
+
+def whole_values(values: str) -> str:
+    """The ``values`` of what is kept whole though others are pruned: no fewer than 8 bits."""
+    return "int8" if values == "int4" else values
 
 
 def _stored_type(values: str, dtype: torch.dtype) -> str:

@@ -92,7 +92,7 @@ def pack_shared(x: Tensor, codec: Pruned, use: Use, flag: Tensor, given: Tensor 
     given = x if given is None else given
     choice = codec, use
     packed = source_of(x)
-    if packed is None and codec.fill != "zero" and codec.sparsity > 0:
+    if packed is None and codec.guesses:
         packed = _attended_of(x)
     packed = packed or _packed_before(x, choice)
     if packed is None:

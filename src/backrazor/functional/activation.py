@@ -40,10 +40,8 @@ def piecewise_linear(
 
     NaN passes the gradient, as PyTorch's threshold and hardtanh backward do; a NaN ``high`` means no upper bound.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or (inplace and traced()):
         return _piecewise_linear_of(x, computed(forward, x, inplace), low, None if math.isnan(high) else high, inplace)
-    if inplace and traced():
-        return _piecewise_linear_of(x, computed(forward, x, True), low, None if math.isnan(high) else high, True)
     if not needs_grad(x):
         out = forward(x)
         remember_activation(out)

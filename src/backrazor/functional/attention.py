@@ -96,7 +96,8 @@ def attention(
     scaled = _Scale(scale, scales_scores)
     fused = fused if dropout_p == 0 and codec.rule != "pruned" else None
     out, *kept = _Attention.run(q, k, v, mask, is_causal, dropout_p, scaled, codec, flag, keeps, fused)
-    if kept and mask is None and not is_causal and dropout_p == 0 and codec.rule != "pruned" and by_tokens(out):
+    plain = mask is None and not is_causal and dropout_p == 0 and codec.rule != "pruned"
+    if kept and plain and codec.pruned.guesses and by_tokens(out):  # else nobody asks, and the note would hold codes
         source = attended(_parts(kept, _forms(q, k, v, codec)), *scaled)
         if source is not None:
             remember_attended(out, source)

@@ -73,6 +73,15 @@ def _affine_sums(sums: list[Tensor | None], parts: list[Tensor | None], whole: b
     return [None if part is None else added(total, part, whole) for total, part in zip(sums, parts, strict=True)]
 
 
+def _like_gradients(
+    grad: Tensor, weight: Tensor | None, shape: tuple[int, ...], mask: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Tensors like the gradients of x, weight and bias, the last two of ``shape``, where ``mask`` asks for them."""
+    dtype = grad.dtype if weight is None else weight.dtype
+    sums = (grad.new_empty(shape, dtype=dtype) if need else None for need in mask[1:])
+    return torch.empty_like(grad) if mask[0] else None, *sums
+
+
 def _flat(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.flatten()
 
@@ -109,9 +118,7 @@ def _layer_gradient_shapes(
     shape: tuple[int, ...],
     mask: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    dtype = grad.dtype if weight is None else weight.dtype
-    sums = (grad.new_empty(shape, dtype=dtype) if need else None for need in mask[1:])
-    return torch.empty_like(grad) if mask[0] else None, *sums
+    return _like_gradients(grad, weight, shape, mask)
 
 
 @sealed(_layer_gradient_shapes)
@@ -196,9 +203,7 @@ def group_norm(
 def _group_gradient_shapes(
     grad: Tensor, weight: Tensor | None, rstd: Tensor, packed: Packed, groups: int, mask: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    dtype = grad.dtype if weight is None else weight.dtype
-    sums = (grad.new_empty(grad.shape[1], dtype=dtype) if need else None for need in mask[1:])
-    return torch.empty_like(grad) if mask[0] else None, *sums
+    return _like_gradients(grad, weight, (grad.shape[1],), mask)
 
 
 @sealed(_group_gradient_shapes)

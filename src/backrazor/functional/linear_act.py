@@ -41,15 +41,17 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Epilogue, co
     cast = autocast_dtype(x)
     packed = pack_shared(x, codec, Use.of(weight), flag).arguments if needed and weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
-    out, *_ = _LinearAct.run(x, weight, bias, act, needed, cast, *packed)
-    remember_activation(out)
-    return out
+    return _run(LinearRecipe(x, weight, bias, cast, packed), act, needed)
 
 
 def activated_linear(recipe: LinearRecipe, act: Epilogue) -> Tensor:
     """``linear_act`` of what made a Linear's output."""
+    return _run(recipe, act, True)
+
+
+def _run(recipe: LinearRecipe, act: Epilogue, keeps: bool) -> Tensor:
     x, weight, bias, cast, packed = recipe
-    out, *_ = _LinearAct.run(x, weight, bias, act, True, cast, *packed)
+    out, *_ = _LinearAct.run(x, weight, bias, act, keeps, cast, *packed)
     remember_activation(out)
     return out
 

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from transfer.data.images import UnusableImage
 from transfer.data.spec import LabelledImages
+from transfer.data.transforms import flip_and_jitter
 from transfer.errors import UserError
 
 UNLABELLED = 255  # in a mask: a pixel that counts neither in the loss nor in a score
@@ -140,12 +141,7 @@ def mask_train_transform(data: Mapping[str, Any]) -> tuple[Pair, Pair]:
         random += [RandomScale(), v2.RandomCrop(size, pad_if_needed=True, fill=fill)]
     else:
         random.append(v2.RandomResizedCrop(size, (data["crop_scale_min"], 1.0), antialias=True))
-    if data["flip"]:
-        random.append(v2.RandomHorizontalFlip())
-    if data["color_jitter"] or data["hue_jitter"]:
-        jitter = data["color_jitter"]
-        random.append(v2.ColorJitter(jitter, jitter, jitter, data["hue_jitter"]))
-    return Pair(*fixed), Pair(*random)
+    return Pair(*fixed), Pair(*random, *flip_and_jitter(data))
 
 
 def mask_eval_transform(data: Mapping[str, Any]) -> tuple[Pair, Pair]:

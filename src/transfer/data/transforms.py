@@ -77,9 +77,14 @@ def train_transform(data: Mapping[str, Any]) -> TwoPartTransform:
             fixed.append(_co_tuning_resize(size))
         scale = (data["crop_scale_min"], 1.0)
         random.append(v2.RandomResizedCrop(size, scale, interpolation=interpolation, antialias=True))
-    if data["flip"]:
-        random.append(v2.RandomHorizontalFlip())
+    random += flip_and_jitter(data)
+    return TwoPartTransform(v2.Compose(fixed), v2.Compose(random) if random else nn.Identity())
+
+
+def flip_and_jitter(data: Mapping[str, Any]) -> list[nn.Module]:
+    """What ``data.flip`` and the jitters add to the end of a random part."""
+    steps: list[nn.Module] = [v2.RandomHorizontalFlip()] if data["flip"] else []
     if data["color_jitter"] or data["hue_jitter"]:
         jitter = data["color_jitter"]
-        random.append(v2.ColorJitter(jitter, jitter, jitter, data["hue_jitter"]))
-    return TwoPartTransform(v2.Compose(fixed), v2.Compose(random) if random else nn.Identity())
+        steps.append(v2.ColorJitter(jitter, jitter, jitter, data["hue_jitter"]))
+    return steps

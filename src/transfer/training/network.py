@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import backrazor as br
 from transfer.errors import UserError
+from transfer.keys import RAZOR_OVERRIDES
 from transfer.models import Backbone, build_backbone, build_segmenter, build_text_classifier
 from transfer.models.frozen_storage import store_frozen_at_8_bits
 from transfer.models.text import insert_lora
@@ -26,7 +27,6 @@ from transfer.training.checkpointing import apply_checkpointing
 from transfer.training.methods import apply_method, set_train_mode
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by trainer.precision
-RAZOR_OVERRIDES = ("head_sparsity", "values", "index", "fill", "norm", "batch_norm", "activation", "attention", "rest")
 
 
 @dataclass(frozen=True)
