@@ -14,23 +14,20 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import hydra
-from hydra import compose
 from hydra._internal.utils import get_args_parser  # private, but the only way to have its complaint as one line
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from transfer.composition import compose_config, described, options, register
 from transfer.errors import Interrupted, RankLost, UserError, one_line
+from transfer.groups import CONFIGS, GROUPS
 from transfer.help import help_text, offered
 from transfer.pairs import recipe_of, with_recipe
-from transfer.settings import BY_PATH
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("task", "model", "data", "razor", "method", "optim", "trainer", "recipe", "experiment")
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")
 LOADING_FLAGS = ("--experimental-rerun", "--config-", "-cp", "-cn", "-cd")
 # Exit codes; a signal that a run was stopped by gives 128 + its number, as in a shell: 130 Ctrl-C, 143 SIGTERM.
@@ -38,19 +35,9 @@ WRONG_INPUT, NOT_FINITE, RANK_LOST, INTERRUPTED = 2, 3, 4, 130
 EXPECTED = (UserError, FloatingPointError, RankLost, OmegaConfBaseException)
 
 
-def group_options() -> dict[str, list[str]]:
-    """Return the names that each configuration group offers."""
-    return {
-        group: sorted(
-            str(file.relative_to(CONFIGS / group).with_suffix("")) for file in (CONFIGS / group).rglob("*.yaml")
-        )
-        for group in GROUPS
-    }
-
-
 def refused_name(group: str, argument: str, name: str = "") -> str:
     """Return what is to be said against a name that ``group`` does not offer."""
-    names = group_options()[group]
+    names = options()[group]
     close = difflib.get_close_matches(name, names, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"{argument} is not allowed: {offered(group, names, '|')}{hint}"
@@ -109,15 +96,10 @@ def run_composed(composed: DictConfig, overrides: list[str]) -> None:
     """
     from transfer.training.run import execute  # here, so that --help and a wrong command line answer at once
 
-    chosen = with_recipe(overrides, CONFIGS)
-    if chosen != overrides:  # a run of a sweep over models or data sets
-        composed = compose("train", overrides=chosen)
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        meaning = BY_PATH[missing[0]].help if missing[0] in BY_PATH else "it has no default"
-        raise UserError(f"{missing[0]} must be given ({meaning}): write {missing[0]}=...")
+    chosen = with_recipe(overrides)
     take_submitit_rank()
-    config = OmegaConf.to_container(composed, resolve=True)
+    # A run of a sweep over models or data sets finds its recipe here.
+    config = compose_config(chosen) if chosen != overrides else OmegaConf.to_container(composed, resolve=True)
     execute(config, HydraConfig.get().runtime.choices.get("experiment"), recipe_of(chosen))
 
 
@@ -137,6 +119,7 @@ def hydra_app(problems: list[Exception]) -> Callable[[], None]:
     begins with the job's number, for others log beside it.
     """
     process = os.getpid()
+    register()
 
     @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
     def job(composed: DictConfig) -> None:
@@ -156,11 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(group_options()))
+        print(help_text(options()))
         return 0
+    if arguments[:1] == ["--list"]:
+        return list_group(arguments[1:])
     problems: list[Exception] = []
     try:
-        completed = with_recipe(arguments, CONFIGS)
+        completed = with_recipe(arguments)
     except UserError as error:
         completed, problems = arguments, [error]
     with console_log(), hydra_environment(completed):
@@ -182,6 +167,15 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         say(problem)
     return exit_code(problems[0]) if problems else 0
+
+
+def list_group(names: list[str]) -> int:
+    """Print a line for each option of the one group in ``names`` and return the exit code."""
+    if len(names) != 1 or names[0] not in GROUPS:
+        say(UserError.value("--list", " ".join(names), "|".join(GROUPS)))
+        return WRONG_INPUT
+    print("\n".join(described(names[0])))
+    return 0
 
 
 def say(problem: BaseException) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from transfer.errors import UserError, one_line
 from transfer.report import write_report
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WRONG_INPUT = 2
 
 
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page = options.out or options.folder / "report.html"
     try:
-        count = write_report(options.folder, page, CONFIGS)
+        count = write_report(options.folder, page)
     except UserError as error:
         print(f"make_report.py: {one_line(error)}", file=sys.stderr)
         return WRONG_INPUT

@@ -10,23 +10,23 @@ import sys
 import textwrap
 from pathlib import Path
 
+from transfer.composition import options
 from transfer.errors import UserError
 from transfer.tables import accuracy_against_peak, caption, load_runs, summarise, to_terminal, write_tables
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
-
 
 def expected_rows(table: str | None) -> list[str]:
-    """Return the experiments of one table, ``configs/experiment/<table>/*.yaml``.
+    """Return the experiments of one table.
 
     Raises:
         UserError: there is no such table.
     """
     if table is None:
         return []
-    names = sorted(f"{table}/{file.stem}" for file in (EXPERIMENTS / table).glob("*.yaml"))
+    every = options()["experiment"]
+    names = [name for name in every if name.startswith(f"{table}/")]
     if not names:
-        known = sorted(folder.name for folder in EXPERIMENTS.iterdir() if folder.is_dir())
+        known = dict.fromkeys(name.partition("/")[0] for name in every)
         raise UserError.value("--expect", table, "|".join(known))
     return names
 
@@ -35,16 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of runs; every record.json below it is read")
-    parser.add_argument("--expect", metavar="TABLE", help="show a row for each file in configs/experiment/TABLE")
+    parser.add_argument("--expect", metavar="TABLE", help="show a row for each experiment TABLE/...")
     parser.add_argument("--out", type=Path, help="where the files go; default FOLDER/tables")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     try:
-        runs = load_runs(options.folder)
-        summary = summarise(runs, expected_rows(options.expect))
+        runs = load_runs(given.folder)
+        summary = summarise(runs, expected_rows(given.expect))
     except UserError as error:
         print(f"make_tables.py: {error}", file=sys.stderr)
         return 2
-    out = options.out or options.folder / "tables"
+    out = given.out or given.folder / "tables"
     written = write_tables(summary, runs, out)
     figure = accuracy_against_peak(summary, out / "accuracy_against_peak.png")
     print(to_terminal(summary))

@@ -16,20 +16,17 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from transfer.composition import compose_config
 from transfer.errors import UserError, one_line, stop_with_reader
 from transfer.memory_profile import StepProfile, layer_table, need_table, parse_size
 from transfer.pairs import with_recipe
 from transfer.settings import MIN_IMAGE_SIZE, validate
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OWN = {"batch": "8", "image_size": "224", "classes": "1000", "rows": "30", "budget": ""}
 AUTO = "razor.sparsity=auto"
 WRONG_INPUT = 2
@@ -63,15 +60,10 @@ def whole(own: dict[str, str], name: str, least: int, most: int) -> int:
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the configuration of ``overrides``, validated, as plain values; weights are random."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", overrides=["model.pretrained=false", *with_recipe(overrides, CONFIGS)])
-    missing = sorted(OmegaConf.missing_keys(config) - {"data.root"})
-    if missing:
-        raise UserError(f"{missing[0]} must be given: write {missing[0]}=...")
-    OmegaConf.update(config, "data.root", None)  # no data is read
-    plain = OmegaConf.to_container(config, resolve=True)
-    validate(plain)
-    return plain
+    config = compose_config(["model.pretrained=false", *with_recipe(overrides)])
+    config["data"]["root"] = "."  # no data is read
+    validate(config)
+    return config
 
 
 def report(arguments: Sequence[str]) -> None:

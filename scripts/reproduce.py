@@ -18,11 +18,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from transfer.composition import compose_config
 from transfer.errors import UserError, one_line
 from transfer.experiments import DIGITS_TABLES, REAL_DATA, SMOKE_DATA, TABLES, experiments
 from transfer.recipes import DATA, Recipe
@@ -86,15 +85,13 @@ def compose_cells(chosen: list[Recipe], seeds: list[int], overrides: list[str]) 
         UserError: an override is refused.
     """
     found = []
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for recipe in chosen:
-            try:
-                composed = compose("train", overrides=[f"experiment={recipe.name}", *overrides])
-            except (HydraException, OmegaConfBaseException) as error:
-                raise UserError(f"{' '.join(overrides)}: {one_line(error)}") from error
-            config = OmegaConf.to_container(composed, resolve=True)
-            validate(config)
-            found += [Cell(recipe, {**config, "seed": seed}) for seed in seeds]
+    for recipe in chosen:
+        try:
+            config = compose_config([f"experiment={recipe.name}", *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"{' '.join(overrides)}: {one_line(error)}") from error
+        validate(config)
+        found += [Cell(recipe, {**config, "seed": seed}) for seed in seeds]
     return found
 
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-_CHOICES = {
-    "values": ("float32", "float16", "bfloat16", "int8", "int4", "paper"),
-    "fill": ("zero", "mean", "known"),
-    "index": ("auto", "bitmap", "tile"),
-    "norm": ("dense", "pruned", "bfloat16", "int8", "int4"),
-    "batch_norm": (None, "dense", "pruned", "bfloat16", "int8", "int4"),
-    "activation": ("dense", "float16", "int8", "int4", "int2", "auto"),
-    "attention": ("dense", "pruned", "int8", "int4"),
-    "rest": ("dense", "int8"),
+
+class Word(NamedTuple):
+    """A field of ``RazorConfig`` that takes one of a few words: what it decides, and the words."""
+
+    meaning: str
+    choices: tuple[str, ...]
+
+
+WORDS = {
+    "values": Word("type of kept values", ("float32", "float16", "bfloat16", "int8", "int4", "paper")),
+    "index": Word("index format", ("auto", "bitmap", "tile")),
+    "fill": Word("what backward reads for a dropped element", ("zero", "mean", "known")),
+    "norm": Word("how norm layers keep their input", ("dense", "pruned", "bfloat16", "int8", "int4")),
+    "batch_norm": Word(
+        "how batch norm on batch statistics keeps its input", ("dense", "pruned", "bfloat16", "int8", "int4")
+    ),
+    "activation": Word(
+        "how smooth activations keep their derivative", ("dense", "float16", "int8", "int4", "int2", "auto")
+    ),
+    "attention": Word("how attention keeps q, k, v and scores", ("dense", "pruned", "int8", "int4")),
+    "rest": Word("how what autograd keeps beside the layers above is kept", ("dense", "int8")),
 }
 _BITS = {"int8": 8, "int4": 4, "int2": 2}
 
@@ -75,10 +87,11 @@ class RazorConfig:
         _check_share("sparsity", self.sparsity)
         if self.head_sparsity is not None:
             _check_share("head_sparsity", self.head_sparsity)
-        for name, allowed in _CHOICES.items():
+        for name, word in WORDS.items():
             value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(map(str, allowed))}")
+            if value not in word.choices and not (name == "batch_norm" and value is None):
+                allowed = (*word.choices, "None") if name == "batch_norm" else word.choices
+                raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(allowed)}")
 
     @classmethod
     def compact(cls, sparsity: float = 0.9, **changes: Any) -> RazorConfig:

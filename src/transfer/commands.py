@@ -5,49 +5,50 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from transfer.composition import composed, content
+from transfer.groups import file_names, read_file
 from transfer.records import task_of
-from transfer.settings import flatten
+from transfer.settings import defaults, flatten
 
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")  # what Hydra takes for a text without quotes
 UNNAMED = {"model": "timm"}  # the group's file for a name that has none of its own
 
 
-def command_of(record: Mapping[str, Any], configs: Path) -> str:
-    """Return ``python train.py ...`` with what ``record`` sets otherwise than the files in ``configs``.
+def command_of(record: Mapping[str, Any]) -> str:
+    """Return ``python train.py ...`` with what ``record`` sets otherwise than the defaults.
 
-    Where a run goes (``paths.*``) is left out. The experiment's or the recipe's own file is used if it is there.
+    Where a run goes (``paths.*``) is left out. The experiment or the recipe is named if it is still there.
     """
     config, experiment, recipe = record["config"], record["experiment"], record.get("recipe")
-    body = _read(configs / "train.yaml")
+    body = read_file("train")
     choices = _choices(body)
     arguments, beneath = [], {}
-    own = {group: _choice(config, group, configs) for group in choices if group in config}
-    if experiment and (file := configs / "experiment" / f"{experiment}.yaml").is_file():
-        arguments, beneath = [f"experiment={experiment}"], {"experiment": _read(file)}
-    elif (file := configs / "recipe" / f"{own['model']}" / f"{own['data']}.yaml").is_file():
+    own = {group: _choice(config, group) for group in choices if group in config}
+    pair = f"{own['model']}/{own['data']}"
+    if experiment and (found := content("experiment", experiment)) is not None:
+        arguments, beneath = [f"experiment={experiment}"], {"experiment": found}
+    elif pair in composed("recipe"):
         if recipe:
-            beneath = {"recipe": _read(file)}
+            beneath = {"recipe": content("recipe", pair)}
             arguments = [f"{group}={own[group]}" for group in ("model", "data")]
             choices |= {group: own[group] for group in ("model", "data")}
         else:
             arguments = ["recipe=none"]
-    for content in beneath.values():
-        choices |= {group.removeprefix("override /"): name for group, name in _choices(content).items()}
+    for found in beneath.values():
+        choices |= {group.removeprefix("override /"): name for group, name in _choices(found).items()}
     for group, name in own.items():
         if name is not None and name != choices[group]:
             arguments.append(f"{group}={name}")
             choices[group] = name
-    base: dict[str, Any] = body
+    base: dict[str, Any] = defaults()
+    _merge(base, body)
     for group, name in choices.items():
         if group in beneath:
             _merge(base, beneath[group])
         elif group in config:
-            _merge(base.setdefault(group, {}), _read(configs / group / f"{name}.yaml"))
+            _merge(base.setdefault(group, {}), content(group, name) or {})
     known = dict(flatten(base))
     for path, value in flatten(config):
         if not path.startswith("paths.") and known.get(path, "???") != value:
@@ -62,28 +63,11 @@ def _choices(body: dict[str, Any]) -> dict[str, str]:
     return {group: name for group, name in chosen.items() if not group.startswith("override hydra/")}
 
 
-def _choice(config: Mapping[str, Any], group: str, configs: Path) -> str | None:
+def _choice(config: Mapping[str, Any], group: str) -> str | None:
     name = config.get(group, {}).get("name")
-    if name is None or (configs / group / f"{name}.yaml").is_file():
+    if name is None or name in file_names(group):
         return name
     return "hf" if group == "model" and task_of(config) == "text" else UNNAMED.get(group)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return _numbers(content)
-
-
-def _numbers(content: Any) -> Any:
-    """YAML 1.1 takes ``3e-4`` for a text; Hydra does not."""
-    if isinstance(content, dict):
-        return {key: _numbers(value) for key, value in content.items()}
-    if isinstance(content, str):
-        try:
-            return float(content)
-        except ValueError:
-            return content
-    return content
 
 
 def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:

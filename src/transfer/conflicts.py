@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from backrazor.config import WORDS
 from transfer.errors import UserError
-from transfer.keys import RAZOR_OVERRIDES
 
 
 def check_conflicts(given: Mapping[str, Any]) -> None:
@@ -15,6 +15,8 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming both, and what to choose.
     """
+    if given["data.name"] == "folder" and given["data.root"] is None:
+        raise UserError("data.root must be given (folder that holds the images): write data.root=...")
     preset, sparsity = given["razor.name"], given["razor.sparsity"]
     if preset in ("none", "int8"):
         if sparsity:
@@ -22,7 +24,7 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
                 f"razor={preset} razor.sparsity={sparsity} contradict each other: {preset} prunes nothing; "
                 "choose razor=compact or razor=paper, or leave razor.sparsity out"
             )
-        extra = [path for path in (*RAZOR_OVERRIDES, "dense") if given[f"razor.{path}"] is not None]
+        extra = [path for path in (*WORDS, "head_sparsity", "dense") if given[f"razor.{path}"] is not None]
         for path, plain in (("forward", "dense"), ("selection", "magnitude")):
             if (value := given[f"razor.{path}"]) != plain:
                 raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from transfer.keys import REQUIRED, Key
 from transfer.settings import KEYS
 
 MOST_NAMES = 20  # of a group that are spelt in one line
@@ -16,10 +17,10 @@ def offered(group: str, names: Sequence[str], separator: str = ", ") -> str:
         return separator.join(names)
     example = next(name for name in names if "/" in name)
     if group == "recipe":
-        return f"none{separator}a pair such as {example}; `ls configs/{group}/*` lists them"
+        return f"none{separator}a pair such as {example}; `python train.py --list {group}` lists them"
     counts = Counter(name.partition("/")[0] for name in names)
     tables = separator.join(f"{folder}/ ({count})" for folder, count in counts.items())
-    return f"{tables}; `ls configs/{group}/*` lists them"
+    return f"{tables}; `python train.py --list {group}` lists them"
 
 
 def help_text(groups: Mapping[str, list[str]]) -> str:
@@ -36,16 +37,25 @@ def help_text(groups: Mapping[str, list[str]]) -> str:
         "  python train.py experiment=demo/compact90          one of the committed experiments",
         "  python train.py -m seed=1,2,3                      one run for each value",
         "  python train.py --cfg job                          print the configuration and stop",
+        "  python train.py --list experiment                  a line for each option of a group",
         "",
         "Groups (group=name):",
     ]
     lines += [f"  {group:<11} {offered(group, names)}" for group, names in groups.items()]
     lines += ["", *recipe_lines(groups["recipe"]), "", "Keys (key=value):"]
     for key in KEYS:
-        lines.append(f"  {key.path:<28} {key.allowed}")
+        lines.append(f"  {key.path:<28} {key.allowed}{default_of(key)}")
         lines.append(f"  {'':<28}   {key.help}")
     lines += ["", "A wrong value ends with exit code 2 and one line; HYDRA_FULL_ERROR=1 shows the traceback."]
     return "\n".join(lines)
+
+
+def default_of(key: Key) -> str:
+    """Say what ``key`` is where nothing sets it; the choice of a group's file is that of configs/train.yaml."""
+    if key.default == REQUIRED or (key.default is None and key.optional):
+        return ""
+    shown = str(key.default).lower() if isinstance(key.default, bool) else key.default
+    return f"; default {shown}"
 
 
 def recipe_lines(names: Sequence[str]) -> list[str]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from transfer.errors import UserError
 
-# Keys of the razor section that change a preset, and that are null where they do not.
-RAZOR_OVERRIDES = ("values", "index", "fill", "norm", "batch_norm", "activation", "attention", "rest", "head_sparsity")
+REQUIRED = "???"  # Hydra's word for a value that a group's file or the command line must bring
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,7 @@ class Key:
     Args:
         path: dotted name, as written on the command line.
         kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
+        default: its value where no group's file, experiment or argument says otherwise; ``REQUIRED`` has none.
         help: meaning and unit.
         choices: the allowed strings; empty for any.
         low, high: allowed range of a number; ``open_low``/``open_high`` leave the end itself out.
@@ -27,6 +27,7 @@ class Key:
 
     path: str
     kind: type
+    default: Any
     help: str
     choices: tuple[str, ...] = ()
     low: float | None = None
@@ -55,7 +56,9 @@ class Key:
         return text + (" or null" if self.optional else "")
 
     def check(self, value: Any) -> None:
-        """Raise ``UserError`` where ``value`` is not allowed."""
+        """Raise ``UserError`` where ``value`` is not allowed, or there is none."""
+        if value == REQUIRED:
+            raise UserError(f"{self.path} must be given ({self.help}): write {self.path}=...")
         if not self._accepts(value):
             shown = "null" if value is None else value
             raise UserError.value(self.path, shown, f"{self.allowed} ({self.help})")

@@ -1,22 +1,20 @@
 """The paper's recipe for a backbone and a data set that a command line names without an experiment.
 
-A recipe is a file configs/recipe/<model>/<data>.yaml. Every key and group on the command line overrides it, and
-``recipe=none`` leaves it out.
+A recipe is called <model>/<data>. Every key and group on the command line overrides it, and ``recipe=none`` leaves it
+out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-import yaml
-
+from transfer.composition import composed
 from transfer.errors import UserError
 
 NONE = "none"
-_NAME = re.compile(r"\w+")  # anything else is a list, or no file's name
-# Groups that a backbone's recipes choose, too. A recipe's file cannot: it lies below both, so that they win over it.
+_NAME = re.compile(r"\w+")  # anything else is a list, or no name
+# Groups that a backbone's recipes choose, too. A recipe cannot: it lies below both, so that they win over it.
 TAKES = {"tinytl": {"method": "tinytl_lb", "razor": "none"}}
 
 
@@ -26,7 +24,7 @@ def recipe_of(overrides: Sequence[str]) -> str | None:
     return None if name == NONE else name
 
 
-def with_recipe(overrides: Sequence[str], configs: Path) -> list[str]:
+def with_recipe(overrides: Sequence[str]) -> list[str]:
     """Return ``overrides`` with the recipe of the pair that they name, where there is one for it.
 
     Nothing is added where they name an experiment or a recipe, or several models or data sets: the runs of a sweep find
@@ -34,7 +32,6 @@ def with_recipe(overrides: Sequence[str], configs: Path) -> list[str]:
 
     Args:
         overrides: ``key=value`` words, among others.
-        configs: the folder of configurations.
 
     Raises:
         UserError: they name another optimizer than the recipe's and no learning rate for it.
@@ -47,20 +44,17 @@ def with_recipe(overrides: Sequence[str], configs: Path) -> list[str]:
         return words
     if _named(words, "experiment") not in (None, "null") or not _NAME.fullmatch(model) or not _NAME.fullmatch(data):
         return words
-    file = configs / "recipe" / model / f"{data}.yaml"
-    if not file.is_file():
-        return words
     name = f"{model}/{data}"
-    _check_optimizer(words, name, file)
+    if name not in composed("recipe"):
+        return words
+    _check_optimizer(words, name)
     place = max(index for index, word in enumerate(words) if _group(word) == "model")
     chosen = [f"{group}={option}" for group, option in TAKES.get(model, {}).items() if not _touched(words, group)]
     return [*words[: place + 1], f"recipe={name}", *chosen, *words[place + 1 :]]
 
 
-def _check_optimizer(words: Sequence[str], name: str, file: Path) -> None:
-    asked = _named(words, "optim")
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    own = next(entry["override /optim"] for entry in content["defaults"] if "override /optim" in entry)
+def _check_optimizer(words: Sequence[str], name: str) -> None:
+    asked, own = _named(words, "optim"), composed("recipe")[name].groups["optim"]
     if asked not in (None, own) and _named(words, "optim.lr") is None:
         raise UserError(
             f"optim={asked} is not what the recipe {name} is made for: its learning rate belongs to {own}; "

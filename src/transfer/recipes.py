@@ -1,8 +1,7 @@
 """The experiments of tables 1 and 2 and of the table on digits, in one place: what each row and data set sets.
 
-``scripts/write_recipes.py`` writes configs/experiment/ and configs/recipe/ from this module, ``scripts/reproduce.py``
-runs those files and ``transfer.tables.grid`` lays their records out. ``transfer.released`` holds the values and where
-each comes from.
+``transfer.composition`` hands them to Hydra, ``scripts/reproduce.py`` runs them and ``transfer.tables.grid`` lays their
+records out. ``transfer.released`` holds the values and where each comes from.
 """
 
 from __future__ import annotations
@@ -125,11 +124,11 @@ DIGITS_LR = {"last": 3e-3, "bias": 1e-2, "norm_last": 1e-2, "full": 3e-4}
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: configs/experiment/<name>.yaml.
+    """One experiment, or the recipe of a backbone and a data set.
 
     Args:
         name: ``table1/pets_full``.
-        groups: the defaults list of its file.
+        groups: the option of each group that it chooses.
         settings: the keys that it sets.
         published: its published figures, None where there are none.
         origin: where its settings come from.
@@ -142,6 +141,17 @@ class Recipe:
     settings: Mapping[str, Any]
     published: Published | None
     origin: str
+
+    @property
+    def about(self) -> str:
+        """What it is, its published figures, and where its settings come from, in one line."""
+        figure = "not published here"
+        if self.published is not None:
+            figure = (
+                f"published: {self.published.accuracy[self.data]}%, {self.published.memory_mb:g} MB by formula, "
+                f"batch 8 ({self.row.published}, TinyTL, arXiv 2007.11622, table 2, mean of 5 runs)"
+            )
+        return f"{self.row.label}; {figure}; settings: {self.origin}"
 
 
 def recipes(table: str) -> list[Recipe]:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from dataset_helpers import REPOSITORY, one_error, run, snapshot
-from omegaconf import OmegaConf
 from PIL import Image
 from tiny_archives import MAKERS, cifar_batch, with_checksums
 from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, Food101, OxfordIIITPet
 from torchvision.transforms import v2
 
+from transfer.composition import compose_config
 from transfer.data import build_data
 from transfer.data.published import PUBLISHED, SPLIT_SEED, VAL_FRACTION, build, load
 from transfer.data.published.cifar import read_pickle
@@ -209,7 +209,7 @@ def test_the_configuration_that_ships_loads_the_data_set(name, tiny, setup_main,
     tiny[name].place(tmp_path)
     assert run(setup_main, spec, tmp_path) == 0
     monkeypatch.setitem(PUBLISHED, name, spec)
-    settings = dict(OmegaConf.load(REPOSITORY / f"configs/data/{name}.yaml"))
+    settings = compose_config([f"data={name}"])["data"]
     assert (settings["val_fraction"], settings["split_seed"]) == (VAL_FRACTION, SPLIT_SEED)
     settings |= {"image_size": 32, "val_fraction": 0.5}
     bundle = build_data(settings, {"data": str(tmp_path)})
@@ -231,7 +231,7 @@ def test_validation_images_can_be_named_in_a_file(tiny, setup_main, tmp_path, mo
     names = [train.images.paths[index].name for index in first]
     file = tmp_path / "val.txt"
     file.write_text("".join(f"train/{label}/{name} {label}\n" for label, name in enumerate(names)))
-    settings = dict(OmegaConf.load(REPOSITORY / "configs/data/pets.yaml"))
+    settings = compose_config(["data=pets"])["data"]
     settings |= {"image_size": 32, "val_file": str(file), "protocol": "official", "official_test": "val"}
     bundle = build_data(settings, {"data": str(tmp_path)})
     held = bundle.test.source.images
@@ -247,7 +247,7 @@ def test_validation_images_can_be_named_in_a_file(tiny, setup_main, tmp_path, mo
 
 def test_the_vit_recipe_of_pets_holds_740_images_out():
     """As many as the released split file: a stratified share of 3,680 images in 37 classes."""
-    settings = OmegaConf.load(REPOSITORY / "configs/experiment/table2/pets_paper90.yaml")["data"]
+    settings = compose_config(["experiment=table2/pets_paper90"])["data"]
     labels = [label for label in range(37) for _ in range(100 if label < 17 else 99)]
     kept, out = stratified_holdout(labels, settings["val_fraction"], 0, "data.val_fraction")
     assert (len(kept), len(out), settings["official_test"]) == (2940, 740, "val")

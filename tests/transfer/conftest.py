@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 
 import train
+from transfer.composition import compose_config
 
 # A real network of 0.3 M parameters over real digits, small enough that a run takes a second.
 TINY = (
@@ -32,8 +31,7 @@ TINY = (
 
 def compose_plain(*overrides: str) -> dict[str, Any]:
     """Compose the configuration as train.py does and return plain values."""
-    with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+    return compose_config(overrides)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (("data.name=nosuch", "razor=none"), ("data.name=nosuch", "digits"), None),
     (("razor=nosuch",), ("razor=nosuch", "compact|int8|none|paper"), None),
     (("method=nosuch",), ("method=nosuch", "full|last"), None),
-    (("experiment=nosuch",), ("experiment=nosuch", "demo/ (", "ls configs/experiment/*"), None),
+    (("experiment=nosuch",), ("experiment=nosuch", "demo/ (", "--list experiment"), None),
     (("experiment=table2/cifar100_compact91",), ("did you mean table2/cifar100_compact90",), None),
     (("razor.sparsity=1.0",), ("razor.sparsity=1.0", "[0, 1)"), None),
     (("razor.sparsity=-0.1",), ("razor.sparsity=-0.1", "[0, 1)"), None),

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import TINY, compose_plain
 from tiny_bert import write_tiny_bert
 
-import train
 from scripts import make_tables, measure_runs
 from tests.datasets.tiny_archives import MAKERS, make_tiny
+from transfer.composition import content, options
 from transfer.data.published import PUBLISHED, PublishedSpec
 from transfer.data.published.install import install
 from transfer.records import read_record, run_directory
@@ -45,13 +44,14 @@ STEPS_VIT_B16 = "paper"
 
 
 def read_experiment(name: str) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-    """The groups that an experiment file chooses (group to option), and its trainer and razor sections."""
-    content = yaml.safe_load((train.CONFIGS / "experiment" / f"{name}.yaml").read_text())
-    groups = dict(item for entry in content["defaults"] for item in entry.items())
+    """The groups that an experiment chooses (group to option), and its trainer and razor sections."""
+    found = content("experiment", name)
+    assert found is not None
+    groups = dict(item for entry in found["defaults"] for item in entry.items())
     return (
         {key.removeprefix("override /"): option for key, option in groups.items()},
-        content["trainer"],
-        content.get("razor", {}),
+        found["trainer"],
+        found.get("razor", {}),
     )
 
 
@@ -66,7 +66,7 @@ def one_of_each_row() -> list[str]:
     All data sets of a row walk the same code, so they take turns.
     """
     rows = defaultdict(list)
-    for name in train.group_options()["experiment"]:
+    for name in options()["experiment"]:
         groups, trainer, razor = read_experiment(name)
         kind = trainer.get("checkpointing", "none"), "micro_batch" in trainer, razor.get("fill")
         kind += razor.get("forward"), razor.get("selection"), groups.get("task")

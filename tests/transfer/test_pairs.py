@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import compose_plain
 
-import train
 from scripts import profile_memory
 from transfer.commands import command_of
+from transfer.composition import options
 from transfer.errors import UserError
 from transfer.help import help_text
 from transfer.pairs import recipe_of, with_recipe
@@ -103,13 +103,13 @@ def test_an_experiment_and_a_pair_without_a_recipe_stay_as_they_are(command: Cal
         assert command(*arguments)[0] == 0
         assert runs[-1][2] is None and runs[-1][0] == compose_plain(*arguments)
     words = ["experiment=table2/cifar100_full", *USERS_OWN]
-    assert with_recipe(words, train.CONFIGS) == words
+    assert with_recipe(words) == words
 
 
 @pytest.mark.parametrize("model", ["../experiment", "a\0b", "", "[vit_b16]"])
 def test_what_is_no_name_finds_no_recipe(command: Callable, runs: list, model: str) -> None:
     words = [f"model={model}", "data=cifar100"]
-    assert with_recipe(words, train.CONFIGS) == words
+    assert with_recipe(words) == words
     code, lines = command(*words)
     assert len(lines) == (code != 0) and all(recipe is None for *_, recipe in runs)
 
@@ -131,17 +131,17 @@ def test_another_optimizer_needs_its_own_learning_rate(command: Callable, runs: 
     code, lines = command("-m", "model=vit_b16,resnet50", "data=pets", "optim=adamw")
     assert code == 2 and any("vit_b16/pets" in line for line in lines)
     with pytest.raises(UserError):
-        with_recipe(["model=proxylessnas", "data=pets", "optim=sgd"], train.CONFIGS)
+        with_recipe(["model=proxylessnas", "data=pets", "optim=sgd"])
 
 
 def test_help_and_cfg_show_what_runs(command: Callable, capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_text(train.group_options())
+    text = help_text(options())
     assert "recipe=none takes the plain defaults" in text
     assert "  resnet18 on cifar10, cifar100" in text.splitlines()
     assert any("tinytl or vit_b16 on aircraft, cars" in line for line in text.splitlines())
     for arguments in ((*USERS_OWN, "--cfg", "job"), ("--cfg", "job", *USERS_OWN)):
         assert command(*arguments)[0] == 0
-    assert recipe_of(with_recipe(USERS_OWN, train.CONFIGS)) == "vit_b16/cifar100"
+    assert recipe_of(with_recipe(USERS_OWN)) == "vit_b16/cifar100"
 
 
 def test_the_memory_profile_is_of_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_the_memory_profile_is_of_the_same_network(monkeypatch: pytest.MonkeyPat
 def test_a_record_s_command_makes_the_same_run(command: Callable, runs: list, arguments: tuple[str, ...]) -> None:
     assert command(*arguments)[0] == 0
     config, experiment, recipe = runs[-1]
-    shown = command_of({"config": config, "experiment": experiment, "recipe": recipe}, train.CONFIGS).split()[2:]
+    shown = command_of({"config": config, "experiment": experiment, "recipe": recipe}).split()[2:]
     assert len(shown) <= len(arguments) + 1
     assert command(*shown)[0] == 0
     assert runs[-1] == runs[0]

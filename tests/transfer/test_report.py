@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import TINY, compose_plain
 
-import train
 from scripts import make_report
 from transfer.commands import command_of
 from transfer.records import find_records, read_record, write_record
@@ -69,7 +68,7 @@ def test_figures_and_circumstances_are_those_of_the_records(outputs: Path, tmp_p
         record = read_record(path)
         assert f"{record['test']['top1']:.2f}" in words and f"{record['memory']['saved_bytes'] / 1e6:.1f}" in words
         assert record["circumstances"]["versions"]["torch"] in words and record["circumstances"]["cpu"] in words
-        assert command_of(record, train.CONFIGS) in words
+        assert command_of(record) in words
     assert "test_efficientnet on digits" in words and "not measured" in words
 
 
@@ -118,7 +117,7 @@ def test_a_command_composes_to_the_configuration_it_came_from(overrides: tuple[s
     config = compose_plain(*quoted)
     names = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
     record = {"config": config, "experiment": names[0] if names else None}
-    python, script, *arguments = shlex.split(command_of(record, train.CONFIGS))
+    python, script, *arguments = shlex.split(command_of(record))
     assert (python, script) == ("python", "train.py")
     assert compose_plain(*arguments) == config
     assert len(arguments) <= len(overrides)

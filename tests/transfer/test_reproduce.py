@@ -16,7 +16,7 @@ from conftest import TINY, compose_plain
 import backrazor as br
 import train
 from backrazor.memory.peak import WARM_UP_STEPS
-from scripts import reproduce, table3, write_recipes
+from scripts import reproduce, table3
 from transfer import reproduction
 from transfer.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
 from transfer.tables import cells, load_runs, pivot, to_latex
@@ -28,10 +28,6 @@ from transfer.training.network import assemble
 TINY_RUN = (*(s for s in TINY if not s.startswith(("razor=", "model"))), "trainer.steps=1", "data.test_fraction=0.1")
 
 
-def test_the_experiment_files_are_those_of_the_recipes() -> None:
-    assert write_recipes.differences(write_recipes.files()) == []
-
-
 def test_every_row_and_data_set_is_there_with_its_published_figure() -> None:
     first = {recipe.name: recipe for recipe in recipes("table1")}
     others = 2 * 3 + 8 * 2 * 2  # ResNet-18, MobileNetV2 and ResNet-50
@@ -39,14 +35,14 @@ def test_every_row_and_data_set_is_there_with_its_published_figure() -> None:
     for data in DATA:
         assert first[f"table1/{data}_tinytl_lb"].published is TINYTL["TinyTL-L+B"]
         assert first[f"table1/{data}_razor90"].published is None
-    assert "published: 85.0%, 37 MB by formula" in write_recipes.text(first["table1/cars_tinytl_lb"])
-    assert "not published here" in write_recipes.text(first["table1/cars_razor90"])
+    assert "published: 85.0%, 37 MB by formula" in first["table1/cars_tinytl_lb"].about
+    assert "not published here" in first["table1/cars_razor90"].about
 
 
 def test_every_experiment_says_where_its_settings_come_from() -> None:
     """The released commands are those of the rows that prune, but for two data sets' dense ones."""
-    text = {recipe.name: write_recipes.text(recipe) for table in ("table1", "table2") for recipe in recipes(table)}
-    released = {name for name, lines in text.items() if "# settings: the released command" in lines}
+    text = {recipe.name: recipe.about for table in ("table1", "table2") for recipe in recipes(table)}
+    released = {name for name, lines in text.items() if "settings: the released command" in lines}
     for data in DATA:
         razored = {f"table1/{data}_razor90", f"table1/{data}_paper90"}
         assert released >= razored if data != "flowers" else not released & razored
@@ -54,8 +50,8 @@ def test_every_experiment_says_where_its_settings_come_from() -> None:
     assert {name for name in released if name.endswith("_full")} == dense
     assert "extrapolated" in text["table1/flowers_razor90"] and "extrapolated" in text["table1/flowers_paper90"]
     assert "TinyTL's released L+B command" in text["table1/pets_tinytl_l"]
-    assert "# settings: ours: no command" in text["table1/pets_mobilenetv2_razor90"]
-    assert "# settings: not released" in text["table1/pets_full"] and "# settings: ours" in text["table1/digits_full"]
+    assert "settings: ours: no command" in text["table1/pets_mobilenetv2_razor90"]
+    assert "settings: not released" in text["table1/pets_full"] and "settings: ours" in text["table1/digits_full"]
 
 
 def test_the_released_rows_of_flowers_and_resnet18_are_to_the_letter() -> None:

@@ -200,7 +200,7 @@ def test_a_run_learns_and_its_command_is_found_again(
     assert make_tables.main([str(tmp_path / "out")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "16 test texts" in shown and "batch 8, 16 tokens" in shown
-    command = command_of(record, ROOT / "configs")
+    command = command_of(record)
     assert "task=text" in command and "model=hf" in command and "model.name=tiny" in command
 
 

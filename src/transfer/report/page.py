@@ -51,20 +51,17 @@ class Section:
     runs: list[dict[str, Any]]
 
 
-def write_report(folder: Path, page: Path, configs: Path) -> int:
+def write_report(folder: Path, page: Path) -> int:
     """Write the page of every record below ``folder``; return how many records are in it.
 
     Args:
-        configs: the configuration files, which the commands refer to.
 
     Raises:
         UserError: no record there, a damaged one, or the page cannot be written.
     """
     runs = load_runs(folder)
     records = [read_record(path) for path in find_records(folder)]
-    sections = [
-        _section(str(title), group, records, configs) for title, group in runs.groupby(_titles(runs), sort=True)
-    ]
+    sections = [_section(str(title), group, records) for title, group in runs.groupby(_titles(runs), sort=True)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     text = template.render(
@@ -91,7 +88,7 @@ def _titles(runs: pd.DataFrame) -> list[str]:
     return titles
 
 
-def _section(title: str, runs: pd.DataFrame, records: list[dict[str, Any]], configs: Path) -> Section:
+def _section(title: str, runs: pd.DataFrame, records: list[dict[str, Any]]) -> Section:
     runs = runs.reset_index(drop=True)
     summary = summarise(runs)
     texts = [text for text in (cells(summary), parts(summary)) if text is not None]
@@ -102,17 +99,17 @@ def _section(title: str, runs: pd.DataFrame, records: list[dict[str, Any]], conf
         caption=caption(runs),
         tables=[(list(text.columns), text.to_numpy().tolist()) for text in texts],
         figures=_figures(runs, summary),
-        runs=[_run(record, configs) for record in sorted(chosen, key=lambda r: (row_label(r["config"]), r["seed"]))],
+        runs=[_run(record) for record in sorted(chosen, key=lambda r: (row_label(r["config"]), r["seed"]))],
     )
 
 
-def _run(record: Mapping[str, Any], configs: Path) -> dict[str, Any]:
+def _run(record: Mapping[str, Any]) -> dict[str, Any]:
     around = record["circumstances"]
     return {
         "label": row_label(record["config"]),
         "seed": record["seed"],
         "hash": record["config_hash"],
-        "command": command_of(record, configs),
+        "command": command_of(record),
         "accuracy": f"{record['test']['top1']:.2f}",
         "epoch": record.get("best_epoch", ""),
         "steps": record.get("steps", ""),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import backrazor as br
+from backrazor.config import WORDS
 from transfer.errors import UserError
-from transfer.keys import RAZOR_OVERRIDES
 from transfer.models import Backbone, build_backbone, build_segmenter, build_text_classifier
 from transfer.models.frozen_storage import store_frozen_at_8_bits
 from transfer.models.text import insert_lora
@@ -92,7 +92,9 @@ def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
             config = br.RazorConfig.int8()
         else:
             config = getattr(br.RazorConfig, razor["name"])(razor["sparsity"])
-        chosen = {key: razor[key] for key in RAZOR_OVERRIDES if razor.get(key) is not None}  # a record may be older
+        chosen = {
+            key: razor[key] for key in (*WORDS, "head_sparsity") if razor.get(key) is not None
+        }  # a record may be older
         return dataclasses.replace(config, **chosen)
     except ValueError as error:
         raise UserError(f"razor={razor['name']}: {error}") from error

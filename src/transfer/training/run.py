@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 
+from transfer.composition import composed
 from transfer.data import DataBundle, build_data
 from transfer.errors import UserError
 from transfer.files import atomic_write_text
@@ -63,7 +64,7 @@ def execute(config: Mapping[str, Any], experiment: str | None = None, recipe: st
 def _execute(config: Mapping[str, Any], experiment: str | None, recipe: str | None, world: World) -> dict[str, Any]:
     folder = run_directory(config, experiment)
     if recipe and world.main:
-        LOGGER.info("recipe %s (configs/recipe/%s.yaml); recipe=none takes the plain defaults", recipe, recipe)
+        LOGGER.info("recipe %s: %s; recipe=none takes the plain defaults", recipe, composed("recipe")[recipe].origin)
     resume = config["trainer"]["resume"] == "auto"
     record = world.broadcast(_finished(folder) if resume and world.main else None)
     if record is not None:
