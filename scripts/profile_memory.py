@@ -25,7 +25,8 @@ from transfer.composition import compose_config
 from transfer.errors import UserError, one_line, stop_with_reader
 from transfer.memory_profile import StepProfile, layer_table, need_table, parse_size
 from transfer.pairs import with_recipe
-from transfer.settings import MIN_IMAGE_SIZE, validate
+from transfer.schema import MIN_IMAGE_SIZE
+from transfer.settings import validate
 
 OWN = {"batch": "8", "image_size": "224", "classes": "1000", "rows": "30", "budget": ""}
 AUTO = "razor.sparsity=auto"

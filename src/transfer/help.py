@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from transfer.keys import REQUIRED, Key
-from transfer.settings import KEYS
+from transfer.schema import KEYS
 
 MOST_NAMES = 20  # of a group that are spelt in one line
 

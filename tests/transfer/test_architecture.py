@@ -15,6 +15,7 @@ FORBIDDEN = {  # folder or file below src/transfer: top-level packages it must n
     "tables": {"backrazor", "hydra", "omegaconf", "torch", "torchvision", "timm"},
     "records.py": {"backrazor", "hydra", "omegaconf", "torch", "torchvision", "timm"},
     "help.py": {"backrazor", "hydra", "omegaconf", "torch"},
+    "schema.py": {"hydra", "omegaconf", "torch"},
     "settings.py": {"hydra", "omegaconf", "torch"},
     "errors.py": {"backrazor", "hydra", "omegaconf", "torch"},
 }
