@@ -66,11 +66,12 @@ class Case:
     def load(self) -> None:
         """Load the row's own libraries, as its first step would."""
         if self.row.razor is not None:
-            from backrazor.kernels.cpu.compiling import entry_point
+            from backrazor.kernels.cpu.entries import entry_point
+            from backrazor.kernels.cpu.layout import F32
             from backrazor.warmup import entry_points
 
             for point in entry_points():
-                if not point[2] or point[2][0] == 0:  # float32
+                if not point[2] or point[2][0] == F32:
                     entry_point(*point)
         if self.state8:
             _small_steps(_state8)
