@@ -9,7 +9,7 @@ appended to the CSV when it is measured. Random weights, frozen batch norm, SGD 
 
 bare       the resident set after torch, timm and the benchmark are imported and two steps of a small plain network
            were taken: what PyTorch loads at its first step is in it. No row's own libraries are.
-loaded     the same after the row's own libraries: our kernels and Numba, bitsandbytes, peft, the compiler.
+loaded     the same after the row's own libraries: our kernels, bitsandbytes, peft, the compiler.
 ordinary   the highest resident set of a step in PyTorch's usual loop, which sets gradients to None before the next
            forward. ``above_bare`` is this less bare, ``above_loaded`` this less loaded.
 four parts weights, gradients, optimizer state, and the peak above them, of a step whose gradients stay allocated: the
@@ -38,6 +38,7 @@ from backrazor.memory.meters import high_water_mark, reset_high_water_mark, resi
 from backrazor.memory.processes import in_fresh_process
 from transfer.bench.rows import Row
 from transfer.tables.figures import PART_COLUMNS, memory_by_part
+from transfer.training.optimisation import bitsandbytes_optimizers
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONES = ("mobilenetv2", "resnet50", "vit_b16")
@@ -169,9 +170,7 @@ def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _state8(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import SGD8bit
-
-    return SGD8bit(parameters, lr=1e-4, momentum=0.9)
+    return bitsandbytes_optimizers().SGD8bit(parameters, lr=1e-4, momentum=0.9)
 
 
 def _small_steps(optimizer_of, budget: float | None = None) -> None:
