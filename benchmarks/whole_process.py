@@ -107,8 +107,10 @@ def cases(backbone: str) -> list[Case]:
     for sparsity in (0.97, 0.99):
         row = Row(backbone, f"compact {sparsity}, released", razor=("compact", sparsity))
         found.append(Case(row, released=True))
-    eight = Row(backbone, "compact 0.97, released, 8-bit state", razor=("compact", 0.97))
-    found.append(Case(eight, released=True, state8=True))
+    for checkpointing, words in (("none", ""), ("block", ", checkpointing by block")):
+        label = f"compact 0.97{words}, released, 8-bit state"
+        row = Row(backbone, label, razor=("compact", 0.97), checkpointing=checkpointing)
+        found.append(Case(row, released=True, state8=True))
     images = Row(backbone, "").images
     for micro in (images // 2, images // 4):
         label = f"compact 0.97, micro-batches of {micro}"
