@@ -9,7 +9,7 @@ appended to the CSV when it is measured. Random weights, frozen batch norm, SGD 
 
 bare       the resident set after torch, timm and the benchmark are imported and two steps of a small plain network
            were taken: what PyTorch loads at its first step is in it. No row's own libraries are.
-loaded     the same after the row's own libraries: our kernels and Numba, bitsandbytes, peft, the compiler.
+loaded     the same after the row's own libraries: our kernels, bitsandbytes, peft, the compiler.
 ordinary   the highest resident set of a step in PyTorch's usual loop, which sets gradients to None before the next
            forward. ``above_bare`` is this less bare, ``above_loaded`` this less loaded.
 four parts weights, gradients, optimizer state, and the peak above them, of a step whose gradients stay allocated: the
@@ -38,6 +38,7 @@ from backrazor.memory.meters import high_water_mark, reset_high_water_mark, resi
 from backrazor.memory.processes import in_fresh_process
 from transfer.bench.rows import Row
 from transfer.tables.figures import PART_COLUMNS, memory_by_part
+from transfer.training.optimisation import bitsandbytes_optimizers
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONES = ("mobilenetv2", "resnet50", "vit_b16")
@@ -66,11 +67,12 @@ class Case:
     def load(self) -> None:
         """Load the row's own libraries, as its first step would."""
         if self.row.razor is not None:
-            from backrazor.kernels.cpu.compiling import entry_point
+            from backrazor.kernels.cpu.entries import entry_point
+            from backrazor.kernels.cpu.layout import F32
             from backrazor.warmup import entry_points
 
             for point in entry_points():
-                if not point[2] or point[2][0] == 0:  # float32
+                if not point[2] or point[2][0] == F32:
                     entry_point(*point)
         if self.state8:
             _small_steps(_state8)
@@ -105,8 +107,10 @@ def cases(backbone: str) -> list[Case]:
     for sparsity in (0.97, 0.99):
         row = Row(backbone, f"compact {sparsity}, released", razor=("compact", sparsity))
         found.append(Case(row, released=True))
-    eight = Row(backbone, "compact 0.97, released, 8-bit state", razor=("compact", 0.97))
-    found.append(Case(eight, released=True, state8=True))
+    for checkpointing, words in (("none", ""), ("block", ", checkpointing by block")):
+        label = f"compact 0.97{words}, released, 8-bit state"
+        row = Row(backbone, label, razor=("compact", 0.97), checkpointing=checkpointing)
+        found.append(Case(row, released=True, state8=True))
     images = Row(backbone, "").images
     for micro in (images // 2, images // 4):
         label = f"compact 0.97, micro-batches of {micro}"
@@ -168,9 +172,7 @@ def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _state8(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import SGD8bit
-
-    return SGD8bit(parameters, lr=1e-4, momentum=0.9)
+    return bitsandbytes_optimizers().SGD8bit(parameters, lr=1e-4, momentum=0.9)
 
 
 def _small_steps(optimizer_of, budget: float | None = None) -> None:

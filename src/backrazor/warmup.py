@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"backrazor.warmup: nothing to compile, since {reason}", file=sys.stderr)
         return 2
-    from .kernels.cpu.compiling import cache_folder, entry_point, is_writable
+    from .kernels.cpu.entries import entry_point
+    from .kernels.cpu.kept import cache_folder, is_writable
 
     folder = cache_folder()
     if not is_writable(folder):

@@ -107,11 +107,10 @@ def test_ties_and_constant_rows(flag: Tensor) -> None:
 
 def test_no_setting_of_a_kernel_is_a_first_index() -> None:
     """LLVM 20 and 21 confuse them (see ``cpu.layout``): samples of 64 elements were read beyond their end."""
-    pytest.importorskip("numba")
-    from backrazor.kernels.guess import _cpu_guess
+    from backrazor.kernels.guess import _cpu_form
 
     settings = {*cpu_layout.KIND.values(), *topk_layout.VALUE_KIND.values(), *topk_layout.INDEX.values()}
-    assert not {0, 1} & (settings | set(_cpu_guess.FILLS))
+    assert not {0, 1} & (settings | set(_cpu_form.FILLS))
 
 
 def test_guesses_take_a_byte_per_row() -> None:

@@ -13,7 +13,7 @@ from backrazor import kernels
 from backrazor.codecs.smooth import quantiser
 from backrazor.kernels.bitmask import cpu as bitmask
 from backrazor.kernels.bitmask import reference as bitmask_reference
-from backrazor.kernels.cpu import compiling
+from backrazor.kernels.cpu import compiling, entries, kept
 from backrazor.kernels.cpu.arguments import Arguments, arguments, struct
 from backrazor.kernels.derivative import cpu as derivative
 from backrazor.kernels.derivative import reference as derivative_reference
@@ -116,7 +116,7 @@ FAMILIES = {topk: _topk, bitmask: _bitmask, derivative: _derivative, rowquant: _
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda module: module.__name__.split(".")[-2])
 def test_fields_in_another_order_change_nothing(family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "is_writable", lambda folder: False)
+    monkeypatch.setattr(entries, "is_writable", lambda folder: False)
     blocks = {name: thing for name, thing in vars(family).items() if isinstance(thing, type(Arguments))}
     blocks = {name: block for name, block in blocks.items() if issubclass(block, Arguments)}
     assert len(blocks) >= 2
@@ -130,7 +130,7 @@ def test_fields_in_another_order_change_nothing(family, monkeypatch: pytest.Monk
 
 
 def test_every_family_with_a_cpu_version_is_here() -> None:
-    folders = {file.parent.name for file in compiling.KERNELS.glob("*/cpu.py")} - {"guess"}  # topk's
+    folders = {file.parent.name for file in kept.KERNELS.glob("*/cpu.py")} - {"guess"}  # topk's
     assert folders == {module.__name__.split(".")[-2] for module in FAMILIES}
 
 
@@ -143,9 +143,10 @@ class _Pair:
 def test_fields_are_read_and_written_by_name() -> None:
     pair = _Pair(factor=0.5, n=7)
     assert (pair.n, pair.factor, pair.next_task, pair.next_thread) == (7, 0.5, 0, 0)
+    record = compiling.record_of(_Pair)
     for name, _ in _Pair._fields_:
-        assert _Pair.record.offset(name) == getattr(_Pair, name).offset
-    assert _Pair.record.size == ctypes.sizeof(_Pair)
+        assert record.offset(name) == getattr(_Pair, name).offset
+    assert record.size == ctypes.sizeof(_Pair)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from llvmlite import binding
 
 from backrazor import kernels, warmup
 from backrazor.codecs.smooth import quantiser
-from backrazor.kernels.cpu import compiling, launch
+from backrazor.kernels.cpu import compiling, kept, launch, target
+from backrazor.kernels.cpu.entries import name_of
 from backrazor.kernels.cpu.layout import F16, F32, KIND
 from backrazor.kernels.cpu.target import missing_helpers
 
@@ -28,12 +29,12 @@ for _ in range(2):
     x = torch.randn(3, 50)
     assert torch.equal(kernels.mask_encode(x, 0.0, 6.0), reference.encode(x, 0.0, 6.0))
 """
-COMPILER = "\nimport sys; print('numba.cpython.numbers' in sys.modules)"
+COMPILER = "\nimport sys; print(bool({'numba', 'llvmlite'} & set(sys.modules)))"
 EVERY_FAMILY = """
 import torch
 from backrazor import kernels
 from backrazor.codecs.smooth import quantiser
-from backrazor.kernels.cpu.vectors import has_avx512
+from backrazor.kernels.cpu.target import has_avx512
 from tests.kernels import test_arguments
 from tests.backrazor.compare import assert_close, assert_same_bits
 assert not has_avx512()
@@ -62,10 +63,10 @@ def test_compiling_is_told_once_and_kept_for_other_processes(tmp_path: Path) -> 
     (line,) = first.stderr.splitlines()
     assert line.startswith("backrazor: compiling kernels for this processor, kept in") and str(tmp_path) in line
     (file,) = (file for file in (tmp_path / "kept").rglob("*") if file.is_file())
-    assert f"bitmask_cpu_encode_worker_{F32}" in file.name
+    assert f"bitmask__cpu_masks_encode_worker_{F32}" in file.name
     changed, whole = file.stat().st_mtime_ns, file.read_bytes()
     second = run(MASK + COMPILER, BACKRAZOR_CACHE_DIR=str(tmp_path / "kept"))
-    assert (second.returncode, second.stderr, second.stdout) == (0, "", "False\n"), "Numba's compiler did not start"
+    assert (second.returncode, second.stderr, second.stdout) == (0, "", "False\n"), "neither Numba nor LLVM is loaded"
     assert file.stat().st_mtime_ns == changed
     file.write_bytes(whole[:-100])
     third = run(MASK + COMPILER, BACKRAZOR_CACHE_DIR=str(tmp_path / "kept"))
@@ -86,26 +87,26 @@ def test_a_home_that_nobody_knows_is_no_folder(monkeypatch: pytest.MonkeyPatch) 
     for name in ("BACKRAZOR_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert not compiling.is_writable(compiling.cache_folder())
+    assert not kept.is_writable(kept.cache_folder())
     assert not Path("~").exists()
 
 
 def test_machine_code_belongs_to_the_state_of_the_cpu_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that is inlined changes what is kept. The code of other devices is no reason to compile anew."""
     copy = tmp_path / "kernels"
-    shutil.copytree(compiling.KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(compiling, "KERNELS", copy)
-    states = [compiling.source_digest.__wrapped__()]
+    shutil.copytree(kept.KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(kept, "KERNELS", copy)
+    states = [kept.source_digest.__wrapped__()]
     for name in ("topk/triton.py", "topk/_triton_pack.py", "topk/ops.py", "topk/reference.py", "_triton.py"):
         with open(copy / name, "a") as file:
             file.write("# a comment\n")
-        assert compiling.source_digest.__wrapped__() == states[0], name
-    for name in ("cpu/lanes.py", "topk/_cpu_select.py", "topk/layout.py", "bitmask/cpu.py"):
+        assert kept.source_digest.__wrapped__() == states[0], name
+    for name in ("cpu/lanes.py", "topk/_cpu_select.py", "topk/layout.py", "bitmask/cpu.py", "bitmask/_cpu_masks.py"):
         with open(copy / name, "a") as file:
             file.write("# a comment\n")
-        states.append(compiling.source_digest.__wrapped__())
+        states.append(kept.source_digest.__wrapped__())
     assert len(set(states)) == len(states)
-    assert not [file for file in compiling.KERNELS.rglob("*.py") if "cache=True" in file.read_text()]
+    assert not [file for file in kept.KERNELS.rglob("*.py") if "cache=True" in file.read_text()]
 
 
 def test_a_processor_without_float16_takes_the_reference_with_one_warning() -> None:
@@ -115,6 +116,83 @@ def test_a_processor_without_float16_takes_the_reference_with_one_warning() -> N
     forced = run(MASK, NUMBA_CPU_NAME="nehalem", NUMBA_CPU_FEATURES="", BACKRAZOR_KERNELS="numba")
     assert forced.returncode == 1
     assert forced.stderr.strip().splitlines()[-1].startswith("ValueError: BACKRAZOR_KERNELS='numba' cannot run: ")
+
+
+TRAIN = """
+import gc, ctypes, sys
+import torch
+from torch import nn
+from backrazor.memory.meters import resident_bytes
+
+def settled():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
+
+def step(x):
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU6(), nn.Flatten(1), nn.Linear(576, 64), nn.LayerNorm(64), nn.GELU(),
+    nn.Linear(64, 64)
+).eval()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(2):
+    step(torch.randn(4, 3, 8, 8))
+before = settled()
+import backrazor as br
+br.razor_(model, br.RazorConfig.compact(0.9))
+step(torch.randn(4, 3, 8, 8))
+print([name for name in ("numba", "llvmlite") if name in sys.modules], settled() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="elsewhere LLVM loads the code")
+def test_a_razored_step_on_kept_kernels_loads_no_compiler(tmp_path: Path) -> None:
+    assert run(TRAIN, BACKRAZOR_CACHE_DIR=str(tmp_path)).stdout.startswith("['numba', 'llvmlite'] ")
+    done = run(TRAIN, BACKRAZOR_CACHE_DIR=str(tmp_path))
+    loaded, _, taken = done.stdout.rpartition(" ")
+    assert loaded == "[]", done.stderr
+    assert 0 < int(taken) < 15e6, "the library, its kernels and a step's small tensors"
+
+
+def test_numba_that_does_not_start_leaves_the_reference_with_one_warning(tmp_path: Path) -> None:
+    """What it stands on is part of the name of what is kept, so that other versions are asked anew."""
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + MASK
+    done = run(code, BACKRAZOR_CACHE_DIR=str(tmp_path / "kept"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1 and "Numba needs another NumPy" in done.stderr
+
+
+def test_kept_code_belongs_to_the_versions_and_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [kept.file_of("worker")]
+    for package in ("numba", "llvmlite", "numpy"):
+        with monkeypatch.context() as patched:
+            versions = {name: kept.version(name) for name in ("numba", "llvmlite", "numpy")} | {package: "0"}
+            patched.setattr(kept, "version", versions.__getitem__)
+            patched.setattr(kept, "_maker", kept._maker.__wrapped__)
+            names.append(kept.file_of("worker"))
+    monkeypatch.setattr(kept, "processor", lambda: "another")
+    monkeypatch.setattr(kept, "_maker", kept._maker.__wrapped__)
+    names.append(kept.file_of("worker"))
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("told", ["NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", ".numba_config.yaml"])
+def test_a_processor_that_numba_is_told_is_the_one_that_counts(
+    told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    described = target._described.__wrapped__
+    if described() is None:
+        pytest.skip("this system does not describe its processor")
+    assert target.has_avx512.__wrapped__() == ("+avx512f" in target.target()[2].split(","))
+    (tmp_path / told).touch() if told.startswith(".") else monkeypatch.setenv(told, "")
+    assert described() is None
 
 
 @pytest.mark.slow
@@ -157,13 +235,13 @@ def test_every_kernel_compiles_for_other_processors(monkeypatch: pytest.MonkeyPa
     points = [point for point in warmup.entry_points() if not point[2] or point[2][0] == F16]
     assert len({point[0] for point in points}) == 12
     for worker, block, settings in points:
-        _, code = compiling.compiled(worker, block, settings)
+        _, code = compiling.compiled(worker.function(), block, settings, name_of(worker, settings))
         code = re.sub(r'"(?:target-cpu|target-features|tune-cpu)"="[^"]*"', "", code)
         for name, machine in machines.items():
             module = binding.parse_assembly(code)
             module.triple, module.data_layout = machine.triple, str(machine.target_data)
             made = machine.emit_assembly(module)
-            assert "ret" in made and not re.search(r"__(?:extend|trunc)\w*hf", made), f"{worker.__name__} on {name}"
+            assert "ret" in made and not re.search(r"__(?:extend|trunc)\w*hf", made), f"{worker.name} on {name}"
 
 
 def test_the_list_for_warming_up_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -171,6 +173,44 @@ def test_without_the_library_8_bits_are_one_line(command, monkeypatch: pytest.Mo
     code, lines = command(*TINY, *RUN, "optim=sgd", "optim.state_bits=8")
     assert code == 2 and len(lines) == 1
     assert "optim.state_bits=8 needs bitsandbytes" in lines[0] and "pip install 'backrazor[state8]'" in lines[0]
+
+
+EIGHT = """
+import os, sys
+import torch
+from transfer.training.optimisation import make_optimizer
+{before}
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 9))
+optim = {{"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "head_lr_multiplier": 1, "state_bits": 8}}
+optimizer = make_optimizer(model, "1", optim)
+for _ in range(3):
+    model(torch.randn(4, 128)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print("torch._inductor.compile_fx" in sys.modules, model[0].weight.double().sum().item())
+print(os.environ.get("TORCHDYNAMO_DISABLE"))
+calls = []
+compiled = torch.compile(torch.sin, backend=lambda graph, inputs: calls.append(graph) or graph.forward)
+assert torch.equal(compiled(torch.ones(2)), torch.ones(2).sin()) and len(calls) == 1
+"""
+
+
+def test_8_bits_load_no_compiler_and_leave_it_to_others() -> None:
+    """Beside bitsandbytes as it imports itself: the same numbers, and what is compiled later is compiled."""
+    found = []
+    for before in ("", "import bitsandbytes"):
+        done = subprocess.run(
+            [sys.executable, "-c", EIGHT.format(before=before)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    (loaded, ours, variable), (plain_loaded, plain, plain_variable) = found
+    assert (loaded, plain_loaded) == ("False", "True")
+    assert ours == plain and variable == plain_variable == "None"
 
 
 @pytest.mark.slow

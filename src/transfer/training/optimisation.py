@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ def _with_state_at_8_bits(groups: list[dict[str, Any]], optim: Mapping[str, Any]
     Parameters of fewer than 4,096 elements keep their state in float32.
     """
     try:
-        from bitsandbytes import optim as eight
+        eight = bitsandbytes_optimizers()
     except ImportError as error:
         raise UserError(
             "optim.state_bits=8 needs bitsandbytes, which is not installed: pip install 'backrazor[state8]', or leave "
@@ -59,6 +61,27 @@ def _with_state_at_8_bits(groups: list[dict[str, Any]], optim: Mapping[str, Any]
     if optim["name"] == "sgd":
         return eight.SGD8bit(groups, momentum=optim["momentum"], **shared)
     return (eight.AdamW8bit if optim["name"] == "adamw" else eight.Adam8bit)(groups, **shared)
+
+
+def bitsandbytes_optimizers() -> ModuleType:
+    """``bitsandbytes.optim``, imported without the compiler.
+
+    Its import decorates functions with ``torch.compile``, none of which an optimizer of the CPU or of CUDA calls, and
+    that alone loads 50 MB. PyTorch leaves such functions as they are while this variable is set, and asks it then only.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        from bitsandbytes import optim
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+    return optim
 
 
 def clip_each(parameters: Iterable[Tensor], limit: float) -> None:

@@ -8,12 +8,19 @@ is that of the bit pattern without its sign: for finite numbers the order of |x|
 NaN above infinity.
 
 arguments  what a kernel is told: structs with named fields
+entries    a worker's machine code: found on disk, or compiled and kept
+kept       where on disk, and under which name
 compiling  from a worker to machine code
 objects    machine code on disk, and its way into a process
-target     whether the kernels can run in this process
+elf        that way without LLVM
+target     whether the kernels can run in this process, and what their code is made for
 launch     running a kernel on PyTorch's threads
+counters   how threads share a kernel's work
 vectors    what intrinsics are written with
 scalars    single numbers at raw addresses
 lanes      blocks of 16: comparing, selecting, compressing, casting; a family's own are in its ``_cpu_lanes.py``
 layout     what code that must not import Numba knows of the blocks
+
+Numba is imported by compiling, counters, vectors, scalars and lanes, and by a family's ``_cpu_*.py`` but for those that
+``cpu.py`` imports: where machine code is found on disk, none of them is.
 """

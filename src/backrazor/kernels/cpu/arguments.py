@@ -7,14 +7,16 @@
         to: int
         factor: float  # a float32
 
+    launch(Worker(f"{__package__}._cpu_double", "double_worker"), Double(n=..., source=..., to=..., factor=2.0), tasks)
+
+and in ``_cpu_double.py``, which is imported where the worker has to be compiled:
+
     @njit(forceinline=True)
-    def double_worker(a, kind):
+    def double_worker(a):
         ...  # a.n, a.factor
 
-    launch(double_worker, Double(n=..., source=..., to=..., factor=2.0), tasks=..., settings=(kind,))
-
-Host code fills a ctypes structure by keywords; the kernel sees a Numba record whose offsets are those of the structure.
-So the order of fields has no meaning anywhere.
+Host code fills a ctypes structure by keywords; the kernel sees a Numba record whose offsets are those of the structure
+(``compiling.record_of``). So the order of fields has no meaning anywhere.
 """
 
 from __future__ import annotations
@@ -23,12 +25,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, ClassVar, get_type_hints
 
-from numba.core import types
-from numba.extending import intrinsic
-
-from .vectors import I8, I64
-
-_FIELD_TYPES = {int: (ctypes.c_int64, types.int64), float: (ctypes.c_float, types.float32)}
+_FIELD_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}
 
 
 class Counters:
@@ -46,7 +43,6 @@ class Arguments(ctypes.Structure):
     """
 
     names: ClassVar[frozenset[str]]
-    record: ClassVar[types.Record]
 
 
 def arguments(declared: type) -> type[Arguments]:
@@ -57,13 +53,8 @@ def arguments(declared: type) -> type[Arguments]:
 
 def struct(name: str, kinds: dict[str, type], names: frozenset[str]) -> type[Arguments]:
     """Fields of ``kinds`` in that order, of which host code gives ``names``."""
-    members = {"_fields_": [(key, _FIELD_TYPES[kind][0]) for key, kind in kinds.items()]}
-    made = type(name, (Arguments,), members | {"__init__": _initialiser(kinds, names), "names": names})
-    fields = [
-        (key, {"type": _FIELD_TYPES[kind][1], "offset": getattr(made, key).offset}) for key, kind in kinds.items()
-    ]
-    made.record = types.Record(fields, ctypes.sizeof(made), aligned=True)
-    return made
+    members = {"_fields_": [(key, _FIELD_TYPES[kind]) for key, kind in kinds.items()]}
+    return type(name, (Arguments,), members | {"__init__": _initialiser(kinds, names), "names": names})
 
 
 def _initialiser(kinds: dict[str, type], names: frozenset[str]) -> Callable[..., None]:
@@ -74,24 +65,3 @@ def _initialiser(kinds: dict[str, type], names: frozenset[str]) -> Callable[...,
     scope: dict[str, Any] = {"fill": ctypes.Structure.__init__}
     exec(f"def __init__(self, *, {parameters}):\n    fill(self, {values})", scope)
     return scope["__init__"]
-
-
-def _counter(field: str):
-    """(arguments, amount) -> the int64 in ``field`` before an atomic addition."""
-
-    @intrinsic
-    def take(typingctx, arguments, amount):
-        offset = arguments.offset(field)
-
-        def codegen(context, builder, signature, args):
-            start = builder.bitcast(args[0], I8.as_pointer())
-            place = builder.bitcast(builder.gep(start, [I64(offset)]), I64.as_pointer())
-            return builder.atomic_rmw("add", place, args[1], "seq_cst")
-
-        return types.int64(arguments, types.int64), codegen
-
-    return take
-
-
-take_tasks = _counter("next_task")  # the first of ``amount`` pieces of work, which are this thread's from now on
-count_threads = _counter("next_thread")  # with an amount of 1, once per thread: its number, from 0

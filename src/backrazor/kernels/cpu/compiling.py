@@ -1,22 +1,16 @@
-"""From a worker to machine code: one entry point for each worker, argument block and choice of settings.
+"""From a worker to machine code. A process that finds its kernels on disk does not import this module.
 
 Settings (the kind of element, the width of a code) are numbers that are constant in an entry point, so LLVM prunes what
-they rule out, and one source serves all. The code is kept on disk (``objects``), in ``cache_folder()``; its name there
-holds the state of all CPU sources and the processor that it is made for.
+they rule out, and one source serves all.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import ctypes
 import sys
-import tempfile
-import threading
 import types as python_types
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 import numba
 from numba.core import types
@@ -24,33 +18,9 @@ from numba.extending import intrinsic
 
 from . import objects
 from .arguments import Arguments
-from .target import target
+from .kept import cache_folder, is_writable
 
-EntryPoint = tuple[Callable[..., None], type[Arguments], tuple[int, ...]]  # what ``entry_point`` takes
-KERNELS = Path(__file__).resolve().parents[1]
-_CPU_SOURCES = ("cpu/*.py", "*/cpu.py", "*/_cpu_*.py", "*/layout.py")
-_lock = threading.RLock()
-
-
-def cache_folder() -> Path:
-    """Where machine code is kept: BACKRAZOR_CACHE_DIR, else ``backrazor`` in XDG_CACHE_HOME or in ~/.cache."""
-    named = os.environ.get("BACKRAZOR_CACHE_DIR")
-    if named:
-        return Path(named).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "backrazor"
-
-
-@cache
-def is_writable(folder: Path) -> bool:
-    """Whether files can be kept there; makes the folder."""
-    if not folder.is_absolute():  # "~" stays as it is where nobody's home is known
-        return False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+_FIELD_TYPES = {ctypes.c_int64: types.int64, ctypes.c_float: types.float32}
 
 
 @cache
@@ -65,22 +35,15 @@ def announce_once() -> None:
 
 
 @cache
-def source_digest() -> str:
-    """Names the state of all sources that CPU kernels are made of."""
-    sources = sorted({file for pattern in _CPU_SOURCES for file in KERNELS.glob(pattern)})
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-
-
-def _file(name: str) -> Path:
-    """Of these sources, this Numba and this processor, so that none finds, or overwrites, what another has left."""
-    processor = hashlib.sha256(repr(target()).encode()).hexdigest()[:12]
-    return cache_folder() / f"cpu-{source_digest()}-numba-{numba.__version__}" / f"{name}-{processor}.code"
+def record_of(block: type[Arguments]) -> types.Record:
+    """An argument block as Numba sees it."""
+    fields = [(key, {"type": _FIELD_TYPES[kind], "offset": getattr(block, key).offset}) for key, kind in block._fields_]
+    return types.Record(fields, ctypes.sizeof(block), aligned=True)
 
 
 @intrinsic
 def _pointee(typingctx, pointer):
     """The record at a pointer, without a copy."""
-    announce_once()  # Numba asks for the type when it compiles an entry point, not when it loads one
     record = pointer.dtype
 
     def codegen(context, builder, signature, args):
@@ -93,33 +56,23 @@ def _template(pointer):
     WORKER(_pointee(pointer), *SETTINGS)  # noqa: F821 (globals of each entry point)
 
 
-def _name(worker: Callable[..., None], settings: tuple[int, ...]) -> str:
-    """Of an entry point: families call their workers alike."""
-    return "_".join(map(str, (*worker.__module__.split("."), worker.__name__, *settings)))
-
-
-def compiled(worker: Callable[..., None], block: type[Arguments], settings: tuple[int, ...]) -> tuple[str, str]:
-    """The name of a C function of one pointer to a ``block``, which runs ``worker(arguments, *settings)``, and its
-    optimised LLVM code."""
-    own = {"WORKER": worker, "SETTINGS": settings, "_pointee": _pointee, "__name__": __name__}
-    function = python_types.FunctionType(_template.__code__, own, worker.__name__)
-    function.__qualname__ = _name(worker, settings)
-    signature = types.void(types.CPointer(block.record))
-    made = numba.cfunc(signature, error_model="numpy")(function)
+def compiled(
+    function: Callable[..., None], block: type[Arguments], settings: tuple[int, ...], name: str
+) -> tuple[str, str]:
+    """The name of a C function of one pointer to a ``block``, which runs ``function(arguments, *settings)``, and its
+    optimised LLVM code. ``name`` is part of that name."""
+    announce_once()
+    own = {"WORKER": function, "SETTINGS": settings, "_pointee": _pointee, "__name__": __name__}
+    entry = python_types.FunctionType(_template.__code__, own, function.__name__)
+    entry.__qualname__ = name
+    signature = types.void(types.CPointer(record_of(block)))
+    made = numba.cfunc(signature, error_model="numpy")(entry)
     return made.native_name, made.inspect_llvm()
 
 
-@cache
-def entry_point(worker: Callable[..., None], block: type[Arguments], settings: tuple[int, ...]) -> int:
-    """The address of that function; compiled, or loaded from disk, at first use."""
-    keep = is_writable(cache_folder())
-    file = _file(_name(worker, settings))
-    with _lock:
-        kept = objects.read(file) if keep else None
-        if kept is None:
-            name, code = compiled(worker, block, settings)
-            kept = name, objects.object_of(code)
-            if keep:
-                with suppress(OSError):  # a disk that is full, say
-                    objects.write(file, *kept)
-        return objects.load(*kept)
+def machine_code(
+    function: Callable[..., None], block: type[Arguments], settings: tuple[int, ...], name: str
+) -> tuple[str, bytes]:
+    """The same as an object file."""
+    symbol, code = compiled(function, block, settings, name)
+    return symbol, objects.object_of(code)

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from .arguments import Arguments
-from .compiling import entry_point
+from .entries import Worker, entry_point
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -51,7 +51,7 @@ def threads_for(tasks: int) -> int:
     return max(min(torch.get_num_threads(), tasks), 1)
 
 
-def launch(worker, arguments: Arguments, tasks: int, settings: tuple[int, ...] = ()) -> None:
+def launch(worker: Worker, arguments: Arguments, tasks: int, settings: tuple[int, ...] = ()) -> None:
     """Run ``worker(arguments, *settings)`` over ``tasks`` pieces of work with up to ``torch.get_num_threads()``
     threads. Returns when all pieces are done."""
     address = entry_point(worker, type(arguments), settings)

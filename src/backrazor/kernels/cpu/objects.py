@@ -1,7 +1,8 @@
-"""Machine code on disk, and its way into a process: LLVM alone, without the compiler that made it.
+"""Machine code on disk, and its way into a process, without the compiler that made it.
 
-A process that finds its kernels here never starts Numba's compiler, whose tables of types take 60 MB. A file is a hash
-of the rest, the name of its function, and an object file of that function; a damaged one is passed over.
+A process that finds its kernels here imports neither Numba nor LLVM, which take 55 MB, and 60 more once Numba compiles.
+A file is a hash of the rest, the name of its function, and an object file of that function; a damaged one is passed
+over.
 """
 
 from __future__ import annotations
@@ -12,24 +13,34 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from llvmlite import binding
-
+from . import elf
 from .target import target_machine
 
 
 @cache
-def _engine() -> binding.ExecutionEngine:
-    """What holds the loaded code for as long as the process lives."""
+def _engine():
+    """LLVM's loader, which holds the code for as long as the process lives."""
+    from llvmlite import binding
+
     return binding.create_mcjit_compiler(binding.parse_assembly(""), target_machine())
 
 
 def object_of(code: str) -> bytes:
     """The object file of optimised LLVM ``code``, which calls nothing outside itself."""
+    from llvmlite import binding
+
     return target_machine().emit_object(binding.parse_assembly(code))
 
 
 def load(name: str, code: bytes) -> int:
     """The address of function ``name`` of an object file."""
+    return elf.load(name, code) or load_by_llvm(name, code)
+
+
+def load_by_llvm(name: str, code: bytes) -> int:
+    """The same on any system, and of any object file that LLVM makes."""
+    from llvmlite import binding
+
     engine = _engine()
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()

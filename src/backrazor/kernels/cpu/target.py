@@ -1,11 +1,13 @@
 """Whether the CPU kernels can run in this process: asked before the first of them is compiled, because LLVM answers
-what it cannot do by ending the process."""
+what it cannot do by ending the process. Numba and LLVM are imported where nobody has compiled here before."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import cache
+from pathlib import Path
 
 LEAST_LLVM = 20  # the first with llvm.experimental.vector.compress that Numba brought, in 0.62
 # Conversions of float16, which every kernel has in one of its branches. Where the processor has no instruction for them
@@ -20,7 +22,49 @@ define void @probe(ptr %from, ptr %to) {
   ret void
 }
 """
+# Whose presence makes Numba compile for another processor than this one: environment variables, and a file.
+_TOLD = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
+_SETTINGS = Path(".numba_config.yaml")
+# What /proc/cpuinfo says of a processor that code may depend on: on x86, on ARM.
+_INSTRUCTIONS = ("flags", "Features")
+_DESCRIBED = (*_INSTRUCTIONS, "vendor_id", "cpu family", "model", "CPU implementer", "CPU variant", "CPU part")
 _HELPERS = re.compile(r"\b__(?:extend|trunc)\w*hf\w*|\b__gnu_(?:h2f|f2h)\w*")
+
+
+@cache
+def _described() -> dict[str, str] | None:
+    """What Linux says of the first processor; None where it says nothing of its instructions, or where Numba is told to
+    compile for another."""
+    if any(name in os.environ for name in _TOLD) or _SETTINGS.exists():
+        return None
+    lines = {}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if not name.strip():
+                    break  # the next processor
+                lines[name.strip()] = value.strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    lines = {name: value for name, value in lines.items() if name in _DESCRIBED}
+    return lines if any(name in lines for name in _INSTRUCTIONS) else None
+
+
+def processor() -> str:
+    """Names what machine code is made for. Where Linux describes the processor LLVM is not asked."""
+    described = _described()
+    return repr(target()) if described is None else repr((os.uname().machine, sorted(described.items())))
+
+
+@cache
+def has_avx512() -> bool:
+    """Whether code is made for a processor whose registers hold all lanes, and of which one instruction permutes them
+    by indices."""
+    described = _described()
+    if described is None:
+        return "+avx512f" in target()[2].split(",")
+    return "avx512f" in described.get("flags", "").split()
 
 
 def missing_helpers(machine) -> list[str]:
@@ -57,8 +101,13 @@ def target_machine():
 
 @cache
 def shortcoming() -> str | None:
-    """What keeps the CPU kernels from running here, in words, or None."""
+    """What keeps the CPU kernels from running here, in words, or None. Where a process like this one has kept a kernel
+    the answer is known."""
+    from .kept import has_any
+
     try:
+        if has_any():
+            return None
         import numba
         from llvmlite import binding
     except ImportError as error:

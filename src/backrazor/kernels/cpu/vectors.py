@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 
 from .layout import LANES
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
-
-
-def has_avx512() -> bool:
-    """Whether Numba compiles for a processor whose registers hold all lanes, and of which one instruction permutes them
-    by indices."""
-    return "+avx512f" in cpu_target.target_context.codegen()._tm_features.split(",")
 
 
 def vector_of(element):

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from ..cpu.target import has_avx512
 from ..cpu.vectors import (
     FLOAT,
     I8,
@@ -16,7 +17,6 @@ from ..cpu.vectors import (
     LANES,
     broadcast,
     constant,
-    has_avx512,
     load_as_float32,
     splat,
     store_lanes,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from numba import njit
-
-from ..cpu.layout import F32, LANES
-from ..cpu.scalars import get_i32, put_i32
-from ..topk._cpu_values import decode_values
-from ..topk.layout import INT8, TILE
-from ._cpu_guess import NO_GUESS, ROWS, SLACK, TABLE, forget_numbers, guess_table
+from ..cpu.layout import LANES
 from .layout import Guesses
+
+# Where an element's guess is found: nowhere; in its row's number, for rows of at least a block; in a table of one
+# number per element that repeats (features over the tokens, short rows written out once per sample).
+NO_GUESS, ROWS, TABLE = FILLS = 131, 132, 133
+SLACK = 2 * LANES  # numbers that a vector may touch behind a table
+# Behind a spare block: the elements less their guesses, a block of guesses, and the elements of whose row they are.
+RESULT_AT, NUMBERS_AT, SPARE_BYTES = LANES * 4, 2 * LANES * 4, 3 * LANES * 4 + 16
 
 
 class Guess:
@@ -48,25 +49,3 @@ def guess_of(guesses: Guesses | None, guess_at: int) -> dict[str, int]:
         "code_scales": guesses.scales.data_ptr(),
         "guess_at": guess_at,
     }
-
-
-@njit(forceinline=True)
-def sample_codes(a, sample):
-    """Addresses of a sample's (codes, scales)."""
-    return a.codes + sample * a.rows, a.code_scales + sample * ((a.rows + TILE - 1) // TILE) * 2
-
-
-@njit(forceinline=True)
-def read_guess(a, fill, sample, scratch, stage, spare):
-    """What ``block_numbers`` is told of a sample, from its stored codes."""
-    means = scratch + a.guess_at
-    if fill == NO_GUESS:
-        return means, 1, 1.0
-    forget_numbers(spare)
-    codes, scales = sample_codes(a, sample)
-    for start in range(0, a.rows, TILE):
-        count = min(TILE, a.rows - start)
-        decode_values(F32, INT8, codes, scales, start, count, stage)
-        for i in range(count):
-            put_i32(means + (start + i) * 4, get_i32(stage + i * 4))
-    return guess_table(fill, a.features, a.rows, a.n, means, means + (a.rows + SLACK) * 4)

@@ -40,13 +40,7 @@ from ..cpu.vectors import (
     vector_of,
 )
 from ..topk.layout import TILE
-
-# Where an element's guess is found: nowhere; in its row's number, for rows of at least a block; in a table of one
-# number per element that repeats (features over the tokens, short rows written out once per sample).
-NO_GUESS, ROWS, TABLE = FILLS = 131, 132, 133
-SLACK = 2 * LANES  # numbers that a vector may touch behind a table
-# Behind a spare block: the elements less their guesses, a block of guesses, and the elements of whose row they are.
-RESULT_AT, NUMBERS_AT, SPARE_BYTES = LANES * 4, 2 * LANES * 4, 3 * LANES * 4 + 16
+from ._cpu_form import NO_GUESS, NUMBERS_AT, RESULT_AT, ROWS, SLACK, TABLE
 
 
 def _lanes_of(builder, mask):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..cpu.compiling import EntryPoint
+from ..cpu.entries import EntryPoint
 from ..topk.cpu import COPIED_BYTES, pack, unpack
 
 __all__ = ["COPIED_BYTES", "entry_points", "pack", "unpack"]

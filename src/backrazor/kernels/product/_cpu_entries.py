@@ -7,38 +7,14 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.counters import count_threads, take_tasks
 from ..cpu.layout import F32, LANES
 from ..cpu.scalars import get_i32, get_u8, get_u16, popcount, put_i32
-from ..topk._cpu_form import Form, sample_form
+from ..topk._cpu_sample import sample_form
 from ..topk._cpu_values import decode_values
 from ..topk.layout import BITMAP, TILE
+from ._cpu_form import CHANNELS, STRIDED
 from ._cpu_lanes import compress_positions, widen_offsets
-
-# How positions are grouped: by channel, which is the order they have; by channel and the remainders of height and width
-# by the strides; by input of a Linear.
-CHANNELS, STRIDED, INPUTS = 0, 1, 2
-
-
-@arguments
-class MakeEntries(Form):
-    """A packed batch, how its positions count, and where its entries go; pitches in bytes, from a sample to the
-    next."""
-
-    entries: int
-    entry_pitch: int
-    starts: int
-    start_pitch: int
-    order: int  # CHANNELS, STRIDED or INPUTS
-    buckets: int
-    height: int
-    width: int
-    down: int  # strides
-    across: int
-    pitch: int  # rows of the matrix from one line of positions to the next
-    unit: int  # bytes of a row of the matrix
-    scratch: int
-    scratch_bytes: int  # of one thread
 
 
 @njit(forceinline=True)

@@ -7,81 +7,14 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.counters import count_threads, take_tasks
 from ..cpu.lanes import by_kind, cast_load, copy_bytes, element_bytes
 from ..cpu.layout import F32, LANES
 from ..cpu.scalars import get_i64, put_f32
+from ._cpu_form import MOST_VECTORS, TILE_BYTES, VECTOR
 from ._cpu_lanes import add_products, transpose_tile
 
-VECTOR = LANES * 4
-TILE_BYTES = LANES * VECTOR
-MOST_VECTORS = 16  # that one pass over the entries adds to: half of the registers where they are longest
-
 _transpose = by_kind(transpose_tile)
-
-
-class Entries:
-    """Fields that say where the entries of a batch lie; pitches in bytes, from a sample to the next."""
-
-    entries: int
-    entry_pitch: int
-    starts: int
-    start_pitch: int
-
-
-@arguments
-class Lay:
-    """A gradient and the matrix it becomes."""
-
-    batch: int
-    groups: int
-    outputs: int
-    positions: int
-    width: int
-    pitch: int  # rows of the matrix from one line of positions to the next
-    border: int  # rows of the matrix before the first position
-    source: int
-    matrix: int
-    matrix_pitch: int  # bytes from a sample to the next
-    unit: int  # bytes of a row
-    scratch: int
-    scratch_bytes: int  # of one thread
-
-
-@arguments
-class Add(Entries):
-    """Entries, the matrix they look at and the sums they belong to."""
-
-    batch: int
-    channels: int
-    piece: int  # channels that a thread takes at a time
-    ranges: int
-    groups: int
-    matrix: int
-    matrix_pitch: int
-    sums: int
-    classes: int
-    table: int  # of taps by class
-    taps: int
-
-
-@arguments
-class AddDepthwise(Entries):
-    """Entries, the gradient they look at as it comes, and the sums they belong to."""
-
-    batch: int
-    channels: int
-    outputs: int
-    width: int
-    size: int  # floats of a channel of the gradient inside its border
-    pitch: int
-    border: int
-    source: int
-    sums: int
-    table: int
-    taps: int
-    scratch: int
-    scratch_bytes: int  # of one thread
 
 
 def _chain(vectors):

@@ -16,38 +16,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu.compiling import EntryPoint
+from ..cpu.entries import EntryPoint, Worker
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import KIND
-from ..cpu.vectors import has_avx512
+from ..cpu.target import has_avx512
 from ..topk._cpu_form import form_of
 from ..topk.layout import TILE, Stored, kept_of
 from . import reference
-from ._cpu_entries import CHANNELS, INPUTS, STRIDED, MakeEntries, entries_worker
-from ._cpu_sums import (
-    MOST_VECTORS,
-    TILE_BYTES,
-    VECTOR,
-    Add,
-    AddDepthwise,
-    Lay,
-    add_worker,
-    depthwise_worker,
-    lay_worker,
-)
+from ._cpu_form import CHANNELS, INPUTS, MOST_VECTORS, STRIDED, TILE_BYTES, VECTOR, Add, AddDepthwise, Lay, MakeEntries
 from .layout import LANES, Axis, Window, axes
 
 # The gradient of so many samples is laid out as a matrix at once, at least of one.
 MATRIX_BYTES = 4 << 20
 
+ENTRIES = Worker(f"{__package__}._cpu_entries", "entries_worker")
+LAY = Worker(f"{__package__}._cpu_sums", "lay_worker")
+ADD = Worker(f"{__package__}._cpu_sums", "add_worker")
+ADD_DEPTHWISE = Worker(f"{__package__}._cpu_sums", "depthwise_worker")
+
 
 def entry_points() -> Iterator[EntryPoint]:
     """All that is ever launched from here."""
-    yield entries_worker, MakeEntries, ()
-    yield add_worker, Add, ()
+    yield ENTRIES, MakeEntries, ()
+    yield ADD, Add, ()
     for kind in KIND.values():
-        yield lay_worker, Lay, (kind,)
-        yield depthwise_worker, AddDepthwise, (kind,)
+        yield LAY, Lay, (kind,)
+        yield ADD_DEPTHWISE, AddDepthwise, (kind,)
 
 
 class _Entries(NamedTuple):
@@ -57,7 +51,7 @@ class _Entries(NamedTuple):
     starts: Tensor
 
     def of(self, sample: int) -> dict[str, int]:
-        """Where those from ``sample`` on lie: the fields of ``_cpu_sums.Entries``."""
+        """Where those from ``sample`` on lie: the fields of ``_cpu_form.Entries``."""
         entries, starts = self
         pitch, step = entries.stride(0) * 4, starts.stride(0) * 4
         return {
@@ -102,7 +96,7 @@ def _entries(
         scratch=scratch.data_ptr(),
         scratch_bytes=scratch_bytes,
     )
-    launch(entries_worker, told, batch)
+    launch(ENTRIES, told, batch)
     return made
 
 
@@ -149,7 +143,7 @@ def _add(
         table=ctypes.addressof(table),
         taps=taps,
     )
-    launch(add_worker, told, -(-channels // piece) * ranges)
+    launch(ADD, told, -(-channels // piece) * ranges)
 
 
 def _lay(grad: Tensor, matrix: Tensor, border: int, pitch: int) -> None:
@@ -174,7 +168,7 @@ def _lay(grad: Tensor, matrix: Tensor, border: int, pitch: int) -> None:
         scratch=scratch.data_ptr(),
         scratch_bytes=scratch_bytes,
     )
-    launch(lay_worker, told, batch * groups, (KIND[grad.dtype],))
+    launch(LAY, told, batch * groups, (KIND[grad.dtype],))
 
 
 def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
@@ -265,7 +259,7 @@ def _conv_depthwise(
         scratch=scratch.data_ptr(),
         scratch_bytes=scratch_bytes,
     )
-    launch(depthwise_worker, told, channels, (KIND[grad.dtype],))
+    launch(ADD_DEPTHWISE, told, channels, (KIND[grad.dtype],))
 
 
 def transposed(sums: Tensor, outputs: int) -> Tensor:

@@ -5,10 +5,17 @@ Shape legend: n elements per sample, K kept, T = ceil(n / 256) tiles.
 
 from __future__ import annotations
 
-from numba import njit
+from ..guess._cpu_form import SPARE_BYTES
+from .layout import INDEX, TILE, VALUE_KIND, Stored, kept_of
 
-from ..cpu.lanes import element_bytes
-from .layout import INDEX, INT4, INT8, TILE, VALUE_KIND, Stored, kept_of
+MIN_SAMPLED = 4096  # below this the selection scans the sample itself
+BIN_BITS = 11
+BINS = 1 << BIN_BITS
+# Scratch of one thread, in bytes: a histogram; one tile of staged float32 with the slack of a vector store and two
+# vectors aside; blocks aside; for packing, a buffer of collected magnitudes follows.
+STAGE_AT = BINS * 4
+SPARE_AT = STAGE_AT + (TILE + 64) * 4
+BUFFER_AT = SPARE_AT + SPARE_BYTES
 
 
 class Form:
@@ -42,20 +49,3 @@ def form_of(stored: Stored, n: int, index: str) -> dict[str, int]:
         "full": stored.full.data_ptr(),
         "index_pitch": stored.index.stride(0) if stored.index.numel() else 0,
     }
-
-
-@njit(forceinline=True)
-def sample_form(a, sample):
-    """Addresses of a sample's (values, scales, index, counts, full)."""
-    tiles = (a.n + TILE - 1) // TILE
-    if a.value_kind == INT4:
-        sample_bytes = (a.keep + 1) // 2
-    else:
-        sample_bytes = a.keep * (1 if a.value_kind == INT8 else element_bytes(a.value_kind))
-    return (
-        a.values + sample * sample_bytes,
-        a.scales + sample * ((a.keep + TILE - 1) // TILE) * 2,
-        a.index + sample * a.index_pitch,
-        a.counts + sample * tiles,
-        a.full + sample * ((tiles + 7) // 8),
-    )

@@ -7,28 +7,17 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.counters import count_threads, take_tasks
 from ..cpu.lanes import compress_offset, element_bytes, gather_values, magnitude_masks, valid_lanes
 from ..cpu.scalars import atomic_or, get_i32, popcount, put_i32, put_u8, trailing_zeros
-from ..guess._cpu_form import Guess, read_guess, sample_codes
-from ..guess._cpu_guess import NO_GUESS, SLACK, block_at, sample_means
-from ._cpu_form import Form, sample_form
-from ._cpu_select import BUFFER_AT, SPARE_AT, STAGE_AT, threshold_of
+from ..guess._cpu_form import NO_GUESS, SLACK
+from ..guess._cpu_guess import block_at, sample_means
+from ..guess._cpu_read import read_guess, sample_codes
+from ._cpu_form import BUFFER_AT, SPARE_AT, STAGE_AT
+from ._cpu_sample import sample_form
+from ._cpu_select import threshold_of
 from ._cpu_values import store_values
 from .layout import BITMAP, INT8, TILE, TILES
-
-
-@arguments
-class Pack(Form, Guess):
-    """A batch and where it is packed to."""
-
-    source: int
-    flag: int
-    scratch: int
-    scratch_bytes: int  # of one thread
-    capacity: int  # magnitudes that the buffer behind BUFFER_AT holds
-    low: float
-    high: float
 
 
 @njit(forceinline=True)

@@ -10,17 +10,8 @@ from numba import njit
 from ..cpu.lanes import gather_magnitudes, magnitude_masks, valid_lanes
 from ..cpu.layout import F32, LANES
 from ..cpu.scalars import get_i32, get_u16, popcount, put_i32
-from ..guess._cpu_guess import SPARE_BYTES, block_at
-from .layout import TILE
-
-MIN_SAMPLED = 4096  # below this the selection scans the sample itself
-BIN_BITS = 11
-BINS = 1 << BIN_BITS
-# Scratch of one thread, in bytes: a histogram; one tile of staged float32 with the slack of a vector store and two
-# vectors aside; blocks aside; for packing, a buffer of collected magnitudes follows.
-STAGE_AT = BINS * 4
-SPARE_AT = STAGE_AT + (TILE + 64) * 4
-BUFFER_AT = SPARE_AT + SPARE_BYTES
+from ..guess._cpu_guess import block_at
+from ._cpu_form import BIN_BITS, BINS, MIN_SAMPLED
 
 
 @njit(forceinline=True)

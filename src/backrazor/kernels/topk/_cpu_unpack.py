@@ -7,26 +7,17 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..cpu.arguments import arguments, count_threads, take_tasks
+from ..cpu.counters import count_threads, take_tasks
 from ..cpu.lanes import element_bytes
 from ..cpu.layout import F32
 from ..cpu.scalars import get_f32, get_i32, get_u8, get_u16, put_f32, put_i32, put_i64, put_u8, put_u16, trailing_zeros
-from ..guess._cpu_form import Guess, read_guess
-from ..guess._cpu_guess import NO_GUESS, add_half, fill_tile
-from ._cpu_form import Form, sample_form
-from ._cpu_select import SPARE_AT, STAGE_AT
+from ..guess._cpu_form import NO_GUESS
+from ..guess._cpu_guess import add_half, fill_tile
+from ..guess._cpu_read import read_guess
+from ._cpu_form import SPARE_AT, STAGE_AT
+from ._cpu_sample import sample_form
 from ._cpu_values import decode_values
 from .layout import BITMAP, NO_INDEX, TILE
-
-
-@arguments
-class Unpack(Form, Guess):
-    """A packed batch and where it is unpacked to."""
-
-    out: int
-    bits: int  # where guesses hold, one bit per element; 0: everywhere
-    scratch: int
-    scratch_bytes: int  # of one thread
 
 
 @njit(forceinline=True)

@@ -16,27 +16,49 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..cpu.compiling import EntryPoint
+from ..cpu.arguments import arguments
+from ..cpu.entries import EntryPoint, Worker
 from ..cpu.launch import launch, threads_for
 from ..cpu.layout import KIND
-from ..guess._cpu_form import fill_of, guess_numbers, guess_of
-from ..guess._cpu_guess import FILLS
+from ..guess._cpu_form import FILLS, Guess, fill_of, guess_numbers, guess_of
 from ..guess.layout import Guesses
-from ._cpu_form import form_of
-from ._cpu_pack import Pack, pack_worker
-from ._cpu_select import BUFFER_AT, MIN_SAMPLED
-from ._cpu_unpack import Unpack, unpack_worker
+from ._cpu_form import BUFFER_AT, MIN_SAMPLED, Form, form_of
 from .layout import Stored
 
 COPIED_BYTES = 0  # of samples that do not lie contiguous, copied at a time: one sample
+PACK = Worker(f"{__package__}._cpu_pack", "pack_worker")
+UNPACK = Worker(f"{__package__}._cpu_unpack", "unpack_worker")
+
+
+@arguments
+class Pack(Form, Guess):
+    """A batch and where it is packed to."""
+
+    source: int
+    flag: int
+    scratch: int
+    scratch_bytes: int  # of one thread
+    capacity: int  # magnitudes that the buffer behind BUFFER_AT holds
+    low: float
+    high: float
+
+
+@arguments
+class Unpack(Form, Guess):
+    """A packed batch and where it is unpacked to."""
+
+    out: int
+    bits: int  # where guesses hold, one bit per element; 0: everywhere
+    scratch: int
+    scratch_bytes: int  # of one thread
 
 
 def entry_points() -> Iterator[EntryPoint]:
     """All that is ever launched from here."""
     for kind in KIND.values():
         for fill in FILLS:
-            yield pack_worker, Pack, (kind, fill)
-            yield unpack_worker, Unpack, (kind, fill)
+            yield PACK, Pack, (kind, fill)
+            yield UNPACK, Unpack, (kind, fill)
 
 
 def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor, guesses: Guesses | None = None) -> None:
@@ -59,7 +81,7 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor, gu
         low=low,
         high=high,
     )
-    launch(pack_worker, told, batch, (KIND[x.dtype], fill_of(n, guesses)))
+    launch(PACK, told, batch, (KIND[x.dtype], fill_of(n, guesses)))
 
 
 def unpack(
@@ -78,4 +100,4 @@ def unpack(
         scratch=scratch.data_ptr(),
         scratch_bytes=scratch_bytes,
     )
-    launch(unpack_worker, told, batch, (KIND[out.dtype], fill_of(n, guesses)))
+    launch(UNPACK, told, batch, (KIND[out.dtype], fill_of(n, guesses)))
