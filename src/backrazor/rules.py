@@ -190,13 +190,18 @@ def _refusal(
     surroundings: Surroundings,
 ) -> str | None:
     """Why a layer stays dense under its rules, or None."""
-    if name in surroundings.ends and config.values == "paper":
+    if stays_dense(config, name, surroundings):
         return "the paper leaves both ends of a transformer dense"
     reason = cls.refusal(module, rules)
     if reason is not None or config.sparsity == 0 or id(module) not in surroundings.windowed:
         return reason
     counts_windows = cls.prunes or rules.attention.rule == "pruned"
     return "inside window attention: index 0 counts windows, not images" if counts_windows else None
+
+
+def stays_dense(config: RazorConfig, name: str, surroundings: Surroundings) -> bool:
+    """Whether the configuration leaves a layer alone for where it stands, whatever computes it."""
+    return name in surroundings.ends and config.values == "paper"
 
 
 def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings: Surroundings) -> LayerRules:
@@ -272,10 +277,10 @@ def _why_it_stays(module: nn.Module, is_root: bool) -> str | None:
     if not any(True for _ in module.children()):
         return "no drop-in for this class"
     if _is_attention(cls) and not any(_is_attention(type(part)) for part in module.modules() if part is not module):
-        return "attention of a class without a drop-in: its product stays dense"
+        return "attention of a class without a drop-in: only functions that it calls are met"
     own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
     if own and not is_root:
-        return f"uses its own {', '.join(own)} itself: what that keeps stays dense"
+        return f"uses its own {', '.join(own)} itself: only functions that it calls are met"
     return None
 
 
