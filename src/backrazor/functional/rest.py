@@ -232,19 +232,18 @@ class Net:
         """The settings that hold for a function of ``tensors``: of the part of the model that owns the first parameter
         among them, or view of one, where such a part has some of its own; else those of the module that runs."""
         for x in tensors:
-            if isinstance(x, Tensor):
-                base = x if x._base is None else x._base
-                if self._is_parameter(base):
-                    return self._owner_of(base) or self.settings
+            if isinstance(x, Tensor) and self.is_parameter(x):
+                return self._owner_of(x if x._base is None else x._base) or self.settings
         return self.settings
-
-    def _is_parameter(self, base: Tensor) -> bool:
-        return base.is_leaf and (base.requires_grad or isinstance(base, nn.Parameter))
 
     def _owner_of(self, parameter: Tensor) -> Any:
         if self._owners is None:
             self._owners = self._owners_of_parameters()
         return self._owners.get(id(parameter))
+
+    def hooks_outside(self) -> Hooks | None:
+        """The hooks from before, to which these hand on what they keep."""
+        return self._outer
 
     def _is_on_top(self) -> bool:
         top = _top_hooks()
@@ -321,16 +320,23 @@ class Net:
 
     def _lives_anyway(self, x: Tensor) -> bool:
         """Whether x is a parameter, a buffer or a view of one."""
-        if x.is_leaf and x.requires_grad:
+        if self.is_parameter(x):
             return True
-        base = x._base
-        if base is not None and (isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)):
+        return x.grad_fn is None and x.untyped_storage()._cdata in self._living()
+
+    def is_parameter(self, x: Tensor) -> bool:
+        """Whether x is a parameter or a view of one. Not any leaf that learns: in a recomputation what a checkpointed
+        part was given is one, where it was none in the forward."""
+        base = x if x._base is None else x._base
+        if isinstance(base, nn.Parameter):
             return True
-        if x.grad_fn is not None:
-            return False
+        return base.is_leaf and base.requires_grad and base.untyped_storage()._cdata in self._living()
+
+    def _living(self) -> set[int]:
+        """The storages of what lives anyway."""
         if self._resident is None:
             self._resident = {t.untyped_storage()._cdata for t in self._resident_tensors()}
-        return x.untyped_storage()._cdata in self._resident
+        return self._resident
 
 
 class TracedNet(Net):
@@ -354,9 +360,6 @@ class TracedNet(Net):
         super().__init__(packs, settings, flag, lambda: (*parameters, *buffers))
         self._parameters = {t.untyped_storage()._cdata: owner for t, owner in zip(parameters, owners, strict=True)}
         self._resident = {t.untyped_storage()._cdata for t in (*parameters, *buffers)}
-
-    def _is_parameter(self, base: Tensor) -> bool:
-        return self.is_parameter(base)
 
     def _owner_of(self, parameter: Tensor) -> Any:
         return self._parameters[parameter.untyped_storage()._cdata]

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import functional
 from ..codecs import NormCodec
-from ..functional.rest import TracedNet, exactly, running
+from ..functional.rest import exactly, running
 
 
 def run_exactly(place: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -115,13 +115,8 @@ def _addmm(
 
 def _is_parameter(x: Any) -> bool:
     """Whether x is a parameter or a view of one."""
-    if not isinstance(x, Tensor):
-        return False
     net = running()
-    if isinstance(net, TracedNet):
-        return net.is_parameter(x)
-    base = x if x._base is None else x._base
-    return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
+    return isinstance(x, Tensor) and net is not None and net.is_parameter(x)
 
 
 def _norm_codec(place: Any) -> NormCodec | None:
