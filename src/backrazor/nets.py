@@ -68,8 +68,7 @@ def _config_of(name: str, config: Configs, above: RazorConfig | None) -> RazorCo
 def _rules(config: RazorConfig, name: str, module: nn.Module, surroundings: Surroundings) -> NetRules:
     if stays_dense(config, name, surroundings):
         return NetRules(config.rest == "int8", None)
-    windowed = id(module) in surroundings.windowed and config.sparsity > 0
-    return NetRules(config.rest == "int8", layer_rules(config, name, module, surroundings), windowed)
+    return NetRules(config.rest == "int8", layer_rules(config, name, module, surroundings))
 
 
 def _takes_a_net(module: nn.Module) -> bool:

@@ -43,7 +43,7 @@ def torchvision_swin(version: int) -> nn.Module:
     return swin.SwinTransformer([4, 4], 24, [1, 2], [2, 4], [4, 4], num_classes=5, **second)
 
 
-WINDOWED: dict[str, Callable[[], nn.Module]] = {
+SWINS: dict[str, Callable[[], nn.Module]] = {
     "timm swin, fused": lambda: timm_swin(True),
     "timm swin, written out": lambda: timm_swin(False),
     "timm swin v2": timm_swin_v2,
@@ -60,10 +60,10 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", SWINS)
 def test_the_report_says_of_each_weight_what_its_gradient_shows(name: str) -> None:
     torch.manual_seed(0)
-    plain, x = WINDOWED[name]().train(), torch.randn(2, 3, 32, 32)
+    plain, x = SWINS[name]().train(), torch.randn(2, 3, 32, 32)
     ours = copy.deepcopy(plain)
     report = br.razor_(ours, PRUNES)
     pruned = {row.name for row in report.replaced if "at sparsity" in row.keeps}
@@ -79,6 +79,31 @@ def test_the_report_says_of_each_weight_what_its_gradient_shows(name: str) -> No
         assert (error > 0.05) == (layer in pruned), f"{layer} is off by {error:.4f}; pruned: {layer in pruned}"
         seen[layer in pruned] += 1
     assert seen[True]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_ends_of_a_transformer_are_known_without_a_drop_in_for_its_attention(version: int) -> None:
+    model = torchvision_swin(version)
+    report = br.razor_(model, br.RazorConfig(0.9))
+    keeps = {row.name: row.keeps for row in report.replaced}
+    assert {name for name, words in keeps.items() if "all of it" in words} == {"features.0.0", "head"}
+    paper = br.razor_(model, br.RazorConfig.paper(0.9))
+    dense = {row.name for row in paper.left if "both ends" in row.reason}
+    assert dense == {"features.0.0", "norm", "head"}
+
+
+def test_gates_of_channels_are_no_attention_of_tokens() -> None:
+    class SplitAttn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), SplitAttn(), nn.Flatten(), nn.Linear(288, 5))
+    report = br.razor_(model, br.RazorConfig(0.9))
+    assert not [row.name for row in report.replaced if "all of it" in row.keeps]
 
 
 class Borrows(nn.Module):

@@ -124,8 +124,7 @@ class DropIn(nn.Module):
     Attributes:
         razor: the layer's rules.
         packs: whether an operator in it takes a flag. False for a layer that keeps bits or a shape only.
-        prunes: whether it packs its first argument, sample by sample. Such a layer stays dense inside window
-            attention, where index 0 counts windows.
+        prunes: whether it packs its first argument, sample by sample.
         link: its part in a chain that runs as one operator (see fusion.py). None for every class outside this library.
     """
 

@@ -84,7 +84,7 @@ def _attention(
         return function(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     fits = functional.fits_attention(query, key, value, attn_mask, is_causal, enable_gqa)
-    if not fits or codec.rule == "dense" or (codec.rule == "pruned" and place.net.windowed):
+    if not fits or codec.rule == "dense":
         with exactly():  # its backward reads inputs and sums that have to agree
             return dense(query, key, value)
     settings = attn_mask, dropout_p, is_causal, scale, codec, place.flag(query)
@@ -99,7 +99,7 @@ def _multi_head(place: Any, function: Callable, *args: Any, need_weights: bool =
 
 
 def _linear(place: Any, function: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if place.net.windowed or not _is_parameter(weight) or input.dim() < 2:
+    if not _is_parameter(weight) or input.dim() < 2:
         return function(input, weight, bias)
     return functional.linear(input, weight, bias, place.net.rules.pruned, place.flag(input))
 
@@ -108,7 +108,7 @@ def _addmm(
     place: Any, function: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> Tensor:
     usual = beta == 1 and alpha == 1 and isinstance(input, Tensor) and input.dim() == 1 and _is_parameter(input)
-    if not usual or place.net.windowed or not _is_parameter(mat2) or mat1.dim() != 2:
+    if not usual or not _is_parameter(mat2) or mat1.dim() != 2:
         return function(input, mat1, mat2, beta=beta, alpha=alpha)
     return functional.linear(mat1, mat2.t(), input, place.net.rules.pruned, place.flag(mat1))
 
@@ -122,7 +122,7 @@ def _is_parameter(x: Any) -> bool:
 def _norm_codec(place: Any) -> NormCodec | None:
     """What a norm keeps of its input; None where that stays dense."""
     codec = place.net.rules.norm
-    return None if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed) else codec
+    return None if codec.kind == "dense" else codec
 
 
 def _layer_norm(
@@ -219,7 +219,7 @@ def _convolution(dims: int, transposed: bool) -> Callable:
         names = ("stride", "padding", "dilation", "output_padding")
         numbers = {name: _numbers(given[name], dims) for name in names}
         usual = isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dim() == dims + 2
-        if place.net.windowed or not usual or None in numbers.values() or weight.is_complex():
+        if not usual or None in numbers.values() or weight.is_complex():
             return dense(input, weight, bias)
         spec = functional.ConvNdSpec(
             numbers["stride"],

@@ -29,11 +29,10 @@ from .fusion import Linked, linked
 @dataclass(frozen=True)
 class NetRules:
     """What holds while a module runs. ``packs``: whether the rest is kept in 8 bits. ``rules``: those that functions
-    get which the module calls by itself; None where they are left alone. ``windowed``: index 0 counts no samples."""
+    get which the module calls by itself; None where they are left alone."""
 
     packs: bool
     rules: LayerRules | None
-    windowed: bool = False
 
 
 class Place:
