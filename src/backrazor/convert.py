@@ -15,7 +15,7 @@ from .nets import nets
 from .nn import known_layers
 from .nn.base import DropIn, Earlier, attach, class_given_to, detach, devices_of, status_flags, why_not_detached
 from .nn.fusion import Linked, link_chains, linked, unlink
-from .nn.netted import Netted, cast_net, status_of_net, take_net, why_not_taken
+from .nn.netted import Netted, cast_net, note_owned, status_of_net, take_net, why_not_taken
 from .report import Left, Replaced, Report, lowered
 from .rules import Configs, Gets, Stays, checked, decide
 
@@ -66,16 +66,17 @@ def razor_(
         for state in earlier.values():
             state.restore()
         raise
+    under = list(nets(model, config, decisions, report.earlier_kept))  # before classes change, by which it goes
     for name in report.earlier_kept:
         earlier[name].restore()
     devices = devices_of(model)
     for gets in decisions:
         if isinstance(gets, Gets):
             attach(gets.module, gets.drop_in, gets.rules, devices)
-    under = list(nets(model, config, decisions, report.earlier_kept))
     report.fused = link_chains(model)
     for module, rules in under:
         cast_net(module, rules, devices)
+    note_owned(model)
     report.lowered = lowered(model)
     return report
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .config import RazorConfig
 from .nn import DropIn
 from .nn.netted import NetRules
-from .rules import Configs, Gets, Stays, Surroundings, layer_rules
+from .rules import Configs, Gets, Stays, Surroundings, layer_rules, stays_dense
 
 _OPEN = NetRules(packs=False, rules=None)  # everything as it is
 
@@ -66,8 +66,9 @@ def _config_of(name: str, config: Configs, above: RazorConfig | None) -> RazorCo
 
 
 def _rules(config: RazorConfig, name: str, module: nn.Module, surroundings: Surroundings) -> NetRules:
-    windowed = id(module) in surroundings.windowed and config.sparsity > 0
-    return NetRules(config.rest == "int8", layer_rules(config, name, module, surroundings), windowed)
+    if stays_dense(config, name, surroundings):
+        return NetRules(config.rest == "int8", None)
+    return NetRules(config.rest == "int8", layer_rules(config, name, module, surroundings))
 
 
 def _takes_a_net(module: nn.Module) -> bool:

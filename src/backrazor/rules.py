@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .codecs import NormCodec, Pruned, whole_values
 from .config import RazorConfig
 from .functional import AttentionCodec
-from .nn import DROP_INS, STAYS, WINDOWED, DropIn, LayerRules, drop_in_for, qualified_name
+from .nn import DROP_INS, STAYS, DropIn, LayerRules, drop_in_for, qualified_name
 from .nn.attention import RazorMultiheadAttention, SdpaDropIn
 from .nn.base import MadeDropIn, has_its_own_forward, is_patched
 
@@ -58,7 +58,6 @@ class Surroundings:
 
     head: str | None
     ends: frozenset[str]
-    windowed: frozenset[int]
     is_cnn: bool
     attends: bool
 
@@ -68,7 +67,7 @@ class Surroundings:
         ends = transformer_ends(model)
         has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
         attends = bool(ends) or any(_is_attention(type(module)) for module in model.modules())
-        return cls(head_name(model), ends, _windowed(model), has_convolution and not ends, attends)
+        return cls(head_name(model), ends, has_convolution and not ends, attends)
 
 
 def checked(config: Configs | None) -> Configs:
@@ -190,13 +189,14 @@ def _refusal(
     surroundings: Surroundings,
 ) -> str | None:
     """Why a layer stays dense under its rules, or None."""
-    if name in surroundings.ends and config.values == "paper":
+    if stays_dense(config, name, surroundings):
         return "the paper leaves both ends of a transformer dense"
-    reason = cls.refusal(module, rules)
-    if reason is not None or config.sparsity == 0 or id(module) not in surroundings.windowed:
-        return reason
-    counts_windows = cls.prunes or rules.attention.rule == "pruned"
-    return "inside window attention: index 0 counts windows, not images" if counts_windows else None
+    return cls.refusal(module, rules)
+
+
+def stays_dense(config: RazorConfig, name: str, surroundings: Surroundings) -> bool:
+    """Whether the configuration leaves a layer alone for where it stands, whatever computes it."""
+    return name in surroundings.ends and config.values == "paper"
 
 
 def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings: Surroundings) -> LayerRules:
@@ -240,7 +240,11 @@ def transformer_ends(model: nn.Module) -> frozenset[str]:
     """
     names, modules = zip(*model.named_modules(), strict=True)
     drop_ins = dict(zip(names, map(drop_in_for, modules), strict=True))
-    attention = [i for i, cls in enumerate(drop_ins.values()) if cls and issubclass(cls, _ATTENTION)]
+    attention = [
+        i
+        for i, (cls, module) in enumerate(zip(drop_ins.values(), modules, strict=True))
+        if (issubclass(cls, _ATTENTION) if cls else _attends_by_functions(module))
+    ]
     if not attention:
         return frozenset()
     ends = [
@@ -257,13 +261,6 @@ def transformer_ends(model: nn.Module) -> frozenset[str]:
     return frozenset(ends)
 
 
-def _windowed(model: nn.Module) -> frozenset[int]:
-    """Ids of the modules whose inputs are windows, not images."""
-    found = ((module, WINDOWED.get(qualified_name(type(module)))) for module in model.modules())
-    parts = (part for module, name in found if name is not None for part in module.get_submodule(name).modules())
-    return frozenset(map(id, parts))
-
-
 def _why_it_stays(module: nn.Module, is_root: bool) -> str | None:
     """What to say of a module without a drop-in; None where it keeps nothing, or its parts say it all."""
     cls = type(module)
@@ -272,11 +269,16 @@ def _why_it_stays(module: nn.Module, is_root: bool) -> str | None:
     if not any(True for _ in module.children()):
         return "no drop-in for this class"
     if _is_attention(cls) and not any(_is_attention(type(part)) for part in module.modules() if part is not module):
-        return "attention of a class without a drop-in: its product stays dense"
+        return "attention of a class without a drop-in: only functions that it calls are met"
     own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
     if own and not is_root:
-        return f"uses its own {', '.join(own)} itself: what that keeps stays dense"
+        return f"uses its own {', '.join(own)} itself: only functions that it calls are met"
     return None
+
+
+def _attends_by_functions(module: nn.Module) -> bool:
+    """Whether a module is an attention of tokens without a drop-in: it has projections of tokens of its own."""
+    return _is_attention(type(module)) and any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 def _is_attention(cls: type[nn.Module]) -> bool:

@@ -23,13 +23,13 @@ FAMILIES: dict[str, tuple[str, dict, int, set[str]]] = {
         "swin_tiny_patch4_window7_224",
         {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
         64,
-        {"Linear", "DropPath"},
+        {"DropPath"},
     ),
     "convnext": ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}, 64, set()),
     "mixer": ("mixer_s32_224", {"img_size": 64}, 64, set()),
     "beit": ("beit_base_patch16_224", SMALL_VIT, 32, set()),
     "eva": ("eva02_tiny_patch14_224", SMALL_VIT, 32, {"GluMlp"}),
-    "mobilevit": ("mobilevit_xxs", {}, 64, {"Linear"}),
+    "mobilevit": ("mobilevit_xxs", {}, 64, set()),
     "efficientformer": (
         "efficientformer_l1",
         {"depths": (1, 1, 1, 2), "embed_dims": (8, 16, 24, 32)},
@@ -97,13 +97,15 @@ def test_predicted_is_saved(family: str) -> None:
     del loss
 
 
-def test_windows_are_not_samples() -> None:
-    """Swin's projections see windows at index 0: pruning them would not be pruning an image."""
-    model, _ = build("swin")
+def test_windows_are_pruned_like_samples() -> None:
+    """Swin's projections see windows at index 0, and keep the largest elements of each."""
+    model, x = build("swin")
     report = br.razor_(model, br.RazorConfig(0.9))
-    reasons = {row.name.rpartition(".")[2]: row.reason for row in report.left if row.type == "Linear"}
-    assert set(reasons) == {"qkv", "proj"}
-    assert all("index 0 counts windows" in reason for reason in reasons.values())
+    assert not any(row.type == "Linear" for row in report.left)
     assert sum(row.original == "WindowAttention" for row in report.replaced) == 4
-    paper = br.razor_(model, br.RazorConfig.paper(0.9))
-    assert not any(row.original == "WindowAttention" for row in paper.replaced)
+    with br.memory.ledger(model) as book:
+        out = model(x)
+    for name in ("qkv", "proj"):
+        kept = [row for row in book.rows if row.module.endswith(f"attn.{name}") and row.role == "pruned values"]
+        assert len(kept) == 4
+    del out

@@ -3,50 +3,85 @@ activation made.
 
 All are told by the tensor itself: what is known of it lies beside the tensor object, in a dictionary with weak keys,
 and counts while its version is the same. What several layers share is held weakly, so that its memory belongs to the
-autograd graph alone. What a norm has kept is held while its output lives: under activation checkpointing the graph
-drops it at once, and the forward and its recomputation have to choose alike. While ``torch.compile`` traces, the same
-is told of the tensors that stand for those that will run.
+autograd graph alone. What a norm has kept is held while its output lives.
+
+Under activation checkpointing the forward and its recomputation have to choose alike. The graph drops at once what the
+forward saves, and the recomputation gets objects of its own for what was made before it. So a note counts only under
+the saved-tensor hooks under which it was made: nothing that was made outside of a checkpointed part is known inside.
+
+While ``torch.compile`` traces, the same is told of the tensors that stand for those that will run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
+from weakref import WeakKeyDictionary
+
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from ..kernels.sealed import traced
 from .inputs import Activation, Use, pack_input
 from .packed import Packed
 from .pruned import Pruned
 
-_SOURCES = WeakTensorKeyDictionary()  # a norm's output -> its version, what the norm keeps
-_ACTIVATED = WeakTensorKeyDictionary()  # an activation's output -> its version, what is known of it
-_ATTENDED = WeakTensorKeyDictionary()  # an attention's output -> its version, what the attention keeps
-_PACKED = WeakTensorKeyDictionary()  # an input -> codec and version, weak references to what was packed, its form
+_SOURCES = WeakTensorKeyDictionary()  # a norm's output -> when, what the norm keeps
+_ACTIVATED = WeakTensorKeyDictionary()  # an activation's output -> when, what is known of it
+_ATTENDED = WeakTensorKeyDictionary()  # an attention's output -> when, what the attention keeps
+_PACKED = WeakTensorKeyDictionary()  # an input -> codec and when, weak references to what was packed, its form
+
+_HOOKS: WeakKeyDictionary[Callable, int] = WeakKeyDictionary()  # a number for each: a note must not keep them alive
+_numbers = count(1)
+
+
+def _place() -> int:
+    """A number for the saved-tensor hooks that what is saved now meets, beside those of this library's nets; 0 where
+    there are none, and under a compiler, which recomputes in its graph."""
+    hooks = None if traced() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:  # a net's hooks stand before those from outside
+        hooks = getattr(getattr(hooks[0], "__self__", None), "hooks_outside", lambda: hooks)()
+    if hooks is None:
+        return 0
+    try:
+        number = _HOOKS.get(hooks[0])
+        if number is None:
+            number = _HOOKS[hooks[0]] = next(_numbers)
+    except TypeError:  # no weak reference to it, or no hash
+        return id(hooks[0])
+    return number
+
+
+def _when(x: Tensor) -> tuple[int, int]:
+    """What has to be the same for a note of x to count: its version, and the hooks that see what is saved."""
+    return x._version, _place()
 
 
 def remember_source(x: Tensor, packed: Packed) -> None:
     """Note that x, a norm's output, can be read from what the norm keeps."""
-    _SOURCES[x] = x._version, packed
+    _SOURCES[x] = _when(x), packed
 
 
 def source_of(x: Tensor) -> Packed | None:
     """What the norm that x comes from keeps of it, or None."""
-    version, packed = _SOURCES.get(x, (None, None))
-    return packed if version == x._version else None
+    when, packed = _SOURCES.get(x, (None, None))
+    return packed if when is not None and when == _when(x) else None
 
 
 def remember_attended(x: Tensor, packed: Packed) -> None:
     """Note that the tokens (B, N, H e) which are a view of x (B, H, N, e), an attention's output, can be read from what
     the attention keeps."""
     if not x.is_inference():
-        _ATTENDED[x] = x._version, packed
+        _ATTENDED[x] = _when(x), packed
 
 
 def _attended_of(x: Tensor) -> Packed | None:
     """What the attention keeps whose output x (B, ..., I) is a view of, all of it and in the order of its tokens."""
     if x._base is None or not x.is_contiguous():
         return None
-    version, packed = _ATTENDED.get(x._base, (None, None))
-    if version != x._version or packed.form.shape != tuple(x.shape):
+    when, packed = _ATTENDED.get(x._base, (None, None))
+    if when is None or when != _when(x) or packed.form.shape != tuple(x.shape):
         return None
     return packed
 
@@ -55,15 +90,15 @@ def remember_activation(x: Tensor, codes: Packed | None = None) -> None:
     """Note that x is the output of an activation. ``codes``: what its backward keeps, where they tell of the elements
     of x themselves."""
     if not x.is_inference():  # whose version nobody counts
-        _ACTIVATED[x] = x._version, Activation(codes)
+        _ACTIVATED[x] = _when(x), Activation(codes)
 
 
 def activation_of(x: Tensor) -> Activation | None:
     """What is known of the activation that x comes from; None where it comes from none."""
     if x.is_inference():
         return None
-    version, known = _ACTIVATED.get(x, (None, None))
-    return known if version == x._version else None
+    when, known = _ACTIVATED.get(x, (None, None))
+    return known if when is not None and when == _when(x) else None
 
 
 def hand_on_activation(x: Tensor, out: Tensor) -> None:
@@ -74,12 +109,12 @@ def hand_on_activation(x: Tensor, out: Tensor) -> None:
 
 def _remember_packed(x: Tensor, choice: tuple[Pruned, Use], packed: Packed) -> None:
     references = tuple(TensorWeakRef(tensor) for tensor in packed.tensors)
-    _PACKED[x] = (choice, x._version), references, packed.form
+    _PACKED[x] = (choice, _when(x)), references, packed.form
 
 
 def _packed_before(x: Tensor, choice: tuple[Pruned, Use]) -> Packed | None:
     known = _PACKED.get(x)
-    if known is None or known[0] != (choice, x._version):
+    if known is None or known[0] != (choice, _when(x)):
         return None
     tensors = tuple(reference() for reference in known[1])
     return None if any(tensor is None for tensor in tensors) else Packed(tensors, known[2])

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NamedTuple
@@ -184,7 +184,8 @@ class Net:
     """One call of a module that keeps small what autograd saves. ``packs`` False: all of it stays as it is.
 
     ``flag(device)`` gives the status bits for values that 8 bits cannot hold. ``resident()`` gives the tensors that
-    live anyway, the parameters and buffers of the model.
+    live anyway, the parameters and buffers of the model. ``owners()`` gives the settings of the parts of the model that
+    have some of their own, by the ids of their parameters.
     """
 
     def __init__(
@@ -192,10 +193,13 @@ class Net:
         packs: bool,
         settings: Any,
         flag: Callable[[torch.device], Tensor],
-        resident: Callable[[], Iterator[Tensor]],
+        resident: Callable[[], Iterable[Tensor]],
+        owners: Callable[[], dict[int, Any]] = dict,
     ) -> None:
         self.packs, self.settings = packs, settings
         self._flag, self._resident_tensors = flag, resident
+        self._owners_of_parameters = owners
+        self._owners: dict[int, Any] | None = None
         self._resident: set[int] | None = None
         self._known: dict[tuple, _Known] = {}
         self._ranges: dict[tuple, _Known] = {}  # the largest part of each storage that is packed
@@ -223,6 +227,23 @@ class Net:
         self._known.clear()
         self._ranges.clear()
         self._held.clear()
+
+    def settings_for(self, *tensors: Any) -> Any:
+        """The settings that hold for a function of ``tensors``: of the part of the model that owns the first parameter
+        among them, or view of one, where such a part has some of its own; else those of the module that runs."""
+        for x in tensors:
+            if isinstance(x, Tensor) and self.is_parameter(x):
+                return self._owner_of(x if x._base is None else x._base) or self.settings
+        return self.settings
+
+    def _owner_of(self, parameter: Tensor) -> Any:
+        if self._owners is None:
+            self._owners = self._owners_of_parameters()
+        return self._owners.get(id(parameter))
+
+    def hooks_outside(self) -> Hooks | None:
+        """The hooks from before, to which these hand on what they keep."""
+        return self._outer
 
     def _is_on_top(self) -> bool:
         top = _top_hooks()
@@ -299,16 +320,23 @@ class Net:
 
     def _lives_anyway(self, x: Tensor) -> bool:
         """Whether x is a parameter, a buffer or a view of one."""
-        if x.is_leaf and x.requires_grad:
+        if self.is_parameter(x):
             return True
-        base = x._base
-        if base is not None and (isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)):
+        return x.grad_fn is None and x.untyped_storage()._cdata in self._living()
+
+    def is_parameter(self, x: Tensor) -> bool:
+        """Whether x is a parameter or a view of one. Not any leaf that learns: in a recomputation what a checkpointed
+        part was given is one, where it was none in the forward."""
+        base = x if x._base is None else x._base
+        if isinstance(base, nn.Parameter):
             return True
-        if x.grad_fn is not None:
-            return False
+        return base.is_leaf and base.requires_grad and base.untyped_storage()._cdata in self._living()
+
+    def _living(self) -> set[int]:
+        """The storages of what lives anyway."""
         if self._resident is None:
             self._resident = {t.untyped_storage()._cdata for t in self._resident_tensors()}
-        return x.untyped_storage()._cdata in self._resident
+        return self._resident
 
 
 class TracedNet(Net):
@@ -316,7 +344,8 @@ class TracedNet(Net):
 
     The compiler switches hooks off while it traces, to call them when the graph runs. The outermost net of a trace
     switches them on again: there is nothing else to be called, since hooks from outside are left out. What stands for a
-    parameter is neither one nor a leaf there, so that ``parameters`` are told by their storage.
+    parameter is neither one nor a leaf there, so that ``parameters`` are told by their storage. ``owners``: the
+    settings of the parts that own them, where these have some of their own.
     """
 
     def __init__(
@@ -325,11 +354,15 @@ class TracedNet(Net):
         settings: Any,
         flag: Callable[[torch.device], Tensor],
         parameters: Sequence[Tensor],
+        owners: Sequence[Any],
         buffers: Sequence[Tensor],
     ) -> None:
-        super().__init__(packs, settings, flag, lambda: iter((*parameters, *buffers)))
-        self._parameters = {t.untyped_storage()._cdata for t in parameters}
-        self._resident = self._parameters | {t.untyped_storage()._cdata for t in buffers}
+        super().__init__(packs, settings, flag, lambda: (*parameters, *buffers))
+        self._parameters = {t.untyped_storage()._cdata: owner for t, owner in zip(parameters, owners, strict=True)}
+        self._resident = {t.untyped_storage()._cdata for t in (*parameters, *buffers)}
+
+    def _owner_of(self, parameter: Tensor) -> Any:
+        return self._parameters[parameter.untyped_storage()._cdata]
 
     def _lives_anyway(self, x: Tensor) -> bool:
         return x.untyped_storage()._cdata in self._resident

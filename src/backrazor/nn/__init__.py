@@ -86,22 +86,6 @@ DROP_INS: dict[str, str] = {
     "transformers.models.vit.modeling_vit.ViTAttention": "transformers_layers.attention()",
 }
 
-# Where index 0 counts windows or patches, not images, so that pruning a sample would mean something else: the class,
-# and which part of it ("" for all).
-WINDOWED: dict[str, str] = {
-    "timm.models.swin_transformer.WindowAttention": "",
-    "timm.models.swin_transformer_v2.WindowAttention": "",
-    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": "",
-    "timm.models.davit.WindowAttention": "",
-    "timm.models.gcvit.WindowAttentionGlobal": "",
-    "timm.models.maxxvit.AttentionCl": "",
-    "timm.models.maxxvit.Attention2d": "",
-    "timm.models.tiny_vit.Attention": "",
-    "timm.models.vision_transformer_sam.Attention": "",
-    "timm.models.hieradet_sam2.MultiScaleAttention": "",
-    "timm.models.mobilevit.MobileVitBlock": "transformer",
-}
-
 # What stays as it is and what that means for memory, where "no drop-in for this class" would say too little; None where
 # there is nothing to say.
 STAYS: dict[str, str | None] = {
@@ -110,11 +94,11 @@ STAYS: dict[str, str | None] = {
     f"{_TORCH}.flatten.Unflatten": None,
     f"{_TORCH}.container.Sequential": None,
     f"{_TORCH}.sparse.Embedding": "keeps its indices",
-    f"{_TORCH}.activation.Softmax": "keeps its output dense where it is called: not inside an attention drop-in",
+    f"{_TORCH}.activation.Softmax": "keeps its output, as the rest, where it is called: in no attention drop-in",
     "timm.layers.drop.DropPath": "keeps one number per sample",
     "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool": "keeps a shape",
-    "timm.layers.mlp.GluMlp": "the product of its two halves keeps both dense",
-    "timm.layers.mlp.SwiGLU": "the product of its two halves keeps both dense",
+    "timm.layers.mlp.GluMlp": "the product of its two halves keeps both, as the rest",
+    "timm.layers.mlp.SwiGLU": "the product of its two halves keeps both, as the rest",
     "timm.models.levit.Downsample": "keeps a shape",
     "timm.models.vision_transformer.VisionTransformer": None,  # adding and joining tokens keeps nothing
     "transformers.models.vit.modeling_vit.ViTEmbeddings": None,

@@ -23,9 +23,9 @@ from .functions import FUNCTIONS
 
 UNKNOWN = object()  # an activation inside a norm layer that is no drop-in
 
-ORIGINAL, _GIVEN, _STATUS = "_backrazor_original", "_backrazor_given", "_backrazor_status"
+ORIGINAL, _GIVEN, STATUS = "_backrazor_original", "_backrazor_given", "_backrazor_status"
 NET = "_backrazor_net"
-_OWN = (ORIGINAL, _GIVEN, _STATUS, NET, "razor")  # what razor_ puts into the __dict__ of a module
+_OWN = (ORIGINAL, _GIVEN, STATUS, NET, "razor")  # what razor_ puts into the __dict__ of a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +124,7 @@ class DropIn(nn.Module):
     Attributes:
         razor: the layer's rules.
         packs: whether an operator in it takes a flag. False for a layer that keeps bits or a shape only.
-        prunes: whether it packs its first argument, sample by sample. Such a layer stays dense inside window
-            attention, where index 0 counts windows.
+        prunes: whether it packs its first argument, sample by sample.
         link: its part in a chain that runs as one operator (see fusion.py). None for every class outside this library.
     """
 
@@ -159,7 +158,7 @@ class DropIn(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         """What moves a module: there have to be status bits where it is."""
-        self.__dict__[_STATUS].follow(fn)
+        self.__dict__[STATUS].follow(fn)
         return super()._apply(fn, *args, **kwargs)
 
     @classmethod
@@ -193,7 +192,7 @@ class DropIn(nn.Module):
             refuse_tracing(x)
         if not isinstance(x, Tensor):
             return torch.zeros(1, dtype=torch.int32)  # for the dense operator's refusal
-        return self.__dict__[_STATUS].on(x.device)
+        return self.__dict__[STATUS].on(x.device)
 
     __prepare_scriptable__ = refuse_script
 
@@ -236,7 +235,7 @@ def class_given_to(module: DropIn) -> type[DropIn]:
 def status_flags(module: nn.Module) -> list[Tensor]:
     """The status bits of a module, one int32 (1,) per device that it has run on; none for a module that is no
     drop-in."""
-    return module.__dict__[_STATUS].flags if isinstance(module, DropIn) else []
+    return module.__dict__[STATUS].flags if isinstance(module, DropIn) else []
 
 
 def is_frozen(norm: nn.Module) -> bool:
@@ -264,7 +263,7 @@ def attach(module: nn.Module, cls: type[DropIn], rules: LayerRules, devices: Ite
     status = Status()
     if cls.packs:
         status.prepare(module, devices)
-    module.__dict__.update({ORIGINAL: type(module), _GIVEN: cls, _STATUS: status, "razor": rules})
+    module.__dict__.update({ORIGINAL: type(module), _GIVEN: cls, STATUS: status, "razor": rules})
     module.__class__ = cls
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import functional
 from ..codecs import NormCodec
-from ..functional.rest import TracedNet, exactly, running
+from ..functional.rest import exactly, running
 
 
 def run_exactly(place: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ def _attention(
         return function(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     fits = functional.fits_attention(query, key, value, attn_mask, is_causal, enable_gqa)
-    if not fits or codec.rule == "dense" or (codec.rule == "pruned" and place.net.windowed):
+    if not fits or codec.rule == "dense":
         with exactly():  # its backward reads inputs and sums that have to agree
             return dense(query, key, value)
     settings = attn_mask, dropout_p, is_causal, scale, codec, place.flag(query)
@@ -99,7 +99,7 @@ def _multi_head(place: Any, function: Callable, *args: Any, need_weights: bool =
 
 
 def _linear(place: Any, function: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if place.net.windowed or not _is_parameter(weight) or input.dim() < 2:
+    if not _is_parameter(weight) or input.dim() < 2:
         return function(input, weight, bias)
     return functional.linear(input, weight, bias, place.net.rules.pruned, place.flag(input))
 
@@ -108,26 +108,21 @@ def _addmm(
     place: Any, function: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> Tensor:
     usual = beta == 1 and alpha == 1 and isinstance(input, Tensor) and input.dim() == 1 and _is_parameter(input)
-    if not usual or place.net.windowed or not _is_parameter(mat2) or mat1.dim() != 2:
+    if not usual or not _is_parameter(mat2) or mat1.dim() != 2:
         return function(input, mat1, mat2, beta=beta, alpha=alpha)
     return functional.linear(mat1, mat2.t(), input, place.net.rules.pruned, place.flag(mat1))
 
 
 def _is_parameter(x: Any) -> bool:
     """Whether x is a parameter or a view of one."""
-    if not isinstance(x, Tensor):
-        return False
     net = running()
-    if isinstance(net, TracedNet):
-        return net.is_parameter(x)
-    base = x if x._base is None else x._base
-    return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
+    return isinstance(x, Tensor) and net is not None and net.is_parameter(x)
 
 
 def _norm_codec(place: Any) -> NormCodec | None:
     """What a norm keeps of its input; None where that stays dense."""
     codec = place.net.rules.norm
-    return None if codec.kind == "dense" or (codec.kind == "pruned" and place.net.windowed) else codec
+    return None if codec.kind == "dense" else codec
 
 
 def _layer_norm(
@@ -224,7 +219,7 @@ def _convolution(dims: int, transposed: bool) -> Callable:
         names = ("stride", "padding", "dilation", "output_padding")
         numbers = {name: _numbers(given[name], dims) for name in names}
         usual = isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dim() == dims + 2
-        if place.net.windowed or not usual or None in numbers.values() or weight.is_complex():
+        if not usual or None in numbers.values() or weight.is_complex():
             return dense(input, weight, bias)
         spec = functional.ConvNdSpec(
             numbers["stride"],

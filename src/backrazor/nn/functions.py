@@ -69,7 +69,11 @@ class Functions(TorchFunctionMode):
         net = running()
         if net is None or net.settings.net.rules is None:
             return function(*args, **kwargs)
-        return handler(net.settings, function, *args, **kwargs)
+        # a module may hand a part's parameters to a function by itself: what is said of that part holds
+        place = net.settings_for(*args[1:], *kwargs.values()) if function in RAZORED else net.settings
+        if place.net.rules is None:
+            return function(*args, **kwargs) if place.net.packs else run_exactly(place, function, *args, **kwargs)
+        return handler(place, function, *args, **kwargs)
 
 
 FUNCTIONS = Functions()

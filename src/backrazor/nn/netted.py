@@ -21,7 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..functional.rest import Net, TracedNet, running
 from ..functional.transforms import one_node, refuse_script
-from .base import NET, LayerRules, Status, rebased, why_not_rebased
+from .base import NET, STATUS, DropIn, LayerRules, Status, rebased, why_not_rebased
 from .functions import FUNCTIONS
 from .fusion import Linked, linked
 
@@ -29,22 +29,48 @@ from .fusion import Linked, linked
 @dataclass(frozen=True)
 class NetRules:
     """What holds while a module runs. ``packs``: whether the rest is kept in 8 bits. ``rules``: those that functions
-    get which the module calls by itself; None where they are left alone. ``windowed``: index 0 counts no samples."""
+    get which the module calls by itself; None where they are left alone."""
 
     packs: bool
     rules: LayerRules | None
-    windowed: bool = False
 
 
 class Place:
     """A module's place in the net: its rules and its status bits."""
 
-    def __init__(self, net: NetRules) -> None:
-        self.net, self.status = net, Status()
+    def __init__(self, net: NetRules, status: Status | None = None) -> None:
+        self.net, self.status = net, Status() if status is None else status
+        self.owned: dict[str, NetRules] = {}  # the same as ``_owners``, by names, as ``razor_`` found it
 
     def opened(self, module: nn.Module) -> Net:
         """The net of one call of ``module``, whose parameters and buffers live anyway."""
-        return Net(self.net.packs, self, self.status.on, lambda: (*module.parameters(), *module.buffers()))
+
+        def resident() -> tuple[Tensor, ...]:
+            return *module.parameters(), *module.buffers()
+
+        return Net(self.net.packs, self, self.status.on, resident, lambda: self._owners(module))
+
+    def _owners(self, module: nn.Module) -> dict[int, Place]:
+        """The places of the parts of ``module`` that have rules of their own, by the ids of their parameters. Nothing
+        of a parameter that parts with different rules share."""
+        owners: dict[int, Place | None] = {}
+        for part in module.modules():
+            place = part.__dict__.get(NET)
+            if isinstance(part, DropIn):
+                place = Place(NetRules(self.net.packs, part.razor), part.__dict__[STATUS])
+            if place is None:
+                continue
+            for parameter in part._parameters.values():
+                known = owners.setdefault(id(parameter), place)
+                if known is not None and known.net != place.net:
+                    owners[id(parameter)] = None
+        return {key: place for key, place in owners.items() if place is not None}
+
+    def note_owned(self, module: nn.Module) -> None:
+        """Note by names which parameters of ``module`` belong to parts with other rules, for a compiler."""
+        owners = self._owners(module)
+        rules = ((name, owners[id(p)].net) for name, p in module.named_parameters() if id(p) in owners)
+        self.owned = {name: net for name, net in rules if net != self.net}
 
     def flag(self, x: Tensor) -> Tensor:
         """The status bits for work on x."""
@@ -52,7 +78,8 @@ class Place:
 
 
 class _TracedPlace:
-    """A module's place in the net of a graph that is being traced. ``flags``: its status bits there, one per device."""
+    """A module's place in the net of a graph that is being traced, or that of a part of it. ``flags``: the module's
+    status bits there, one per device."""
 
     def __init__(self, net: NetRules, flags: tuple[Tensor, ...]) -> None:
         self.net, self._flags = net, flags
@@ -81,17 +108,22 @@ _traced = _Traced()
 
 @one_node
 def _open(
-    net: NetRules, flags: tuple[Tensor, ...], parameters: tuple[Tensor, ...], buffers: tuple[Tensor, ...]
+    net: NetRules,
+    flags: tuple[Tensor, ...],
+    parameters: tuple[Tensor, ...],
+    owned: tuple[NetRules | None, ...],
+    buffers: tuple[Tensor, ...],
 ) -> None:
     """A node that opens the net for the nodes that follow, while what they do is recorded. Where they only run, or give
-    shapes, it does nothing."""
+    shapes, it does nothing. ``owned``: the rules of the parts that own ``parameters``, where these are others."""
     if not isinstance(flags[0], FunctionalTensor):
         return
     outer, context = running(), None
     if outer is None or outer.settings.net != net:
         place = _TracedPlace(net, flags)
         context = ExitStack()
-        context.enter_context(TracedNet(net.packs, place, place.on, parameters, buffers))
+        owners = [None if rules is None else _TracedPlace(rules, flags) for rules in owned]
+        context.enter_context(TracedNet(net.packs, place, place.on, parameters, owners, buffers))
         context.enter_context(FUNCTIONS.opened())
     _traced.open.append(context)
 
@@ -112,7 +144,9 @@ def _in_graph(module: nn.Module, place: Place) -> Iterator[None]:
     if not flags:
         yield
         return
-    _open(place.net, flags, tuple(module.parameters()), tuple(module.buffers()))
+    named = list(module.named_parameters())
+    owned = tuple([place.owned.get(name) for name, _ in named])
+    _open(place.net, flags, tuple([p for _, p in named]), owned, tuple(module.buffers()))
     try:
         yield
     finally:
@@ -207,6 +241,13 @@ def cast_net(module: nn.Module, net: NetRules, devices: Iterable[torch.device]) 
     place.status.prepare(module, devices)
     module.__class__ = cls
     return True
+
+
+def note_owned(model: nn.Module) -> None:
+    """To be called when all of ``model`` is under its nets."""
+    for module in model.modules():
+        if NET in module.__dict__:
+            module.__dict__[NET].note_owned(module)
 
 
 def why_not_taken(module: Netted) -> str | None:

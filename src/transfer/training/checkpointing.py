@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from transfer.errors import UserError
@@ -22,9 +22,6 @@ class _Checkpointed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def forward(*inputs: Any) -> Any:
-            # Another object than was made before the block: what a razored layer knows of a tensor lies beside the
-            # object, and the recomputation, which gets objects of its own, has to choose as the forward did.
-            inputs = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
             return type(self.module).forward(self.module, *inputs, **kwargs)
 
         if not torch.is_grad_enabled():
