@@ -9,6 +9,7 @@ Every figure comes from a fresh process; the runs take turns, so that a slow min
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import backrazor as br
 from transfer.errors import UserError
 from transfer.records import circumstances, find_records, read_record, write_record
 from transfer.tables.collect import row_label
-from transfer.training.costs import StepFactory, gpu_circumstances, measured_columns, step_shape
+from transfer.training.costs import build_step, gpu_circumstances, measured_columns, step_shape
 from transfer.training.measuring import NOT_MEASURED
 
 COLUMN = {"peak": "peak_bytes", "time": "step_seconds"}
@@ -38,7 +39,8 @@ def measure(paths: list[Path], repeats: int | None, steps: int | None, what: tup
         )
     batch, size = shapes.pop()
     factories = {
-        str(path): StepFactory(config, records[path]["classes"], batch, size) for path, config in configs.items()
+        str(path): functools.partial(build_step, config, records[path]["classes"], batch, size)
+        for path, config in configs.items()
     }
     first = next(iter(configs.values()))["trainer"]["measure"]
     on_cpu = all(record["circumstances"]["device"] == "cpu" for record in records.values())

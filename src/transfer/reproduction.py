@@ -22,7 +22,7 @@ from transfer.models.weights import find_weights
 from transfer.models.zoo import find_spec
 from transfer.recipes import Recipe
 from transfer.records import run_directory, task_of
-from transfer.training.costs import StepFactory, pick_device, step_shape
+from transfer.training.costs import build_step, pick_device, step_shape
 
 DIGITS_IMAGES, DIGITS_CLASSES = 1797, 10
 PROBE_IMAGES = 8  # of the steps that an estimate is taken from
@@ -168,7 +168,7 @@ def _probe(config: Mapping[str, Any], classes: int) -> tuple[float, float]:
     }
     trainer = config["trainer"]
     images = min(PROBE_IMAGES, trainer["micro_batch"] or trainer["batch_size"])
-    step = StepFactory(plain, classes, images, config["data"]["image_size"])()
+    step = build_step(plain, classes, images, config["data"]["image_size"])
     synchronise = torch.cuda.synchronize if pick_device(trainer["device"]).type == "cuda" else lambda: None
     forwards, steps = [], []
     for _ in range(1 + PROBE_STEPS):  # the first compiles kernels

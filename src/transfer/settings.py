@@ -24,6 +24,15 @@ def defaults() -> dict[str, Any]:
     return nested
 
 
+def changed(**sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema's defaults with the settings of ``sections`` in their place, valid."""
+    config = defaults()
+    for name, settings in sections.items():
+        config[name] |= settings
+    validate(config)
+    return config
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted path and value of every leaf of a nested mapping."""
     for name, value in config.items():

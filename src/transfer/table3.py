@@ -12,17 +12,16 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 import backrazor as br
 from transfer.errors import UserError
 from transfer.files import atomic_write_text
-from transfer.models import build_backbone
 from transfer.official import official_memory
 from transfer.records import circumstances, read_record, write_record
-from transfer.training.costs import gpu_circumstances
-from transfer.training.methods import apply_method, set_train_mode
+from transfer.settings import changed
+from transfer.training.costs import build_step, gpu_circumstances
+from transfer.training.network import assemble
 
 CLASSES = 100
 MODELS = {  # batch size at which the table is measured
@@ -60,37 +59,25 @@ class Cell:
         """What tells it from the others."""
         return dataclasses.asdict(self)
 
-    def network(self) -> nn.Module:
-        """Build the network as it trains: everything but batch norm, which stays frozen; weights are random."""
-        torch.manual_seed(0)
-        backbone = build_backbone(
-            {"name": self.model, "pretrained": False, "weights": None, "drop_rate": 0.1, "head_init": "linear"},
-            CLASSES,
-            "pretrain",
+    def config(self) -> dict[str, Any]:
+        """The cell as a configuration: everything but batch norm trains, which stays frozen; weights are random."""
+        transformer = self.model.startswith("vit")
+        return changed(
+            task={"name": "classification"},
+            model={"name": self.model, "pretrained": False, "drop_rate": 0.1, "head_init": "linear"},
+            data={"name": "none", "image_size": self.image_size},
+            method={"name": "full", "bn_affine": "frozen", "bn_stats": "frozen"},
+            razor={"name": "none" if self.preset == "dense" else self.preset, "sparsity": self.sparsity},
+            optim={"name": "sgd" if transformer else "adam", "lr": 1e-3, "label_smoothing": 0.0},
         )
-        model = backbone.model
-        frozen = apply_method(
-            model, backbone.head, {"name": "full", "bn_affine": "frozen", "bn_stats": "frozen", "frozen_bits": None}
-        )
-        if self.preset != "dense":
-            br.razor_(model, getattr(br.RazorConfig, self.preset)(self.sparsity))
-        set_train_mode(model, frozen)
-        return model
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Return images (N, 3, S, S) float32 and labels (N,)."""
-        images = torch.randn(self.batch_size, 3, self.image_size, self.image_size)
-        return images, torch.randint(CLASSES, (self.batch_size,))
+    def network(self) -> nn.Module:
+        """The network as it trains."""
+        torch.manual_seed(0)
+        return assemble(self.config(), CLASSES).model
 
     def __call__(self) -> br.memory.Step:
-        model = self.network()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device)
-        images, labels = (tensor.to(device) for tensor in self.batch())
-        trained = [p for p in model.parameters() if p.requires_grad]
-        convolutional = any(isinstance(module, _BatchNorm) for module in model.modules())
-        optimizer = torch.optim.Adam(trained) if convolutional else torch.optim.SGD(trained, momentum=0.9, lr=1e-3)
-        return br.memory.Step(model, lambda: F.cross_entropy(model(images), labels), optimizer)
+        return build_step(self.config(), CLASSES, self.batch_size, self.image_size)
 
 
 def grid(models: Sequence[str] | None, smoke: dict[str, Any] | None) -> list[Cell]:
@@ -135,7 +122,8 @@ def without_peak(cell: Cell, folder: Path, keep: bool = True) -> dict[str, Any]:
     predicted = br.memory.predict(model, **shape)
     # The formula has no word for sparsity 0 with an index; it is asked at the sparsity, as the released commands do.
     official = official_memory(model, **shape)
-    images, labels = cell.batch()
+    images = torch.randn(cell.batch_size, 3, cell.image_size, cell.image_size)
+    labels = torch.randint(CLASSES, (cell.batch_size,))
     with br.memory.ledger(model) as ledger:
         loss = F.cross_entropy(model(images), labels)
     del loss

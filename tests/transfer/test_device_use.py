@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfer.records import config_hash, run_directory
 from transfer.training import network as network_module
-from transfer.training.costs import StepFactory
+from transfer.training.costs import build_step
 from transfer.training.distributed import World
 from transfer.training.evaluation import evaluate
 from transfer.training.network import assemble
@@ -159,7 +159,7 @@ def test_channels_last_changes_the_layout_and_nothing_else() -> None:
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_the_measured_step_is_the_one_that_trains(precision: str) -> None:
     config = compose_plain(*TINY, "trainer.channels_last=true", f"trainer.precision={precision}")
-    step = StepFactory(config, 5, 4, 32)()
+    step = build_step(config, 5, 4, 32)
     inputs = []
     step.model.conv_stem.register_forward_hook(lambda module, x, out: inputs.append((x[0], out.dtype)))
     step.forward().backward()

@@ -22,7 +22,7 @@ from transfer.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
 from transfer.tables import cells, load_runs, pivot, to_latex
 from transfer.tables.collect import row_label
 from transfer.tables.figures import pareto_front
-from transfer.training.costs import StepFactory, step_shape
+from transfer.training.costs import build_step, step_shape
 from transfer.training.network import assemble
 
 TINY_RUN = (*(s for s in TINY if not s.startswith(("razor=", "model"))), "trainer.steps=1", "data.test_fraction=0.1")
@@ -90,7 +90,7 @@ def test_a_measured_step_in_micro_batches_has_the_gradients_of_the_whole() -> No
     gradients = []
     for micro in ("null", "3"):
         config = compose_plain(*TINY, "method.bn_stats=frozen", f"trainer.micro_batch={micro}")
-        step = StepFactory(config, 10, 8, 32)()
+        step = build_step(config, 10, 8, 32)
         step.forward().backward()
         gradients.append([p.grad for p in step.model.parameters() if p.requires_grad])
     for whole, parts in zip(*gradients, strict=True):

@@ -22,7 +22,7 @@ from transfer.models.text import find_folder, text_encoder
 from transfer.records import config_hash
 from transfer.settings import validate
 from transfer.tables.collect import row_label
-from transfer.training.costs import StepFactory, saved_columns
+from transfer.training.costs import build_step, saved_columns
 from transfer.training.network import assemble
 from transfer.training.optimisation import Schedule
 from transfer.training.run import execute
@@ -123,7 +123,7 @@ def test_the_memory_of_a_step_is_measured_and_predicted(bert: Path, extra: tuple
     assert columns["saved_bytes"] > 0 and columns["image_size"] == 16 and columns["official_bytes"] is None
     if config["trainer"]["checkpointing"] == "none":
         assert columns["predicted_bytes"] == columns["saved_bytes"]
-    step = StepFactory(config, 2, 4, 16)()
+    step = build_step(config, 2, 4, 16)
     step.forward().backward()
     trained = [p for p in step.model.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None for p in trained)

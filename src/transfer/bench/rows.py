@@ -7,16 +7,16 @@ import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import backrazor as br
-from transfer.models import build_backbone
-from transfer.training.checkpointing import apply_checkpointing
-from transfer.training.methods import apply_method, set_train_mode
+from transfer.settings import changed
+from transfer.training.costs import build_step
 
 BATCH = {"vit_b16": 16}  # images per step; 8 for the convolutional networks
 CLASSES = 100
@@ -48,44 +48,36 @@ class Row:
     def images(self) -> int:
         return self.batch or BATCH.get(self.backbone, 8)
 
+    def config(self) -> dict[str, Any]:
+        """The row as a configuration of the laboratory: what it sets otherwise than the defaults."""
+        preset, sparsity = self.razor or ("none", 0.0)
+        trained = self.bn == "train"
+        return changed(
+            task={"name": "classification"},
+            model={"name": self.backbone, "pretrained": False, "head_init": "linear"},
+            data={"name": "none", "image_size": self.image},
+            method={
+                "name": "full",
+                "bn_affine": "train" if trained else "frozen",
+                "bn_stats": "batch" if trained else "frozen",
+            },
+            razor={"name": preset, "sparsity": sparsity},
+            optim={"name": "sgd", "lr": 1e-4, "label_smoothing": 0.0},
+            trainer={
+                "device": self.device,
+                "precision": self.precision,
+                "checkpointing": self.checkpointing,
+                "micro_batch": self.micro,
+                "compile": self.compiled,
+            },
+        )
+
     def build(self) -> br.memory.Step:
         """The training step: random weights with batch norm statistics of their own, SGD with momentum,
         cross-entropy."""
-        torch.manual_seed(0)
-        config = {"name": self.backbone, "pretrained": False, "weights": None, "drop_rate": 0.0, "head_init": "linear"}
-        backbone = build_backbone(config, CLASSES, "pretrain")
-        model = backbone.model.to(self.device)
-        images = torch.randn(self.images, 3, self.image, self.image, device=self.device)
-        labels = torch.randint(CLASSES, (self.images,), device=self.device)
-        _settle_batch_norm(model, images)
-        state = {"frozen": "frozen", "train": "train"}[self.bn]
-        statistics = "frozen" if self.bn == "frozen" else "batch"
-        frozen = apply_method(model, backbone.head, {"name": "full", "bn_affine": state, "bn_stats": statistics})
-        if self.razor is not None:
-            preset, sparsity = self.razor
-            br.razor_(model, getattr(br.RazorConfig, preset)(sparsity))
-        apply_checkpointing(model, backbone.stages, self.checkpointing)
-        set_train_mode(model, frozen)
-        if self.compiled:
-            model.compile()
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
-
-        def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            saving = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
-            with saving, torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                logits = model(x)
-            return F.cross_entropy(logits.float(), y)
-
-        def forward() -> torch.Tensor:
-            if self.micro is None:
-                return loss_of(images, labels)
-            *first, last = zip(images.split(self.micro), labels.split(self.micro), strict=True)
-            for x, y in first:  # all micro-batches but the last do their backward here
-                (loss_of(x, y) * len(y) / self.images).backward()
-            x, y = last
-            return loss_of(x, y) * len(y) / self.images
-
-        return br.memory.Step(model, forward, optimizer)
+        saving = partial(torch.autograd.graph.save_on_cpu, pin_memory=True) if self.offload else nullcontext
+        settle = partial(_settle_batch_norm, images=self.images, side=self.image)
+        return build_step(self.config(), CLASSES, self.images, self.image, settle, saving)
 
     def saved_bytes(self) -> int:
         """What autograd holds after the forward of this row (of one micro-batch, where there are several)."""
@@ -120,13 +112,13 @@ def has_compiler() -> bool:
     return any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++")))
 
 
-def _settle_batch_norm(model: nn.Module, images: torch.Tensor) -> None:
+def _settle_batch_norm(model: nn.Module, device: torch.device, images: int, side: int) -> None:
     """Statistics of the network's own activations, and scales of one: with those of a fresh network, frozen, signals
     would die out with depth and gradients be zero, where a pretrained network's are of order one."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_parameters()
-    update_bn([images], model)
+    update_bn([torch.randn(images, 3, side, side, device=device)], model.to(device))
 
 
 def micro_batch(backbone: str, precision: str, images: int) -> int:

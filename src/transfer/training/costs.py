@@ -6,9 +6,10 @@ a step above what is resident, in a fresh process. Bytes; seconds.
 
 from __future__ import annotations
 
+import functools
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,53 +26,55 @@ from transfer.training.optimisation import make_optimizer
 PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes")  # what a step holds beside its peak
 
 
-@dataclass(frozen=True)
-class StepFactory:
-    """Builds the training step of a configuration again, from plain values, in whatever process it is called.
+def build_step(
+    config: Mapping[str, Any],
+    num_classes: int,
+    batch_size: int,
+    image_size: int,
+    prepare: Callable[[nn.Module, torch.device], None] | None = None,
+    saving: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> br.memory.Step:
+    """Build the training step of a configuration from plain values, in whatever process it is called, on random inputs.
 
     Args:
-        config: the validated configuration.
+        config: a validated configuration.
         num_classes: size of the head.
         batch_size: images in the step, which come in micro-batches where the configuration says so.
         image_size: side of its input, pixels; of texts their tokens.
+        prepare: called with the plain network and the step's device, before anything is done to the network.
+        saving: the context in which each forward runs.
     """
+    settings = config["trainer"]
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    device = pick_device(settings["device"])
+    torch.manual_seed(config["seed"])
+    first_of_all = None if prepare is None else functools.partial(prepare, device=device)
+    network = assemble({**config, "data": {**config["data"], "image_size": image_size}}, num_classes, first_of_all)
+    network.model.to(device)
+    images = example_inputs(network, batch_size, image_size).to(device)
+    if network.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    model = torch.compile(network.model) if settings.get("compile", False) else network.model
+    labels = torch.randint(num_classes, label_shape(config, batch_size, image_size)).to(device)
 
-    config: Mapping[str, Any]
-    num_classes: int
-    batch_size: int
-    image_size: int
+    micro = settings["micro_batch"] or batch_size
+    *first, last = zip(images.split(micro), labels.split(micro), strict=True)
 
-    def __call__(self) -> br.memory.Step:
-        settings = self.config["trainer"]
-        if settings["threads"] is not None:
-            torch.set_num_threads(settings["threads"])
-        device = pick_device(settings["device"])
-        torch.manual_seed(self.config["seed"])
-        data = {**self.config["data"], "image_size": self.image_size}
-        network = assemble({**self.config, "data": data}, self.num_classes)
-        network.model.to(device)
-        images = example_inputs(network, self.batch_size, self.image_size).to(device)
-        if network.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        model = torch.compile(network.model) if settings.get("compile", False) else network.model
-        labels = torch.randint(self.num_classes, label_shape(self.config, self.batch_size, self.image_size)).to(device)
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        with saving():
+            return step_loss(model, config, x, y) * (len(y) / batch_size)
 
-        micro = settings["micro_batch"] or self.batch_size
-        *first, last = zip(images.split(micro), labels.split(micro), strict=True)
+    def forward() -> Tensor:
+        for x, y in first:  # all micro-batches but the last have their backward here
+            part(x, y).backward()
+        return part(*last)
 
-        def part(x: Tensor, y: Tensor) -> Tensor:
-            return step_loss(model, self.config, x, y) * (len(y) / self.batch_size)
-
-        def forward() -> Tensor:
-            for x, y in first:  # all micro-batches but the last have their backward here
-                part(x, y).backward()
-            return part(*last)
-
-        fused = settings.get("cuda_graph", False)
-        optimizer = make_optimizer(network.model, network.backbone.head, self.config["optim"], fused)
-        if settings.get("release_gradients", False):
-            br.memory.GradientRelease(optimizer)
-        return br.memory.Step(network.model, forward, optimizer)
+    fused = settings.get("cuda_graph", False)
+    optimizer = make_optimizer(network.model, network.backbone.head, config["optim"], fused)
+    if settings.get("release_gradients", False):
+        br.memory.GradientRelease(optimizer)
+    return br.memory.Step(network.model, forward, optimizer)
 
 
 def example_inputs(network: Network, batch: int, size: int) -> Tensor:

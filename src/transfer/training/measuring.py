@@ -5,6 +5,7 @@ A measurement that fails leaves the run as it is: a warning, and ``not_measured`
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import backrazor as br
 from transfer.errors import one_line
-from transfer.training.costs import StepFactory, measured_columns, saved_columns, step_shape
+from transfer.training.costs import build_step, measured_columns, saved_columns, step_shape
 from transfer.training.loop import Trainer
 from transfer.training.monitor import LOGGER
 from transfer.training.network import Network
@@ -51,7 +52,7 @@ def measure_apart(config: Mapping[str, Any], record: dict[str, Any], processes: 
     measure = config["trainer"]["measure"]
     release_device_memory()
     LOGGER.info("measuring peak and time of a step (batch %d, %d px) in fresh processes", batch, size)
-    factory = StepFactory(config, record["classes"], batch, size)
+    factory = functools.partial(build_step, config, record["classes"], batch, size)
     try:
         result = br.memory.measure_step(factory, repeats=measure["repeats"], steps=measure["steps"])
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +107,13 @@ def with_dense_layers(razor: br.RazorConfig, patterns: str | None) -> br.RazorCo
     return {pattern.strip(): None for pattern in patterns.split(",")} | {"*": razor}
 
 
-def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
+def assemble(
+    config: Mapping[str, Any], num_classes: int, prepare: Callable[[nn.Module], None] | None = None
+) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
+
+    Args:
+        prepare: called with the plain backbone.
 
     Raises:
         UserError: as ``build_backbone``, ``insert_lite_residuals``, ``apply_checkpointing`` and
@@ -122,6 +127,8 @@ def assemble(config: Mapping[str, Any], num_classes: int) -> Network:
         backbone = build_text_classifier(config["model"], num_classes)
     else:
         backbone = build_backbone(config["model"], num_classes, pretrain, size)
+    if prepare is not None:
+        prepare(backbone.model)
     measured = config["trainer"]["measure"]["image_size"]
     if backbone.one_size and measured not in (None, size):
         raise UserError(
