@@ -23,25 +23,25 @@ help: ## Print this list
 
 demo: $(VENV)/.installed ## Fine-tune a pretrained network on digits four ways, three seeds each, and print the table
 	$(RUN) train.py -m $(TWO_AT_A_TIME) experiment=$(DEMO_ROWS) seed=0,1,2 trainer.resume=never trainer.progress=false
-	$(RUN) scripts/measure_runs.py $(DEMO)
-	$(RUN) scripts/make_tables.py $(DEMO) --expect demo
+	$(RUN) -m razorlab measure $(DEMO)
+	$(RUN) -m razorlab tables $(DEMO) --expect demo
 
 reproduce-table1: $(VENV)/.installed ## ProxylessNAS, eight methods, three more networks, eight data sets; PRESET=smoke, DRY=1, DATA=pets, SEEDS=0
-	$(RUN) scripts/reproduce.py table1 $(TABLE_OPTIONS)
+	$(RUN) -m razorlab reproduce table1 $(TABLE_OPTIONS)
 
 reproduce-table2: $(VENV)/.installed ## ViT-B/16, eight methods, eight data sets; PRESET=smoke, DRY=1, DATA=pets, SEEDS=0
-	$(RUN) scripts/reproduce.py table2 $(TABLE_OPTIONS)
+	$(RUN) -m razorlab reproduce table2 $(TABLE_OPTIONS)
 
 reproduce-table3: $(VENV)/.installed ## Memory of every backbone, sparsity and preset; PRESET=smoke, DRY=1
-	$(RUN) scripts/table3.py --preset $(PRESET) $(if $(DRY),--dry)
+	$(RUN) -m razorlab table3 --preset $(PRESET) $(if $(DRY),--dry)
 
 reproduce-digits: $(VENV)/.installed ## Accuracy against memory on embedded digits, ten methods, three seeds
-	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS)) --launcher $(LAUNCHER)
-	$(RUN) scripts/measure_runs.py outputs/digits --missing
-	$(RUN) scripts/reproduce.py digits $(if $(SEEDS),--seeds $(SEEDS))
+	$(RUN) -m razorlab reproduce digits $(if $(SEEDS),--seeds $(SEEDS)) --launcher $(LAUNCHER)
+	$(RUN) -m razorlab measure outputs/digits --missing
+	$(RUN) -m razorlab reproduce digits $(if $(SEEDS),--seeds $(SEEDS))
 
 report: $(VENV)/.installed ## Write one HTML page from the records below outputs/ (RUNS=outputs/demo: of those)
-	$(RUN) scripts/make_report.py $(RUNS)
+	$(RUN) -m razorlab report $(RUNS)
 
 test: $(VENV)/.installed-dev ## Run the test suite but for its slow tests, one process per core
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(PARALLEL)
@@ -50,10 +50,10 @@ test-all: $(VENV)/.installed-dev ## Run every test; this is what CI runs
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL)
 
 bench: $(VENV)/.installed-dev ## Measure a training step beside its rivals on every backbone (QUICK=1: one backbone in five minutes)
-	$(RUN) scripts/benchmark.py $(if $(QUICK),--backbones efficientnet_lite0 --quick)
+	$(RUN) -m razorlab bench $(if $(QUICK),--backbones efficientnet_lite0 --quick)
 
 bench-gpu: $(VENV)/.installed-dev ## Measure a training step on one CUDA device: ViT-B/16 and ProxylessNAS (QUICK=1: main rows)
-	$(RUN) scripts/benchmark_gpu.py $(if $(QUICK),--quick)
+	$(RUN) -m razorlab bench-gpu $(if $(QUICK),--quick)
 
 lint: $(VENV)/.installed-dev ## Check style, and the types of the public interface
 	$(VENV)/bin/ruff check .

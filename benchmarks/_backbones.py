@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transfer.models.build import Backbone, build_backbone
-from transfer.training.methods import apply_method, set_train_mode
+from razorlab.models.build import Backbone, build_backbone
+from razorlab.training.methods import apply_method, set_train_mode
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 10

@@ -28,9 +28,9 @@ from whole_process import Case
 
 import backrazor as br
 from backrazor.memory.processes import in_fresh_process
-from transfer.bench.measure import saved_of
-from transfer.bench.rows import Row, predictions
-from transfer.files import atomic_write_text
+from razorlab.bench.measure import saved_of
+from razorlab.bench.rows import Row, predictions
+from razorlab.files import atomic_write_text
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.02

@@ -23,7 +23,7 @@ from _timing import quartiles, seconds
 
 import backrazor as br
 from backrazor.functional import common
-from transfer.bench.rows import Row
+from razorlab.bench.rows import Row
 
 RESULTS = Path(__file__).parent / "results" / "choices.csv"
 

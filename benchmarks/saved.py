@@ -15,7 +15,7 @@ from _circumstances import circumstances
 from torch import nn
 
 import backrazor as br
-from transfer.bench.rows import BATCH
+from razorlab.bench.rows import BATCH
 
 BACKBONES = ("proxylessnas", "mobilenetv2", "efficientnet_lite0", "resnet18", "resnet50", "vit_b16")
 FILLED = {"values": "int4", "activation": "auto"}

@@ -36,9 +36,9 @@ from torch import nn
 import backrazor as br
 from backrazor.memory.meters import high_water_mark, reset_high_water_mark, resident_bytes
 from backrazor.memory.processes import in_fresh_process
-from transfer.bench.rows import Row
-from transfer.tables.figures import PART_COLUMNS, memory_by_part
-from transfer.training.optimisation import bitsandbytes_optimizers
+from razorlab.bench.rows import Row
+from razorlab.tables.figures import PART_COLUMNS, memory_by_part
+from razorlab.training.optimisation import bitsandbytes_optimizers
 
 RESULTS = Path(__file__).parent / "results"
 BACKBONES = ("mobilenetv2", "resnet50", "vit_b16")

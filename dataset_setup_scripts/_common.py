@@ -1,4 +1,4 @@
-"""What the set-up scripts share: their options and what they print. The work is in ``transfer.data.published``."""
+"""What the set-up scripts share: their options and what they print. The work is in ``razorlab.data.published``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transfer.data.published import PUBLISHED, PublishedSpec
-from transfer.data.published.install import install
-from transfer.data.published.listing import command, find_problems
-from transfer.errors import UserError, one_line
+from razorlab.data.published import PUBLISHED, PublishedSpec
+from razorlab.data.published.install import install
+from razorlab.data.published.listing import command, find_problems
+from razorlab.errors import UserError, one_line
 
 WRONG_INPUT, INTERRUPTED = 2, 130  # exit codes
 

@@ -4,7 +4,7 @@ import sys
 
 from _common import main
 
-from transfer.data.published import PUBLISHED
+from razorlab.data.published import PUBLISHED
 
 if __name__ == "__main__":
     sys.exit(main(list(PUBLISHED)))

@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from transfer.download import Checksum, digest, download
-from transfer.errors import UserError, one_line
-from transfer.files import atomic_write_text
-from transfer.npz import npz_names
+from razorlab.download import Checksum, digest, download
+from razorlab.errors import UserError, one_line
+from razorlab.files import atomic_write_text
+from razorlab.npz import npz_names
 
 HOME = Path(__file__).parent
 COMMAND = "python pretrain/fetch.py"

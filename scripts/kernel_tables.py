@@ -32,11 +32,11 @@ from torch.utils.flop_counter import flop_registry
 
 import backrazor as br
 from backrazor.kernels import dispatch
-from transfer import ahead, binaries
-from transfer.bench.rows import CLASSES
-from transfer.launches import Launches, as_on_cuda
-from transfer.models import build_backbone
-from transfer.training.methods import apply_method, set_train_mode
+from razorlab import ahead, binaries
+from razorlab.bench.rows import CLASSES
+from razorlab.launches import Launches, as_on_cuda
+from razorlab.models import build_backbone
+from razorlab.training.methods import apply_method, set_train_mode
 
 LAUNCH_SECONDS = 3e-6  # about the shortest a kernel takes, and what lies between two of them
 HOST_SECONDS = 12e-6  # of the host for a launch: 11 to 18 for a Triton kernel, measured with a stand-in driver

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "src" / "backrazor"
 # From the bottom to the top. A part imports itself and what stands before it.
 ORDER = ("config", "hooks", "kernels", "codecs", "functional", "nn", "rules", "nets", "report", "convert")
-FOREIGN = {"transfer", "hydra", "omegaconf", "torchvision", "train", "scripts", "tests"}
+FOREIGN = {"razorlab", "hydra", "omegaconf", "torchvision", "train", "scripts", "tests"}
 
 
 def files(part: str) -> list[Path]:

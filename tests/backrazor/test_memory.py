@@ -241,7 +241,7 @@ def test_predict_allocates_no_activation() -> None:
 def test_an_unknown_rule_is_refused_and_the_one_that_left_says_where_it_is() -> None:
     with pytest.raises(ValueError, match=r"rule='formula' is not known: use 'exact'"):
         br.memory.predict(mlp(), (20,), 2, rule="formula")
-    with pytest.raises(ValueError, match=r"rule='official' has left the library: use transfer\.official\."):
+    with pytest.raises(ValueError, match=r"rule='official' has left the library: use razorlab\.official\."):
         br.memory.predict(mlp(), (20,), 2, rule="official")
 
 

@@ -10,12 +10,12 @@ import pytest
 from dataset_helpers import FileServer, Tiny, load_script
 from tiny_archives import MAKERS, make_tiny
 
-import transfer.download
+import razorlab.download
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    monkeypatch.setattr(transfer.download, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(razorlab.download, "PAUSE_SECONDS", 0.0)
     state = FileServer()
     http = ThreadingHTTPServer(("127.0.0.1", 0), state.handler())
     http.daemon_threads = True

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType
 
-from transfer.data.published import PublishedSpec
+from razorlab.data.published import PublishedSpec
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -13,12 +13,12 @@ import pytest
 from dataset_helpers import snapshot
 from tiny_archives import python2_pickle, tar_gz, with_checksums
 
-import transfer.archives
-from transfer.archives import unpack
-from transfer.data.published import PUBLISHED, build
-from transfer.data.published.cifar import read_pickle
-from transfer.data.published.install import install
-from transfer.errors import UserError
+import razorlab.archives
+from razorlab.archives import unpack
+from razorlab.data.published import PUBLISHED, build
+from razorlab.data.published.cifar import read_pickle
+from razorlab.data.published.install import install
+from razorlab.errors import UserError
 
 LIMIT = 1_000_000  # bytes unpacked
 
@@ -122,7 +122,7 @@ def test_truncated_archive(name, tiny, tmp_path):
 
 
 def test_too_many_members(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer.archives, "MAX_MEMBERS", 5)
+    monkeypatch.setattr(razorlab.archives, "MAX_MEMBERS", 5)
     tar_gz(tmp_path / "a.tgz", {f"a/{i}": b"x" for i in range(6)})
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="more than 5 files"):
@@ -190,7 +190,7 @@ def test_hostile_cifar_pickle(case, tiny, tmp_path):
 
 
 def test_a_cifar_file_that_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("transfer.data.published.cifar.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("razorlab.data.published.cifar.MAX_FILE_BYTES", 10)
     (tmp_path / "train").write_bytes(python2_pickle({"labels": [1, 2, 3]}))
     with pytest.raises(UserError, match="more than 10 bytes"):
         read_pickle(tmp_path / "train")

@@ -15,9 +15,9 @@ import pytest
 from dataset_helpers import REPOSITORY, one_error, run, snapshot
 from tiny_archives import MAKERS, mat, tar_gz, with_checksums
 
-from transfer.data.published import PUBLISHED, build
-from transfer.data.published.listing import read_listing
-from transfer.errors import UserError
+from razorlab.data.published import PUBLISHED, build
+from razorlab.data.published.listing import read_listing
+from razorlab.errors import UserError
 
 NAMES = tuple(MAKERS)
 

@@ -19,13 +19,13 @@ from torch import nn
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, Food101, OxfordIIITPet
 from torchvision.transforms import v2
 
-from transfer.composition import compose_config
-from transfer.data import build_data
-from transfer.data.published import PUBLISHED, SPLIT_SEED, VAL_FRACTION, build, load
-from transfer.data.published.cifar import read_pickle
-from transfer.data.published.listing import read_listing
-from transfer.data.splits import stratified_holdout
-from transfer.errors import UserError
+from razorlab.composition import compose_config
+from razorlab.data import build_data
+from razorlab.data.published import PUBLISHED, SPLIT_SEED, VAL_FRACTION, build, load
+from razorlab.data.published.cifar import read_pickle
+from razorlab.data.published.listing import read_listing
+from razorlab.data.splits import stratified_holdout
+from razorlab.errors import UserError
 
 NAMES = tuple(MAKERS)
 CLASSES = tuple(name for name in NAMES if name not in ("voc", "vader"))  # those with a class per image

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-import transfer.download
-from transfer.download import Checksum, download
-from transfer.errors import UserError
+import razorlab.download
+from razorlab.download import Checksum, download
+from razorlab.errors import UserError
 
 BODY = bytes(range(256)) * 200  # 51,200 bytes
 MD5 = Checksum("md5", hashlib.md5(BODY).hexdigest())
@@ -43,7 +43,7 @@ def test_goes_on_after_sigkill(server, target):
     server.chunk_pause = 0.005
     part = target.with_name("file.bin.part")
     code = (
-        "import sys, pathlib, transfer.download as module; module.CHUNK = 1000; "
+        "import sys, pathlib, razorlab.download as module; module.CHUNK = 1000; "
         "module.download(sys.argv[1], pathlib.Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, f"{server.url}/file.bin", str(target)]
@@ -114,7 +114,7 @@ def test_refusals(status, requests, server, target):
 
 
 def test_no_server(target, monkeypatch):
-    monkeypatch.setattr(transfer.download, "ATTEMPTS", 1)
+    monkeypatch.setattr(razorlab.download, "ATTEMPTS", 1)
     with pytest.raises(UserError, match="could not be downloaded"):
         download("http://127.0.0.1:9/file.bin", target, MD5)
 

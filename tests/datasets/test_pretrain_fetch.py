@@ -15,7 +15,7 @@ import timm
 import torch
 from dataset_helpers import REPOSITORY, load_script, one_error
 
-from transfer.models.zoo import BACKBONES
+from razorlab.models.zoo import BACKBONES
 
 fetch = load_script("pretrain/fetch.py")
 
@@ -142,7 +142,7 @@ UNFIT = {
 @pytest.mark.parametrize("by_hand", [False, True], ids=["downloaded", "by hand"])
 def test_unfit_files(case, by_hand, home, server, tmp_path, capsys, monkeypatch):
     """One line, nothing executed, nothing recorded, and what was downloaded is gone."""
-    monkeypatch.setattr("transfer.npz.MAX_NPZ_BYTES", 2_000_000)
+    monkeypatch.setattr("razorlab.npz.MAX_NPZ_BYTES", 2_000_000)
     name, make = UNFIT[case]
     raw, file = make(tmp_path / "executed"), known(home, name)["file"]
     if by_hand:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from transfer.data.published import PUBLISHED, PublishedSpec
+from razorlab.data.published import PUBLISHED, PublishedSpec
 
 CIFAR_PER_CLASS = 4  # training images
 

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from razorlab import ahead, binaries
 from tests.kernels.addresses import narrow_products
-from transfer import ahead, binaries
 
 CAPABILITIES = (80, 90, 100)
 MOST_CONFIGURATIONS = 4

@@ -20,13 +20,13 @@ from backrazor.kernels.derivative import reference as derivative
 from backrazor.kernels.dispatch import implementation
 from backrazor.kernels.rowquant import reference as rowquant
 from backrazor.kernels.topk import reference as topk
+from razorlab.bench.rows import Row
 from tests.backrazor.cases import AXES, PRUNING, pairwise
 from tests.backrazor.compare import LIMITS, assert_close, assert_same_bits, gradients_on
 from tests.backrazor.networks import convnet, mlp
 from tests.backrazor.samples import DATA, layouts, sample
 from tests.kernels.test_operators import arguments
 from tests.oracles import vjp_at
-from transfer.bench.rows import Row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

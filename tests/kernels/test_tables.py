@@ -11,9 +11,9 @@ import torch
 
 import backrazor as br
 from backrazor import kernels
+from razorlab import binaries
+from razorlab.launches import Launches
 from scripts.kernel_tables import GPUS, Traffic, kernel_bytes, traffic_of
-from transfer import binaries
-from transfer.launches import Launches
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 1 << 20
@@ -112,7 +112,7 @@ def test_a_step_needs_no_device() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
-    command = [sys.executable, "scripts/benchmark_gpu.py"]
+    command = [sys.executable, "-m", "razorlab", "bench-gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": "src"})
     assert done.returncode == 2
-    assert done.stderr.strip() == "benchmark_gpu.py: no CUDA device: use scripts/benchmark.py for the CPU"
+    assert done.stderr.strip() == "razorlab bench-gpu: no CUDA device: use `python -m razorlab bench` for the CPU"

@@ -13,7 +13,7 @@ from types import ModuleType
 import pandas
 import pytest
 
-from transfer.bench.rows import Row
+from razorlab.bench.rows import Row
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -11,8 +11,8 @@ import yaml
 
 import backrazor as br
 from backrazor.nn import DROP_INS
-from transfer.data.registry import DATASETS
-from transfer.models.zoo import BACKBONES
+from razorlab.data.registry import DATASETS
+from razorlab.models.zoo import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ WORDS = {
     "src/backrazor/kernels/rowquant/ops.py": "row_encode",
     "src/backrazor/kernels/__init__.py": "row_encode",
     "src/backrazor/config.py": "int4",
-    "src/transfer/data/published/__init__.py": "PETS",
+    "src/razorlab/data/published/__init__.py": "PETS",
     "tests/backrazor/cases.py": "nn.Linear",
     "tests/backrazor/test_rowquant.py": "reference",
     "tests/backrazor/test_refusals.py": '"Linear"',

@@ -22,12 +22,12 @@ with br.memory.ledger(model) as ledger:
     loss = model(torch.randn(8, 64)).sum()
 loss.backward()
 assert ledger.total_bytes == br.memory.predict(model, (64,), 8, loss_fn=torch.sum).saved_bytes > 0
-assert not {"hydra", "torchvision", "timm", "transfer", "transformers", "lightning"} & set(sys.modules)
+assert not {"hydra", "torchvision", "timm", "razorlab", "transformers", "lightning"} & set(sys.modules)
 import backrazor.integrations.figures
 assert not {"transformers", "lightning"} & set(sys.modules)
-from transfer.report import write_report
+from razorlab.report import write_report
 from importlib import resources
-assert "<!doctype html>" in resources.files("transfer.report").joinpath("page.html").read_text()
+assert "<!doctype html>" in resources.files("razorlab.report").joinpath("page.html").read_text()
 """
 
 
@@ -66,6 +66,6 @@ def test_it_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
 def test_it_holds_both_packages_their_types_and_the_licence_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"backrazor", "transfer"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"backrazor", "razorlab"}
     assert "backrazor/py.typed" in names and any(name.endswith("LICENSE") for name in names)
-    assert "backrazor/kernels/topk/cpu.py" in names and "transfer/report/page.html" in names
+    assert "backrazor/kernels/topk/cpu.py" in names and "razorlab/report/page.html" in names

@@ -13,7 +13,7 @@ import pandas
 import pytest
 
 from backrazor.memory.processes import in_fresh_process
-from transfer.bench.rows import Row
+from razorlab.bench.rows import Row
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -69,11 +69,11 @@ def predict(
 
     Raises:
         ValueError: another rule, or gradients released without an optimizer. The formula of the paper's released code
-            is ``transfer.official`` of the laboratory.
+            is ``razorlab.official`` of the laboratory.
     """
     if rule == "official":
         raise ValueError(
-            "rule='official' has left the library: use transfer.official.official_memory(model, input_size, batch_size)"
+            "rule='official' has left the library: use razorlab.official.official_memory(model, input_size, batch_size)"
         )
     if rule != "exact":
         raise ValueError(f"rule={rule!r} is not known: use 'exact'")

@@ -1,0 +1,79 @@
+"""What a configuration key takes, and the refusal of anything else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from razorlab.errors import UserError
+
+REQUIRED = "???"  # Hydra's word for a value that a group's file or the command line must bring
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key.
+
+    Args:
+        path: dotted name, as written on the command line.
+        kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
+        default: its value where no group's file, experiment or argument says otherwise; ``REQUIRED`` has none.
+        help: meaning and unit.
+        choices: the allowed strings; empty for any.
+        low, high: allowed range of a number; ``open_low``/``open_high`` leave the end itself out.
+        optional: whether ``null`` is allowed.
+    """
+
+    path: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    optional: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """What the key takes, in words."""
+        if self.choices:
+            text = "|".join(self.choices)
+        elif self.kind is bool:
+            text = "true|false"
+        elif self.kind is str:
+            text = "a text"
+        else:
+            text = "a whole number" if self.kind is int else "a number"
+            if self.low is not None and self.high is not None:
+                text += (
+                    f" in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+                )
+            elif self.low is not None:
+                text += f" {'above' if self.open_low else 'from'} {self.low:g}"
+        return text + (" or null" if self.optional else "")
+
+    def check(self, value: Any) -> None:
+        """Raise ``UserError`` where ``value`` is not allowed, or there is none."""
+        if value == REQUIRED:
+            raise UserError(f"{self.path} must be given ({self.help}): write {self.path}=...")
+        if not self._accepts(value):
+            shown = "null" if value is None else value
+            raise UserError.value(self.path, shown, f"{self.allowed} ({self.help})")
+
+    def _accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.kind:
+            return False
+        if self.choices:
+            return value in self.choices
+        if self.kind not in (int, float):
+            return True
+        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
+        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
+        return math.isfinite(value) and above and below

@@ -1,0 +1,101 @@
+"""From a folder of runs to one table row per run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from razorlab.errors import UserError
+from razorlab.records import find_records, read_record, task_of
+
+PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")  # what a step holds; ``total_bytes``
+MEMORY = (
+    *("saved_bytes", "predicted_bytes", "official_bytes", *PARTS, "total_bytes"),
+    *("process_peak_bytes", "step_seconds"),
+)
+
+
+def row_label(config: Mapping[str, Any]) -> str:
+    """Return what tells one table row from another: method, razor with its sparsity, checkpointing, micro-batches, how
+    the optimizer keeps its state and takes its step."""
+    razor, trainer = config["razor"], config["trainer"]
+    checkpointing, micro = trainer["checkpointing"], trainer.get("micro_batch")
+    if razor["name"] == "none":
+        parts = ["dense"] if checkpointing == "none" else []
+    else:
+        parts = [razor["name"]] if razor["name"] == "int8" else [f"{razor['name']} {razor['sparsity']:g}"]
+    if razor.get("forward", "dense") != "dense":
+        parts.append("forward pruned")
+    if razor.get("selection", "magnitude") != "magnitude":
+        parts.append("at random")
+    if checkpointing != "none":
+        parts.append(f"checkpointing by {checkpointing}")
+    if micro and micro < trainer["batch_size"]:
+        parts.append(f"micro-batches of {micro}")
+    if trainer.get("release_gradients"):
+        parts.append("released")
+    if config.get("optim", {}).get("state_bits"):
+        parts.append(f"{config['optim']['state_bits']}-bit state")
+    return f"{config['method']['name']}, " + " + ".join(parts)
+
+
+def load_runs(folder: Path) -> pd.DataFrame:
+    """Return one row for each record below ``folder``.
+
+    Columns: ``label, experiment, config_hash, seed, date, model, data, task, method, razor, sparsity, checkpointing,
+    protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
+    (``test_top1, test_top5, test_mean_iou, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer``
+    (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with
+    several configurations the newest alone counts.
+
+    Raises:
+        UserError: no record there, or a damaged one.
+    """
+    frame = pd.DataFrame([_checked_row(path) for path in find_records(folder)])
+    named = frame[frame["experiment"].notna()].sort_values("date")
+    newest = dict(zip(named["experiment"], named["config_hash"], strict=True))
+    current = [newest.get(row.experiment, row.config_hash) == row.config_hash for row in frame.itertuples()]
+    return frame[current].reset_index(drop=True)
+
+
+def _checked_row(path: Path) -> dict[str, Any]:
+    try:
+        return _row(read_record(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is an incomplete record ({error!r}): remove it and run its row again") from error
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    config, memory = record["config"], record["memory"]
+    return {
+        "label": row_label(config),
+        "experiment": record["experiment"],
+        "config_hash": record["config_hash"],
+        "seed": record["seed"],
+        "date": record["circumstances"]["date"],
+        "model": config["model"]["name"],
+        "data": config["data"]["name"],
+        "task": task_of(config),
+        "method": config["method"]["name"],
+        "razor": config["razor"]["name"],
+        "sparsity": config["razor"]["sparsity"],
+        "checkpointing": config["trainer"]["checkpointing"],
+        "protocol": config["data"].get("protocol"),
+        "pretrained": config["model"].get("pretrained"),
+        "image_size": config["data"].get("image_size"),
+        "batch_size": config["trainer"].get("batch_size"),
+        "steps": record.get("steps"),
+        "measured_batch": memory.get("batch_size"),
+        "measured_size": memory.get("image_size"),
+        "test_top1": record["test"]["top1"],
+        "test_top5": record["test"].get("top5", float("nan")),
+        "test_mean_iou": record["test"].get("mean_iou", float("nan")),
+        "test_images": record["test"].get("images"),
+        "val_top1": record["val"]["top1"],
+        "saved_by_role": memory.get("saved_by_role"),
+        "saved_by_layer": memory.get("saved_by_layer"),
+        **{name: memory.get(name, float("nan")) for name in MEMORY},
+    }

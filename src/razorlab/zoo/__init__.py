@@ -1,0 +1,1 @@
+"""One network of every family that torchvision, timm and transformers bring, razored and compared: razorlab zoo."""

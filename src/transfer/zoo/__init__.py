@@ -1,1 +1,0 @@
-"""One network of every family that torchvision, timm and transformers bring, razored and compared: scripts/zoo.py."""
