@@ -49,7 +49,7 @@ def test_a_row_is_measured_with_its_parts(whole: ModuleType) -> None:
         assert found["parts_MB"] == pytest.approx(sum(parts), abs=0.3)
         assert found["above_bare_MB"] == pytest.approx(found["above_loaded_MB"] + found["libraries_MB"], abs=0.3)
         assert found["above_loaded_MB"] > found["weights_MB"] + found["optimizer_MB"]
-    assert dense["libraries_MB"] < 5 < ours["libraries_MB"]
+    assert dense["libraries_MB"] < 0.3 < ours["libraries_MB"] < 15, "no compiler is loaded"
     assert ours["gradients_MB"] == 0 and ours["optimizer_MB"] < 0.3 * dense["optimizer_MB"]
 
 
