@@ -99,7 +99,7 @@ def torchvision_cases() -> Iterator[Case]:
     def video(network: str) -> Callable:
         def make() -> tuple:
             model = torchvision.models.get_model(network, weights=None)
-            frames, size = {"s3d": (16, 112), "mvit_v1_b": (16, 224), "swin3d_t": (8, 112)}.get(network, (8, 112))
+            frames, size = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "swin3d_t": (8, 112)}.get(network, (8, 112))
             x = torch.randn(1, 3, frames, size, size)
             return model, lambda model: floats(model(x))
 
