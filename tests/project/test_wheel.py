@@ -69,3 +69,5 @@ def test_it_holds_both_packages_their_types_and_the_licence_and_no_tests(wheel: 
     assert {top for top in tops if not top.endswith(".dist-info")} == {"backrazor", "razorlab"}
     assert "backrazor/py.typed" in names and any(name.endswith("LICENSE") for name in names)
     assert "backrazor/kernels/topk/cpu.py" in names and "razorlab/report/page.html" in names
+    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "configs").rglob("*") if file.is_file()}
+    assert {f"razorlab/{file}" for file in files} <= set(names)

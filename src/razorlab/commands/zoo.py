@@ -28,7 +28,7 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def cases(patterns: list[str]) -> Iterator[Case]:
             yield from (case for case in found() if any(fnmatchcase(case.name, pattern) for pattern in patterns))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--only", action="append", metavar="PATTERN", help="names to run, with wildcards; may be repeated"
@@ -66,7 +66,7 @@ def main() -> int:
         ("markdown", "print its table"),
     ):
         parser.add_argument(f"--{flag}", action="store_true", help=text)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     rows, patterns = read(chosen.out), chosen.only or ["*"]
     if chosen.summary or chosen.markdown:
         print(markdown(rows) if chosen.markdown else summary(rows))

@@ -1,0 +1,61 @@
+"""``python -m razorlab``: every command answers, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+from razorlab import __main__ as razorlab
+from razorlab.groups import CONFIGS
+
+
+@pytest.mark.parametrize("name", razorlab.COMMANDS)
+def test_every_command_tells_what_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = razorlab.main([name, "--help"])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    assert code in (0, None)
+    shown = capsys.readouterr().out
+    assert "usage" in shown or "python" in shown
+
+
+def test_the_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert razorlab.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in razorlab.COMMANDS)
+    assert razorlab.main([]) == 2
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert razorlab.main(["nosuch"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nosuch" in line and "train|profile" in line
+
+
+def test_without_the_laboratory_s_packages_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for module in [name for name in sys.modules if name.startswith("razorlab.commands.report")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, "razorlab.report.page", raising=False)
+    monkeypatch.delitem(sys.modules, "razorlab.report", raising=False)
+    assert razorlab.main(["report"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'backrazor[lab]'" in line
+
+
+def test_it_is_installed_as_backrazor_and_runs_as_a_module() -> None:
+    (script,) = entry_points(group="console_scripts", name="backrazor")
+    assert script.load() is razorlab.console
+    command = [sys.executable, "-m", "razorlab", "train", "--cfg", "job", "experiment=demo/dense"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "efficientnet_lite0" in done.stdout
+
+
+def test_the_configurations_lie_in_the_package() -> None:
+    assert CONFIGS.parent.name == "razorlab" and (CONFIGS / "train.yaml").is_file()
