@@ -50,8 +50,11 @@ def validate(config: Mapping[str, Any]) -> None:
         UserError: a key is unknown or missing, a value is not allowed, or two settings contradict each other.
     """
     given = dict(flatten(config))
-    for path in given:
+    for path, value in given.items():
         if path not in BY_PATH:
+            inside = next((key for key in BY_PATH if key.startswith(f"{path}.")), None)
+            if inside is not None:
+                raise UserError.value(path, "null" if value is None else value, f"keys, such as {inside}=...")
             raise UserError(f"{path} is not a key: `python train.py --help` lists them all")
     for path, key in BY_PATH.items():
         if path not in given:

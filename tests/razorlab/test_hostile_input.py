@@ -61,7 +61,7 @@ VALUES: dict[str, Case] = {
         ("razor.name=[compact,paper]", "razor.name="),
         ("razor=", "razor="),
         ("~razor", "razor"),
-        ("trainer=null", "trainer=null", "default"),
+        ("trainer=null", "trainer=null", "trainer.epochs=..."),
         ("model.name=", "model.name"),
         ("model.name=../../etc/passwd", "model.name=../../etc/passwd"),
         ("model.name=hf_hub:someone/evil", "model.name=hf_hub:someone/evil"),

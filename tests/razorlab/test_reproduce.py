@@ -133,7 +133,7 @@ def test_a_sweep_that_was_interrupted_goes_on_with_what_is_missing(
 
     def run_here(command: list[str], **_: object) -> SimpleNamespace:
         commands.append(command)
-        return SimpleNamespace(returncode=train.main(command[2:]))
+        return SimpleNamespace(returncode=train.main(command[4:]))
 
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here))
     settings = ["table2", "--preset", "smoke", "--outputs", str(tmp_path), "model.name=test_vit.r160_in1k"]
