@@ -50,17 +50,22 @@ def described(group: str) -> list[str]:
     return [f"{name:<{width}}  {text}".rstrip() for name, text in about.items()]
 
 
-@cache
-def register() -> None:
-    """Make the schema's defaults, the experiments and the recipes known to Hydra."""
+def register(overrides: Sequence[str]) -> None:
+    """Make the schema's defaults known to Hydra, and the experiments and recipes that ``overrides`` name.
+
+    Not all of them: Hydra copies its whole store for each configuration, which takes a second for 300.
+    """
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(name="schema", node=defaults())
     for group in ("experiment", "recipe"):
+        store.repo.pop(group, None)
+        asked = " ".join(word for word in overrides if word.lstrip("+").startswith(f"{group}="))
         for name in composed(group):
-            folder, _, last = name.rpartition("/")
-            store.store(name=last, node=content(group, name), group=f"{group}/{folder}", package="_global_")
+            if name in asked or "*" in asked:
+                folder, _, last = name.rpartition("/")
+                store.store(name=last, node=content(group, name), group=f"{group}/{folder}", package="_global_")
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    register()
+    register(overrides)
     running = GlobalHydra.instance().is_initialized()  # a job of train.py
     with nullcontext() if running else initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)

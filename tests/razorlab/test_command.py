@@ -7,8 +7,10 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from razorlab import __main__ as razorlab
+from razorlab.composition import register
 from razorlab.groups import CONFIGS
 
 
@@ -59,3 +61,14 @@ def test_it_is_installed_as_backrazor_and_runs_as_a_module() -> None:
 
 def test_the_configurations_lie_in_the_package() -> None:
     assert CONFIGS.parent.name == "razorlab" and (CONFIGS / "train.yaml").is_file()
+
+
+def test_hydra_is_told_of_what_is_asked_for_alone() -> None:
+    """It copies its store for each configuration: with every experiment in it that took a second."""
+    register(["experiment=table1/pets_full,table1/pets_bias"])
+    assert set(ConfigStore.instance().repo["experiment"]) == {"table1"}
+    assert len(ConfigStore.instance().repo["experiment"]["table1"]) == 2
+    register(["experiment=digits/*"])
+    assert len(ConfigStore.instance().repo["experiment"]["digits"]) == 10
+    register([])
+    assert not {"experiment", "recipe"} & set(ConfigStore.instance().repo)

@@ -119,7 +119,6 @@ def hydra_app(problems: list[Exception]) -> Callable[[], None]:
     begins with the job's number, for others log beside it.
     """
     process = os.getpid()
-    register()
 
     @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
     def job(composed: DictConfig) -> None:
@@ -154,6 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
             problems.append(UserError(f"{refused}; `python train.py --help` shows what there is"))
         elif not problems:
             try:
+                register(completed)
                 hydra_app(problems)()
             except (*EXPECTED, HydraException) as error:
                 problems.append(error)
