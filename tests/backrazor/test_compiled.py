@@ -157,6 +157,7 @@ def test_one_graph_with_the_gradients_and_the_bytes_of_the_eager_step(network: s
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_last_batch_compiles_once_more() -> None:
     model = razored(lambda: timm_net("resnet18"), CONFIGS["known"])
     run, counter = compiled(model, fullgraph=True)

@@ -148,6 +148,7 @@ print([name for name in ("numba", "llvmlite") if name in sys.modules], settled()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="elsewhere LLVM loads the code")
 def test_a_razored_step_on_kept_kernels_loads_no_compiler(tmp_path: Path) -> None:
     assert run(TRAIN, BACKRAZOR_CACHE_DIR=str(tmp_path)).stdout.startswith("['numba', 'llvmlite'] ")

@@ -81,6 +81,7 @@ def test_a_point_is_measured_once(batches: ModuleType, tmp_path: Path) -> None:
     assert json.loads(file.read_text())["commit"]
 
 
+@pytest.mark.slow
 def test_a_step_is_counted_whole(batches: ModuleType, tmp_path: Path) -> None:
     cases = {case.label: replace(case, row=replace(case.row, image=32)) for case in batches.whole_rows("resnet18")}
     assert list(cases)[2:] == [f"compact {sparsity}, released" for sparsity in (0.9, 0.97, 0.99)]

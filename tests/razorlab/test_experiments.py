@@ -95,6 +95,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return root, specs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_of_each_row())
 def test_every_row_takes_a_step(
     tmp_path: Path, name: str, published: tuple[Path, dict[str, PublishedSpec]], monkeypatch: pytest.MonkeyPatch

@@ -78,6 +78,7 @@ def test_cached_device_memory_is_given_back_only_where_cuda_runs(monkeypatch: py
     assert given == [True]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_while_measuring_is_measured_by_the_same_command(
     command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,6 +196,7 @@ assert torch.equal(compiled(torch.ones(2)), torch.ones(2).sin()) and len(calls) 
 """
 
 
+@pytest.mark.slow
 def test_8_bits_load_no_compiler_and_leave_it_to_others() -> None:
     """Beside bitsandbytes as it imports itself: the same numbers, and what is compiled later is compiled."""
     found = []
