@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backrazor.config import WORDS
 from razorlab.errors import UserError
+from razorlab.keys import RAZOR_OVERRIDES
 
 
 def check_conflicts(given: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
                 f"razor={preset} razor.sparsity={sparsity} contradict each other: {preset} prunes nothing; "
                 "choose razor=compact or razor=paper, or leave razor.sparsity out"
             )
-        extra = [path for path in (*WORDS, "head_sparsity", "dense") if given[f"razor.{path}"] is not None]
+        extra = [path for path in (*RAZOR_OVERRIDES, "dense") if given[f"razor.{path}"] is not None]
         for path, plain in (("forward", "dense"), ("selection", "magnitude")):
             if (value := given[f"razor.{path}"]) != plain:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"  # in a checkout a link to
 GROUPS = ("task", "model", "data", "razor", "method", "optim", "recipe", "experiment")
 
 
+@cache
 def file_names(group: str) -> tuple[str, ...]:
     """Return what the files of ``group`` are called, sub-folders included: ``compact``, ``demo/dense``."""
     folder = CONFIGS / group

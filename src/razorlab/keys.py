@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from backrazor.config import WORDS
 from razorlab.errors import UserError
 
+# Keys of the razor section that change a preset, and that are null where they do not.
+RAZOR_OVERRIDES = (*WORDS, "head_sparsity")
 REQUIRED = "???"  # Hydra's word for a value that a group's file or the command line must bring
 
 

@@ -1,4 +1,4 @@
-"""The command line that a record came from, found again from its configuration. No torch, no hydra."""
+"""The command line that a record came from, found again from its configuration. No hydra."""
 
 from __future__ import annotations
 

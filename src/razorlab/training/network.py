@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import backrazor as br
-from backrazor.config import WORDS
 from razorlab.errors import UserError
+from razorlab.keys import RAZOR_OVERRIDES
 from razorlab.models import Backbone, build_backbone, build_segmenter, build_text_classifier
 from razorlab.models.frozen_storage import store_frozen_at_8_bits
 from razorlab.models.text import insert_lora
@@ -92,9 +92,7 @@ def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
             config = br.RazorConfig.int8()
         else:
             config = getattr(br.RazorConfig, razor["name"])(razor["sparsity"])
-        chosen = {
-            key: razor[key] for key in (*WORDS, "head_sparsity") if razor.get(key) is not None
-        }  # a record may be older
+        chosen = {key: razor[key] for key in RAZOR_OVERRIDES if razor.get(key) is not None}  # a record may be older
         return dataclasses.replace(config, **chosen)
     except ValueError as error:
         raise UserError(f"razor={razor['name']}: {error}") from error
