@@ -69,8 +69,8 @@ def add_conv_product(
     *window: Any,
 ) -> None:
     """sums, shaped as ``product.layout.sums_shape`` says, += the weight's gradient for grad (B, D, Ho, Wo) and the
-    packed x_hat (B, *shape); the fields of ``Window`` follow. Behind them may stand the fields of ``Masked``: a mask (B,
-    ceil(n / 8)) uint8, n the product of ``shape``, and a guess (B, C) float32, added to x_hat where the bit is set.
+    packed x_hat (B, *shape); the fields of ``Window`` follow, and behind them perhaps those of ``Masked``, a guess that
+    is added to x_hat where a bit of the mask is set.
 
     Raises:
         ValueError: a depthwise window has a stride or a mask, or its row of taps needs more than a vector of sums.
