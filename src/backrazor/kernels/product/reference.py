@@ -24,7 +24,7 @@ def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
     sums[:, :outputs] += x_hat.t() @ grad.reshape(batch * tokens, outputs).float()
 
 
-def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window, masked: Masked | None) -> None:
+def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window, masked: Masked | None = None) -> None:
     """sums (see ``sums_shape``) += the weight's gradient for grad (B, D, Ho, Wo)."""
     channels, height, width = window.shape
     n = math.prod(window.shape)
