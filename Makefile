@@ -81,6 +81,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/pip
+	@echo "Packages go to $(VENV), about 6.5 GB with the CUDA build of PyTorch: some minutes without a word"
 	$(INSTALL) -r requirements.txt
 	$(INSTALL) --no-deps -e .
 	touch $@
