@@ -76,9 +76,9 @@ clean: ## Remove .venv, caches and build folders; runs in outputs/ stay
 
 # pip is the last thing that a new environment gets: one that broke off before is made up for.
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/pip
 	@echo "Packages go to $(VENV), about 6.5 GB with the CUDA build of PyTorch: some minutes without a word"
