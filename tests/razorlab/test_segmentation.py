@@ -22,9 +22,11 @@ from razorlab.data.spec import LabelledImages
 from razorlab.data.transforms import UNLABELLED, Fit, RandomScale, eval_transform, train_transform
 from razorlab.errors import UserError
 from razorlab.experiments import SEGMENTATION, SEGMENTATION_ROWS, experiments
+from razorlab.memory_profile import StepProfile
 from razorlab.records import config_hash
 from razorlab.settings import validate
 from razorlab.tables import load_runs
+from razorlab.training.costs import build_step
 from razorlab.training.evaluation import confusion, correct_in_top, pixel_scores
 from razorlab.training.network import assemble
 from razorlab.training.optimisation import Schedule
@@ -166,6 +168,9 @@ def test_scores_of_pixels_are_those_written_out() -> None:
     assert scores.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert scores.images == 3 and scores.selected == scores.mean_iou and "top5" not in scores.figures()
     assert correct_in_top(logits, labels, 1).item() == pytest.approx(3 * scores.top1 / 100, rel=1e-5)
+    coarse = torch.randn(3, 5, 3, 4)
+    wide = F.interpolate(coarse, (8, 8), mode="bilinear")
+    assert correct_in_top(coarse, labels, 1) == correct_in_top(wide, labels, 1)
     absent = pixel_scores(torch.tensor([[4, 0, 0], [1, 3, 0], [0, 0, 0]]), 0.0, 1)  # class 2 is nowhere
     assert absent.mean_iou == pytest.approx(100 * (4 / 5 + 3 / 4) / 2)
 
@@ -184,6 +189,32 @@ def test_the_network_scores_every_pixel_and_razored_the_same(stride: int) -> Non
     assert network.model.backbone.get_submodule("bn1").momentum == 0.01
     names = [name for name, p in network.model.named_parameters() if name.startswith(f"{network.backbone.head}.")]
     assert "classifier.4.weight" in names and not any(name.startswith("backbone") for name in names)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_razored_step_keeps_no_map_of_the_images_size(precision: str) -> None:
+    """The same loss and the same gradient of the scores, from scores that are stretched in the loss alone."""
+    settings = (*SCENES, "data.image_size=64", f"trainer.precision={precision}", "optim.label_smoothing=0.1")
+    found = {}
+    for razor in ("none", "compact"):
+        config = compose_plain(*settings, f"razor={razor}")
+        step = build_step(config, 11, 3, 64)
+        scores: list[torch.Tensor] = []
+        hook = step.model.classifier.register_forward_hook(lambda _, __, out, to=scores: to.append(out))
+        with br.memory.ledger(step.model) as ledger:
+            loss = step.forward()
+        hook.remove()
+        (slope,) = torch.autograd.grad(loss, scores[0])
+        found[razor] = loss, slope, ledger.by_module().get("", 0)
+    (dense, slope, kept), (razored, other, left) = found.values()
+    exact = precision == "float32"
+    assert torch.allclose(dense, razored, rtol=1e-6 if exact else 1e-3)
+    similar = F.cosine_similarity(slope.flatten().float(), other.flatten().float(), dim=0)
+    assert similar > (1 - 1e-6 if exact else 0.99)
+    assert kept >= 3 * 11 * 64 * 64 * 4 and left <= 2 * scores[0].numel() * 4
+    profile = StepProfile(config, 11, 64)
+    assert profile.predict(3, 0.9).saved_bytes == pytest.approx(ledger.total_bytes, rel=0 if exact else 0.02)
+    assert profile.predict(3, None).saved_bytes > ledger.total_bytes + kept // 2
 
 
 def test_the_backbone_takes_the_pretrained_weights() -> None:
