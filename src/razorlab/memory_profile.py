@@ -8,6 +8,7 @@ takes for itself (a CUDA context: some hundred MB) is not in it. Bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,15 +16,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
 import backrazor as br
 from razorlab.errors import UserError
 from razorlab.records import task_of
+from razorlab.training.costs import label_shape
+from razorlab.training.evaluation import training_loss
 from razorlab.training.first_forward import explained
-from razorlab.training.network import AUTOCAST, Network, assemble, razor_config, with_dense_layers
+from razorlab.training.network import AUTOCAST, Network, assemble, razor_config, razor_network
 from razorlab.training.optimisation import make_optimizer
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -83,9 +85,10 @@ class StepProfile:
         if (sparsity, batch) not in self._known:
             model = self.network.model
             br.unrazor_(model)
+            model.coarse = False
             if sparsity is not None:
                 razor = dataclasses.replace(self.razor, sparsity=sparsity)
-                br.razor_(model, with_dense_layers(razor, self.config["razor"]["dense"]))
+                razor_network(model, razor, self.config["razor"]["dense"])
             try:
                 with (
                     _fake_tensors_silent(),
@@ -95,7 +98,7 @@ class StepProfile:
                         model,
                         (3, self.image_size, self.image_size),
                         batch,
-                        loss_fn=self._loss,
+                        loss_fn=functools.partial(self._loss, batch),
                         autocast=AUTOCAST[self.config["trainer"]["precision"]],
                         optimizer=self.optimizer,
                         release_gradients=self.config["trainer"]["release_gradients"],
@@ -162,9 +165,9 @@ class StepProfile:
         steps = _last_true(lambda back: self.need(batch, SPARSITIES[-1 - back]) <= budget, 0, len(SPARSITIES))
         return SPARSITIES[-1 - steps]
 
-    def _loss(self, logits: Tensor) -> Tensor:
-        labels = logits.new_zeros((len(logits), *logits.shape[2:]), dtype=torch.long)  # per image, or per pixel
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config["optim"]["label_smoothing"])
+    def _loss(self, batch: int, logits: Tensor) -> Tensor:
+        labels = logits.new_zeros(label_shape(self.config, batch, self.image_size), dtype=torch.long)
+        return training_loss(logits, labels, self.config["optim"]["label_smoothing"])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Cross-entropy of a Linear's output, some rows at a time."""
+"""Cross-entropy of a Linear's output, some rows at a time, and of maps brought to size, some samples at a time."""
 
 from __future__ import annotations
 
@@ -47,6 +47,43 @@ def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch: pytest.MonkeyPat
     assert sizes == [64 * 16]
     loss.backward()
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 3}],
+    ids=["mean", "sum", "smoothed", "ignored"],
+)
+@pytest.mark.parametrize("size", [(24, 17), (5, 9)], ids=["stretched", "shrunk"])
+def test_of_maps_equals_the_two_operators(dtype, settings: dict, size, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "CHUNK_BYTES", 2 * 7 * size[0] * size[1] * 4)  # two of five samples at once
+    x = torch.randn(5, 7, 6, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(0, 7, (5, *size))
+    target[torch.rand(target.shape) < 0.2] = settings.get("ignore_index", -100)
+    ours, dense = x.clone().requires_grad_(), x.double().requires_grad_()
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        loss = functional.upsampled_cross_entropy(ours, target, **settings)
+    assert sizes == [x.numel()], "the gradient of the scores alone is kept"
+    expected = F.cross_entropy(F.interpolate(dense, size, mode="bilinear"), target, **settings)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32) and ours.grad.dtype == dtype
+    assert_close("loss", loss, expected, 1e-5)
+    assert_close("gradient", ours.grad, dense.grad, 5e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_of_maps_is_one_node_of_a_graph_and_refuses_what_does_not_fit() -> None:
+    x, target = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randint(0, 4, (2, 8, 8))
+    compute = torch.compile(functional.upsampled_cross_entropy, backend="aot_eager", fullgraph=True)
+    losses = [f(x, target) for f in (compute, functional.upsampled_cross_entropy)]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, x)[0] for loss in losses))
+    with pytest.raises(ValueError, match="do not fit"):
+        functional.upsampled_cross_entropy(x, target[0])
+    with pytest.raises(ValueError, match="reduction='none'"):
+        functional.upsampled_cross_entropy(x, target, reduction="none")
 
 
 def test_nothing_counts_and_nothing_is_asked_for() -> None:

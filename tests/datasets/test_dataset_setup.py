@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import runpy
 import sys
 import tarfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from dataset_helpers import REPOSITORY, one_error, run, snapshot
 from PIL import Image
-from tiny_archives import MAKERS, cifar_batch, with_checksums
+from tiny_archives import MAKERS, with_checksums
 from torch import nn
-from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, Food101, OxfordIIITPet
+from torchvision.datasets import Flowers102, Food101, OxfordIIITPet
 from torchvision.transforms import v2
 
 from razorlab.composition import compose_config
 from razorlab.data import build_data
 from razorlab.data.published import PUBLISHED, SPLIT_SEED, VAL_FRACTION, build, load
-from razorlab.data.published.cifar import read_pickle
 from razorlab.data.published.listing import read_listing
 from razorlab.data.splits import stratified_holdout
 from razorlab.errors import UserError
@@ -176,21 +173,10 @@ def test_each_script_sets_up_its_data_set(name, tmp_path, monkeypatch, capsys):
 def test_checksums_are_the_published_ones():
     """torchvision publishes them for the sets that it downloads."""
     ours = {archive.name: archive.md5 for spec in PUBLISHED.values() for archive in spec.archives}
-    theirs = {CIFAR10.filename: CIFAR10.tgz_md5, CIFAR100.filename: CIFAR100.tgz_md5}
-    theirs |= dict(Flowers102._file_dict.values())
+    theirs = dict(Flowers102._file_dict.values())
     theirs |= {url.rpartition("/")[2]: md5 for url, md5 in OxfordIIITPet._RESOURCES}
     theirs["food-101.tar.gz"] = Food101._MD5
     assert {name: ours[name] for name in theirs} == theirs
-
-
-def test_tiny_cifar_is_what_numpy_reads(tmp_path):
-    """The hand-written Python 2 pickle is a true one: the full unpickler reads the same images from it."""
-    path = tmp_path / "batch"
-    path.write_bytes(cifar_batch([3, 1, 4], "labels"))
-    trusted = pickle.loads(path.read_bytes(), encoding="latin1")
-    ours = read_pickle(path)
-    np.testing.assert_array_equal(ours["data"].rows(), trusted["data"])
-    assert ours["labels"] == trusted["labels"] == [3, 1, 4]
 
 
 def test_an_interrupt_says_how_to_go_on(tiny, setup_main, tmp_path, capsys):

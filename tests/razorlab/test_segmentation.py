@@ -15,15 +15,18 @@ from torchvision import tv_tensors
 import backrazor as br
 from razorlab.commands import tables
 from razorlab.data import build_data
-from razorlab.data.masks import IGNORED, UNLABELLED, Fit, MaskedImages, MaskFiles, RandomScale, mask_train_transform
+from razorlab.data.masks import IGNORED, MaskedImages, MaskFiles
 from razorlab.data.published import PUBLISHED
 from razorlab.data.published.install import install
 from razorlab.data.spec import LabelledImages
+from razorlab.data.transforms import UNLABELLED, Fit, RandomScale, eval_transform, train_transform
 from razorlab.errors import UserError
 from razorlab.experiments import SEGMENTATION, SEGMENTATION_ROWS, experiments
+from razorlab.memory_profile import StepProfile
 from razorlab.records import config_hash
 from razorlab.settings import validate
 from razorlab.tables import load_runs
+from razorlab.training.costs import build_step
 from razorlab.training.evaluation import confusion, correct_in_top, pixel_scores
 from razorlab.training.network import assemble
 from razorlab.training.optimisation import Schedule
@@ -62,18 +65,54 @@ def test_image_and_mask_move_alike() -> None:
     source = LabelledImages([image], (0,), [truth])
     for kind in ("random_crop", "scale_crop", "resize_crop", "plain"):
         data = {"image_size": 32, "train_transform": kind, "crop_scale_min": 0.3, "flip": True}
-        transform = mask_train_transform(data | {"color_jitter": 0.0, "hue_jitter": 0.0})
+        transform = train_transform(data | {"color_jitter": 0.0, "hue_jitter": 0.0})
         images = MaskedImages(source, transform, cache=False)
         torch.manual_seed(0)
         moved = [images[0] for _ in range(20)]
         for x, y in moved:
             assert x.shape == (3, 32, 32) and y.shape == (32, 32)
             said = (x[0] > 125) == (y == 1)
-            assert said[y != IGNORED].float().mean() > 0.93, kind
+            assert said[y != IGNORED].float().mean() > 0.91, kind
         assert len({x.numpy().tobytes() for x, _ in moved}) == (2 if kind == "plain" else 20)
     torch.manual_seed(1)
     padded = RandomScale()(tv_tensors.Image(torch.zeros(3, 40, 60)), tv_tensors.Mask(torch.zeros(1, 40, 60)))
     assert padded[0].shape[-2:] == padded[1].shape[-2:] != (40, 60)
+
+
+def _seen(transform, image: Image.Image, truth: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(3)
+    return MaskedImages(LabelledImages([image], (0,), [truth]), transform, cache=False)[0]
+
+
+def test_interpolation_and_evaluation_are_those_that_the_configuration_names() -> None:
+    """An image is brought to size as it would be without its mask; its mask goes along by the nearest pixel."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 250, (90, 120, 3)).astype(np.uint8)
+    truth = np.repeat(np.repeat(random.integers(0, 3, (9, 12)), 10, 0), 10, 1).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    base = compose_plain(*SCENES, "data.image_size=64")["data"] | {"crop_scale_min": 0.3, "flip": True}
+    for kind in ("plain", "random_crop", "resize_crop", "scale_crop"):
+        ways = [
+            _seen(train_transform(base | {"train_transform": kind, "interpolation": way}), image, truth)
+            for way in ("bilinear", "bicubic")
+        ]
+        assert torch.equal(ways[0][1], ways[1][1]) and not torch.equal(ways[0][0], ways[1][0]), kind
+        assert set(ways[0][1].unique().tolist()) <= {IGNORED, 0, 1, 2}
+    for kind in ("squash", "center_crop", "squash_crop"):
+        for way in ("bilinear", "bicubic"):
+            data = base | {"train_transform": "random_crop", "eval_transform": kind, "interpolation": way}
+            seen, target = _seen(eval_transform(data, masks=True), image, truth)
+            assert torch.equal(seen, eval_transform(data).fixed(image)), (kind, way)
+            # what the mask shows in the middle is what lies in the middle of the image
+            grey = np.repeat(truth[..., None] * 100, 3, 2)
+            shown = eval_transform(data).fixed(Image.fromarray(grey)).float()[0].div(100).round()
+            assert (shown == target).float().mean() > 0.85, kind
+    for interpolation in ("bilinear", "bicubic"):
+        data = base | {"train_transform": "scale_crop", "interpolation": interpolation}
+        seen, target = _seen(eval_transform(data, masks=True), image, truth)
+        assert (target[:48] != IGNORED).all() and (target[48:] == IGNORED).all(), "the whole image is fitted in"
+        whole = Image.fromarray(pixels).resize((64, 48), getattr(Image.Resampling, interpolation.upper()))
+        assert (seen[:, :48].float() - torch.tensor(np.array(whole)).permute(2, 0, 1)).abs().max() <= 2
 
 
 def test_an_image_is_fitted_whole_and_its_margin_counts_nowhere() -> None:
@@ -102,7 +141,7 @@ def test_mask_files_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     assert meant.flatten()[:4].tolist() == [UNLABELLED, 1, 0, UNLABELLED]
     source = LabelledImages([Image.new("RGB", (5, 3))], (0,), [values])
     with pytest.raises(UserError, match="5x3 pixels and its mask 4x3"):
-        MaskedImages(source, mask_train_transform(compose_plain(*SCENES)["data"]), cache=False)[0]
+        MaskedImages(source, train_transform(compose_plain(*SCENES)["data"]), cache=False)[0]
 
 
 def brute_force_mean_iou(guess: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
@@ -129,6 +168,9 @@ def test_scores_of_pixels_are_those_written_out() -> None:
     assert scores.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert scores.images == 3 and scores.selected == scores.mean_iou and "top5" not in scores.figures()
     assert correct_in_top(logits, labels, 1).item() == pytest.approx(3 * scores.top1 / 100, rel=1e-5)
+    coarse = torch.randn(3, 5, 3, 4)
+    wide = F.interpolate(coarse, (8, 8), mode="bilinear")
+    assert correct_in_top(coarse, labels, 1) == correct_in_top(wide, labels, 1)
     absent = pixel_scores(torch.tensor([[4, 0, 0], [1, 3, 0], [0, 0, 0]]), 0.0, 1)  # class 2 is nowhere
     assert absent.mean_iou == pytest.approx(100 * (4 / 5 + 3 / 4) / 2)
 
@@ -147,6 +189,32 @@ def test_the_network_scores_every_pixel_and_razored_the_same(stride: int) -> Non
     assert network.model.backbone.get_submodule("bn1").momentum == 0.01
     names = [name for name, p in network.model.named_parameters() if name.startswith(f"{network.backbone.head}.")]
     assert "classifier.4.weight" in names and not any(name.startswith("backbone") for name in names)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_razored_step_keeps_no_map_of_the_images_size(precision: str) -> None:
+    """The same loss and the same gradient of the scores, from scores that are stretched in the loss alone."""
+    settings = (*SCENES, "data.image_size=64", f"trainer.precision={precision}", "optim.label_smoothing=0.1")
+    found = {}
+    for razor in ("none", "compact"):
+        config = compose_plain(*settings, f"razor={razor}")
+        step = build_step(config, 11, 3, 64)
+        scores: list[torch.Tensor] = []
+        hook = step.model.classifier.register_forward_hook(lambda _, __, out, to=scores: to.append(out))
+        with br.memory.ledger(step.model) as ledger:
+            loss = step.forward()
+        hook.remove()
+        (slope,) = torch.autograd.grad(loss, scores[0])
+        found[razor] = loss, slope, ledger.by_module().get("", 0)
+    (dense, slope, kept), (razored, other, left) = found.values()
+    exact = precision == "float32"
+    assert torch.allclose(dense, razored, rtol=1e-6 if exact else 1e-3)
+    similar = F.cosine_similarity(slope.flatten().float(), other.flatten().float(), dim=0)
+    assert similar > (1 - 1e-6 if exact else 0.99)
+    assert kept >= 3 * 11 * 64 * 64 * 4 and left <= 2 * scores[0].numel() * 4
+    profile = StepProfile(config, 11, 64)
+    assert profile.predict(3, 0.9).saved_bytes == pytest.approx(ledger.total_bytes, rel=0 if exact else 0.02)
+    assert profile.predict(3, None).saved_bytes > ledger.total_bytes + kept // 2
 
 
 def test_the_backbone_takes_the_pretrained_weights() -> None:

@@ -132,6 +132,43 @@ def test_the_released_network_is_built_and_read_as_its_authors_do(tmp_path: Path
         build_backbone({**section, "weights": None}, 5, tmp_path)
 
 
+def _renamed(state: dict) -> dict:
+    return {name.replace("lite_residual", "lite"): tensor for name, tensor in state.items()}
+
+
+WRONG_FILES = {
+    "another layout": (lambda state: state, "has no key 'state_dict' with named tensors"),
+    "no tensors": (lambda state: {"state_dict": {"first_conv.conv.weight": 1.0}}, "with named tensors"),
+    "numbers for names": (lambda state: {"state_dict": dict(enumerate(state.values()))}, "with named tensors"),
+    "no dict": (lambda state: {"state_dict": [*state.values()]}, "with named tensors"),
+    "one lacks": (lambda state: {"state_dict": dict([*state.items()][1:])}, "1 tensors differ, first first_conv"),
+    "one too many": (lambda state: {"state_dict": state | {"extra": torch.ones(1)}}, "1 tensors differ, first extra"),
+    "other names": (lambda state: {"state_dict": _renamed(state)}, "tensors differ, first blocks.1.conv.lite"),
+    "another shape": (
+        lambda state: {"state_dict": state | {"first_conv.conv.weight": torch.ones(8, 3, 3, 3)}},
+        "1 tensors differ, first first_conv.conv.weight",
+    ),
+}
+
+
+def test_the_released_file_is_found_by_its_name_and_a_wrong_one_ends_in_one_line(command, tmp_path: Path) -> None:
+    """Through the command line; the file has the published layout and lies where pretrain/fetch.py puts it."""
+    torch.manual_seed(0)
+    state = released_tinytl().state_dict()
+    file = tmp_path / "pretrain" / BACKBONES["tinytl"]().weights_file
+    file.parent.mkdir()
+    settings = ("model=tinytl", "data=digits", "data.train_fraction=0.02", "data.image_size=32", "trainer.steps=1")
+    settings += ("trainer.batch_size=2", "trainer.measure.mode=none", "trainer.progress=false", "trainer.device=cpu")
+    torch.save({"state_dict": state}, file)
+    code, lines = command(*settings, "trainer.eval_batch_size=256")
+    assert code == 0, lines
+    assert any("TinyTL" in line or str(file.name) in line for line in lines), lines
+    for name, (change, words) in WRONG_FILES.items():
+        torch.save(change(state), file)
+        code, lines = command(*settings, "seed=1")
+        assert code == 2 and len(lines) == 1 and words in lines[0] and file.name in lines[0], (name, lines)
+
+
 def test_tinytl_with_biases_leaves_the_last_shift_of_a_branch() -> None:
     model = tinytl_network(5)
     apply_method(model, "classifier", {"name": "tinytl_lb", "bn_affine": "train", "bn_stats": "frozen"})

@@ -11,7 +11,7 @@ from .batch_norm import batch_norm
 from .conv import conv2d
 from .conv_norm_act import conv_norm_act
 from .convnd import ConvNdSpec, conv_nd
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import linear_cross_entropy, upsampled_cross_entropy
 from .dropout import dropout
 from .layer_norm import group_norm, layer_norm
 from .linear import linear
@@ -46,4 +46,5 @@ __all__ = [
     "rms_norm",
     "sdpa",
     "smooth",
+    "upsampled_cross_entropy",
 ]

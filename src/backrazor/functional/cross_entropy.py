@@ -1,8 +1,10 @@
-"""Cross-entropy of a Linear's output without the output: for vocabularies whose logits are a step's largest tensor.
+"""Cross-entropy of a linear map's output without the output, where the logits are a step's largest tensor: of a Linear,
+for vocabularies, and of maps of scores brought to the size of their image, for segmentation.
 
-Logits are made some rows at a time, and their gradient is made beside them and multiplied out at once, as Liger-Kernel
-does (Hsu et al., https://arxiv.org/abs/2410.10989). Between forward and backward nothing of the size of the logits
-exists: the gradients of x and of the weight do. Shape legend: N rows, D features, V classes.
+Logits are made some rows or samples at a time, and their gradient is made beside them and multiplied out at once, as
+Liger-Kernel does (Hsu et al., https://arxiv.org/abs/2410.10989). Between forward and backward nothing of the size of
+the logits exists: the gradients of x and of the weight do. Shape legend: N rows or samples, D features, V classes, h/w
+height/width of x, H/W of the target.
 """
 
 from __future__ import annotations
@@ -36,8 +38,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: ``reduction`` is neither "mean" nor "sum", or shapes do not fit.
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is not known: use one of {', '.join(_REDUCTIONS)}")
+    _check_reduction(reduction)
     if x.shape[:-1] != target.shape or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and target {tuple(target.shape)} do not fit: "
@@ -48,9 +49,38 @@ def linear_cross_entropy(
     return loss
 
 
+@one_node
+def upsampled_cross_entropy(
+    x: Tensor, target: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    """``F.cross_entropy(logits, target, ...)`` of logits = ``F.interpolate(x, (H, W), mode="bilinear")`` of x (N, V, h,
+    w) and target (N, H, W) of class indices; a scalar of float32, or float64 of such an x.
+
+    Equal to the two operators up to the order of sums; everything is at least float32. The gradient is exact. Logits
+    are made some samples at a time.
+
+    Raises:
+        ValueError: ``reduction`` is neither "mean" nor "sum", or shapes do not fit.
+    """
+    _check_reduction(reduction)
+    if x.dim() != 4 or target.dim() != 3 or len(x) != len(target):
+        raise ValueError(
+            f"x {tuple(x.shape)} and target {tuple(target.shape)} do not fit: they are (N, V, h, w) and (N, H, W)"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    settings = ignore_index, label_smoothing, reduction, wide
+    loss, *_ = _LinearCrossEntropy.run(x, None, None, target, needs_grad(x), *settings)
+    return loss
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is not known: use one of {', '.join(_REDUCTIONS)}")
+
+
 def _loss_shapes(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     target: Tensor,
     keeps: tuple[bool, bool, bool],
@@ -70,7 +100,7 @@ def _loss_shapes(
 @sealed(_loss_shapes)
 def _loss(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     target: Tensor,
     keeps: tuple[bool, bool, bool],
@@ -79,8 +109,8 @@ def _loss(
     reduction: str,
     cast: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """The loss, and its gradients where ``keeps`` asks for them."""
-    rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    """The loss, and its gradients where ``keeps`` asks for them; of maps where there is no weight."""
+    rows, labels = (x, target) if weight is None else (x.reshape(-1, x.shape[-1]), target.reshape(-1))
     rows, matrix, offset = cast_to(cast, rows, weight, bias)
     wide = torch.promote_types(rows.dtype, torch.float32)
     counted = labels != ignore_index
@@ -92,9 +122,10 @@ def _loss(
         for t, keep in zip((x, weight, bias), keeps, strict=True)
     ]
     grad_rows = None if grads[0] is None else grads[0].view(rows.shape)
-    for start, stop in sample_chunks(len(rows), len(weight) * wide.itemsize, x.device):
-        logits = F.linear(rows[start:stop], matrix, offset).to(wide)
-        part = labels[start:stop]
+    logits_bytes = wide.itemsize * (x.shape[1] * target.shape[1] * target.shape[2] if weight is None else len(weight))
+    for start, stop in sample_chunks(len(rows), logits_bytes, x.device):
+        chunk, part = rows[start:stop], labels[start:stop]
+        logits = _upsampled(chunk, part) if matrix is None else F.linear(chunk, matrix, offset).to(wide)
         loss += F.cross_entropy(
             logits, part, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
         )
@@ -103,9 +134,9 @@ def _loss(
         slope = _slope_(logits, part, counted[start:stop], label_smoothing).mul_(share.nan_to_num(posinf=0.0))
         slope = slope.to(rows.dtype)
         if grad_rows is not None:
-            grad_rows[start:stop] = slope @ matrix
+            grad_rows[start:stop] = _downsampled(slope, chunk) if matrix is None else slope @ matrix
         if grads[1] is not None:
-            _add_product(grads[1], slope, rows[start:stop])
+            _add_product(grads[1], slope, chunk)
         if grads[2] is not None:
             grads[2] += slope.sum(0, dtype=grads[2].dtype)
         del logits, slope
@@ -116,7 +147,7 @@ class _LinearCrossEntropy(RazorFunction):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         target: Tensor,
         differentiates: bool,
@@ -165,10 +196,25 @@ def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
         total += slope.t() @ rows
 
 
+def _upsampled(x: Tensor, target: Tensor) -> Tensor:
+    return F.interpolate(x, target.shape[1:], mode="bilinear", align_corners=False)
+
+
+def _downsampled(slope: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x (n, V, h, w) from that of its ``_upsampled`` (n, V, H, W): sides are stretched one by one, so
+    it is two matrix products, deterministic on every device."""
+    tall, broad = (
+        F.interpolate(torch.eye(small, dtype=slope.dtype, device=slope.device)[None], large, mode="linear")[0]
+        for small, large in zip(x.shape[2:], slope.shape[2:], strict=True)
+    )
+    return tall @ (slope @ broad.t())
+
+
 def _slope_(logits: Tensor, labels: Tensor, counted: Tensor, smoothing: float) -> Tensor:
     """The gradient of the summed loss, in the place of ``logits``: softmax less the target's distribution."""
-    slope = torch.softmax(logits, -1, out=logits) if not logits.requires_grad else logits.softmax(-1)
-    slope.scatter_add_(1, torch.where(counted, labels, 0).unsqueeze(1), slope.new_full((len(labels), 1), smoothing - 1))
+    slope = torch.softmax(logits, 1, out=logits) if not logits.requires_grad else logits.softmax(1)
+    places = torch.where(counted, labels, 0).unsqueeze(1)
+    slope.scatter_add_(1, places, slope.new_full((), smoothing - 1).expand(places.shape))
     if smoothing:
         slope -= smoothing / logits.shape[1]
     return slope.mul_(counted.unsqueeze(1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from razorlab.data.images import CHECKED
-from razorlab.data.masks import MaskedImages, mask_eval_transform, mask_train_transform
+from razorlab.data.masks import MaskedImages
 from razorlab.data.registry import DATASETS
 from razorlab.data.spec import LabelledImages, Splits
 from razorlab.data.splits import check_classes, lacking, stratified_holdout
@@ -102,8 +102,8 @@ def build_data(
         )
         splits = replace(splits, train=splits.train.select(used))
     if task == "segmentation":
-        final, cache = mask_eval_transform(data), data["cache"]
-        train = MaskedImages(splits.train, mask_train_transform(data), cache)
+        final, cache = eval_transform(data, masks=True), data["cache"]
+        train = MaskedImages(splits.train, train_transform(data), cache)
         val, test = (MaskedImages(part, final, cache) for part in (splits.val, splits.test))
         return DataBundle(train, val, test, names, splits.note)
     check_classes(splits, data)
@@ -111,8 +111,6 @@ def build_data(
         assert encode is not None
         parts = [EncodedTexts(part, encode) for part in (splits.train, splits.val, splits.test)]
         return DataBundle(*parts, class_names=names, note=splits.note + lacking(splits))
-    if (kind := data["train_transform"]) == "scale_crop":
-        raise UserError.value("data.train_transform", kind, "plain|random_crop|resize_crop, for task=classification")
     final = eval_transform(data)
     return DataBundle(
         train=TensorImages(splits.train, train_transform(data), data["cache"]),

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from razorlab.data import digits
-from razorlab.data.masks import UNLABELLED
 from razorlab.data.spec import LabelledImages, Splits
+from razorlab.data.transforms import UNLABELLED
 
 SIDE = 96
 SCENES = {"train": 240, "val": 60, "test": 120}

@@ -23,16 +23,27 @@ RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}  # of the dilated conv
 
 
 class DeepLabV3(nn.Module):
-    """``backbone`` gives a list of one feature map; ``classifier`` scores its positions."""
+    """``backbone`` gives a list of one feature map; ``classifier`` scores its positions.
+
+    Where ``coarse`` is set, training gets the scores as they are, for a loss that stretches them by itself.
+    """
+
+    coarse = False
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
         self.backbone, self.classifier = backbone, classifier
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, S, S) -> logits (N, classes, S, S)."""
+        """(N, 3, S, S) -> logits (N, classes, S, S), or (N, classes, s, s) as the classifier gives them."""
         (features,) = self.backbone(x)
-        return F.interpolate(self.classifier(features), size=x.shape[-2:], mode="bilinear", align_corners=False)
+        scores = self.classifier(features)
+        return scores if self.coarse and self.training else stretched(scores, x.shape[-2:])
+
+
+def stretched(scores: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Scores (N, classes, s, s) brought to the sides of their image."""
+    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
 def build_segmenter(

@@ -51,14 +51,8 @@ def load_published_weights(network: nn.Module, path: Path) -> None:
     """
     if not path.is_file():
         raise FileNotFoundError(f"pretrained_path={path}: no such file")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"pretrained_path={path}: not a ProxylessNAS checkpoint, it has no key 'state_dict'")
-    state: dict[str, Tensor] = {
-        # The published file is older than ofa's name for the convolutional branch.
-        name.replace(".mobile_inverted_conv.", ".conv."): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-    }
+    # The published file is older than ofa's name for the convolutional branch.
+    state = {name.replace(".mobile_inverted_conv.", ".conv."): value for name, value in read_checkpoint(path).items()}
     own = network.state_dict()
     head = {name for name in own if name.startswith("classifier.")}
     if any(name in state and state[name].shape != own[name].shape for name in head):
@@ -77,3 +71,16 @@ def load_published_weights(network: nn.Module, path: Path) -> None:
         )
     # Not ofa's own load_state_dict, which keeps the initial value of any tensor that the file lacks, without a word.
     nn.Module.load_state_dict(network, own | state)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a released checkpoint by name.
+
+    Raises:
+        ValueError: it is laid out otherwise.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        raise ValueError(f"{path.name} has no key 'state_dict' with named tensors")
+    return state

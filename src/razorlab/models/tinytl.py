@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from timm.layers import StdConv2d
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from torch import Tensor, nn
 
 from razorlab.errors import UserError
-from razorlab.models.proxylessnas import proxylessnas
+from razorlab.models.proxylessnas import proxylessnas, read_checkpoint
 from razorlab.models.standardised import StandardisedConv2d
 
 POOL = 2
@@ -170,11 +169,8 @@ def load_released_weights(network: nn.Module, file: Path) -> None:
     Raises:
         ValueError: the file is of another network.
     """
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError("it has no key 'state_dict'")
     state = {}
-    for name, tensor in checkpoint["state_dict"].items():
+    for name, tensor in read_checkpoint(file).items():
         for theirs, ours in _RELEASED_NAMES.items():
             name = name.replace(f".{theirs}.", f".{ours}.")
         state[name] = tensor

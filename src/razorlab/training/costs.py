@@ -20,6 +20,7 @@ import backrazor as br
 from razorlab.models.frozen_storage import coded_weights
 from razorlab.official import official_memory
 from razorlab.records import task_of
+from razorlab.training.evaluation import training_loss
 from razorlab.training.network import AUTOCAST, Network, assemble, autocast
 from razorlab.training.optimisation import make_optimizer
 
@@ -125,7 +126,7 @@ def step_loss(model: nn.Module, config: Mapping[str, Any], images: Tensor, label
     """The training loss of normalised ``images``, as the loop computes it."""
     with autocast(images.device, config["trainer"]["precision"]):
         logits = model(images)
-    return _criterion(logits, labels, config)
+    return training_loss(logits, labels, config["optim"]["label_smoothing"])
 
 
 def step_shape(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -171,7 +172,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         kind = AUTOCAST[config["trainer"]["precision"]]
         predicted = br.memory.predict(
             network.model,
-            loss_fn=lambda logits: _criterion(logits, labels, config),
+            loss_fn=lambda logits: training_loss(logits, labels, config["optim"]["label_smoothing"]),
             autocast=kind,
             optimizer=make_optimizer(network.model, network.backbone.head, config["optim"]),
             release_gradients=config["trainer"].get("release_gradients", False),
@@ -182,10 +183,6 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         columns["predicted_total_bytes"] = predicted.total_bytes
         columns["official_bytes"] = _official(network, shape) if task_of(config) == "classification" else None
     return columns
-
-
-def _criterion(logits: Tensor, labels: Tensor, config: Mapping[str, Any]) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, label_smoothing=config["optim"]["label_smoothing"])
 
 
 def _official(network: Network, shape: Mapping[str, Any]) -> int | None:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import backrazor as br
+from razorlab.models.deeplab import stretched
 from razorlab.training.distributed import World
 from razorlab.training.network import Network, autocast
 
@@ -38,15 +40,24 @@ class Scores:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+def training_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy, nats, of logits (N, C) and labels (N,), or of maps (N, C, H, W) and (N, H, W) without labels
+    below zero. Of scores (N, C, s, s), as a razored segmenter gives them, the same without their maps."""
+    if logits.shape[2:] == labels.shape[1:]:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    return br.functional.upsampled_cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
 def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """Count the rows of ``logits`` (N, C) whose label (N,) is among the k largest, all of them where C <= k: () int64.
     For maps, logits (N, C, H, W) and labels (N, H, W) of which those below zero do not count, N times the share of
-    labelled pixels that are right: () float32.
+    labelled pixels that are right: () float32; scores (N, C, s, s) are brought to size image by image.
 
     The count stays on the device: reading it would wait for all that is queued there.
     """
     if labels.dim() > 1:
-        right = (logits.argmax(1) == labels).sum()
+        pairs = zip(logits.split(1), labels.split(1), strict=True)
+        right = torch.stack([(stretched(x, y.shape[1:]).argmax(1) == y).sum() for x, y in pairs]).sum()
         return right * len(labels) / (labels >= 0).sum().clamp(min=1)
     k = min(k, logits.shape[1])
     return (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1).sum()

@@ -18,6 +18,7 @@ import backrazor as br
 from razorlab.errors import UserError
 from razorlab.keys import RAZOR_OVERRIDES
 from razorlab.models import Backbone, build_backbone, build_segmenter, build_text_classifier
+from razorlab.models.deeplab import DeepLabV3
 from razorlab.models.frozen_storage import store_frozen_at_8_bits
 from razorlab.models.text import insert_lora
 from razorlab.models.tinytl import insert_lite_residuals
@@ -98,11 +99,19 @@ def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
         raise UserError(f"razor={razor['name']}: {error}") from error
 
 
-def with_dense_layers(razor: br.RazorConfig, patterns: str | None) -> br.RazorConfig | dict[str, Any]:
-    """Return ``razor`` for every layer but those that ``patterns``, separated by commas, name: they stay dense."""
-    if not patterns:
-        return razor
-    return {pattern.strip(): None for pattern in patterns.split(",")} | {"*": razor}
+def razor_network(model: nn.Module, razor: br.RazorConfig, patterns: str | None) -> str:
+    """Razor every layer but those that ``patterns``, separated by commas, name; returns what was done, as text.
+
+    A segmenter then hands its scores to a loss that makes no map of them.
+
+    Raises:
+        ValueError: as ``razor_``.
+    """
+    rules = {pattern.strip(): None for pattern in patterns.split(",")} | {"*": razor} if patterns else razor
+    report = br.razor_(model, rules).table()
+    if isinstance(model, DeepLabV3):
+        model.coarse = True
+    return report
 
 
 def assemble(
@@ -145,7 +154,7 @@ def assemble(
     report = ""
     if razor is not None:
         try:
-            report = br.razor_(backbone.model, with_dense_layers(razor, config["razor"].get("dense"))).table()
+            report = razor_network(backbone.model, razor, config["razor"].get("dense"))
         except ValueError as error:
             raise UserError(f"razor={config['razor']['name']} model={config['model']['name']}: {error}") from error
         report += ablate(backbone.model, config["razor"])

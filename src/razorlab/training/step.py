@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from razorlab.training.distributed import World
-from razorlab.training.evaluation import correct_in_top
+from razorlab.training.evaluation import correct_in_top, training_loss
 from razorlab.training.first_forward import explained
 from razorlab.training.graphs import GraphedStep
 from razorlab.training.network import Network, autocast
@@ -166,7 +165,7 @@ class Stepper:
             with self._gradients_stay_here(number < len(parts) - 1):
                 with self._first_explained():
                     logits = self._logits(self.forward, x)
-                loss = F.cross_entropy(logits, y, label_smoothing=self.optim["label_smoothing"])
+                loss = training_loss(logits, y, self.optim["label_smoothing"])
                 loss = loss * (len(y) / self.batch)
                 if self.released is None or self.released.may_go_back(loss):
                     self.scaler.scale(loss * self.world.size).backward()  # the processes' gradients are averaged

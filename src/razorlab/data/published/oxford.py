@@ -14,9 +14,10 @@ from typing import ClassVar
 from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 
 from razorlab.data.images import ImageFiles
-from razorlab.data.masks import UNLABELLED, MaskFiles
+from razorlab.data.masks import MaskFiles
 from razorlab.data.published.spec import GB, Archive, Listing, PublishedSpec
 from razorlab.data.spec import LabelledImages
+from razorlab.data.transforms import UNLABELLED
 
 # What a trimap's 1, 2 and 3 mean: the pet, the background, and a rim that its owners call "not classified".
 TRIMAP = UNLABELLED, 1, 0, UNLABELLED
