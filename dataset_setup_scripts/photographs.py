@@ -1,6 +1,7 @@
 """Cut ten photographs into pieces: which one is a piece from?
 
-    python dataset_setup_scripts/photographs.py [--root data]     # then: train.py data=folder data.root=data/photographs
+    python dataset_setup_scripts/photographs.py [--root data]
+    python train.py data=folder data.root=data/photographs
 
 Eight colour photographs come in the package of scikit-image, two in that of scikit-learn. Each photograph is a class.
 Its pieces, 48 x 48 pixels that do not overlap, are drawn at random with a fixed seed: 15 for training, 5 for
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 48
+FLAT = 2.0  # standard deviation, of 255, up to which a piece is of one colour
 SPLITS = {"train": 15, "val": 5, "test": 25}
 # file in skimage/data: class (sources and licences: https://github.com/scikit-image/scikit-image/tree/main/LICENSES)
 SKIMAGE = {
@@ -56,19 +58,21 @@ def photographs() -> Iterator[tuple[str, Image.Image]]:
             yield name, picture.convert("RGB")
 
 
-def pieces(picture: Image.Image, count: int, seed: int) -> list[Image.Image]:
-    """``count`` pieces that do not overlap, in random order."""
+def pieces(picture: Image.Image, seed: int) -> Iterator[Image.Image]:
+    """Pieces that do not overlap, in random order; those of one colour, as outside of an eye, are left out."""
     columns, rows = picture.width // SIDE, picture.height // SIDE
-    chosen = np.random.default_rng(seed).permutation(rows * columns)[:count]
-    corners = [(int(i) % columns * SIDE, int(i) // columns * SIDE) for i in chosen]
-    return [picture.crop((left, top, left + SIDE, top + SIDE)) for left, top in corners]
+    for i in map(int, np.random.default_rng(seed).permutation(rows * columns)):
+        left, top = i % columns * SIDE, i // columns * SIDE
+        piece = picture.crop((left, top, left + SIDE, top + SIDE))
+        if np.asarray(piece).std((0, 1)).max() > FLAT:
+            yield piece
 
 
 def write(folder: Path) -> int:
     """Write every piece to folder/split/class/number.png; returns how many."""
     written = 0
     for seed, (name, picture) in enumerate(photographs()):
-        rest = iter(pieces(picture, sum(SPLITS.values()), seed))
+        rest = pieces(picture, seed)
         for split, count in SPLITS.items():
             place = folder / split / name
             place.mkdir(parents=True, exist_ok=True)
