@@ -28,7 +28,7 @@ EXACT = {"values": "float32", "fill": "zero", "norm": "dense", "activation": "de
 PRESETS = {
     "pruning alone": lambda s: br.RazorConfig(s, **EXACT),
     "compact": lambda s: br.RazorConfig.compact(s),
-    "compact, fill=known": lambda s: br.RazorConfig.compact(s, fill="known", values="int4"),
+    "compact, fill=zero": lambda s: br.RazorConfig.compact(s, fill="zero", values="int8", activation="int2"),
     "paper": lambda s: br.RazorConfig.paper(s),
     "paper, attention int4": lambda s: br.RazorConfig.paper(s, attention="int4"),
 }
@@ -108,7 +108,7 @@ def page(table: pd.DataFrame, score: float, common: dict[str, str]) -> str:
         rules.to_markdown(floatfmt=".4f"),
         wrap(
             "A quantised norm gains: the Linear behind it reads its input from the norm's codes and need not prune it. "
-            "So does a quantised attention beside a fill, with the projection behind it."
+            "So does a quantised attention beside a guess, with the projection behind it."
         ),
         f"## By batch, at {ABLATED}",
         by_batch.to_markdown(floatfmt=".4f"),

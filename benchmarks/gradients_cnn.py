@@ -35,11 +35,10 @@ NETWORKS: dict[str, tuple[str | None, int, int, float]] = {
     "mobilenetv3_small": ("mobilenetv3_small_100", 96, 60, 2e-3),
     "efficientnet_b0": ("efficientnet_b0", 96, 60, 2e-3),
 }
-FILLED = {"values": "int4", "activation": "auto"}
 PRESETS = {
     "compact": lambda s: br.RazorConfig(s),
-    "fill=mean": lambda s: br.RazorConfig(s, fill="mean", **FILLED),
-    "fill=known": lambda s: br.RazorConfig(s, fill="known", **FILLED),
+    "fill=mean": lambda s: br.RazorConfig(s, fill="mean"),
+    "fill=zero": lambda s: br.RazorConfig(s, fill="zero", values="int8", activation="int2"),
     "paper": lambda s: br.RazorConfig.paper(s),
 }
 
@@ -109,9 +108,9 @@ def main() -> None:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--quick", action="store_true", help="fill=known only, nothing written")
+    parser.add_argument("--quick", action="store_true", help="compact only, nothing written")
     options = parser.parse_args()
-    presets = {"fill=known": PRESETS["fill=known"]} if options.quick else PRESETS
+    presets = {"compact": PRESETS["compact"]} if options.quick else PRESETS
     configurations = {(label, s): make(s) for label, make in presets.items() for s in SPARSITIES}
     tables = []
     for name in options.networks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import product
 
 import pytest
@@ -14,7 +15,8 @@ from backrazor import kernels
 from backrazor.codecs import Pruned, PrunedForm, pack, products
 from backrazor.kernels import Window
 from backrazor.kernels.product import cpu, reference
-from backrazor.kernels.topk.reference import unpack
+from backrazor.kernels.product.layout import Masked
+from backrazor.kernels.topk.reference import pack_bits, unpack
 from tests.backrazor.compare import assert_same_bits
 from tests.backrazor.samples import sample
 
@@ -57,14 +59,16 @@ def assert_near(name: str, got: Tensor, wanted: Tensor) -> None:
     assert ((got.double() - wanted).abs().max() / largest) < 1e-5, name
 
 
-def conv_gradient(stored, x: Tensor, grad: Tensor, index: str, window: Window, implementation=None) -> Tensor:
+def conv_gradient(
+    stored, x: Tensor, grad: Tensor, index: str, window: Window, implementation=None, masked: Masked | None = None
+) -> Tensor:
     """By the operator, or by one of the two modules that implement it."""
     outputs = grad.shape[1]
     sums = torch.zeros(kernels.product_sums_shape(window, outputs))
     if implementation is None:
-        kernels.add_conv_product(sums, grad, *stored, index, *window)
+        kernels.add_conv_product(sums, grad, *stored, index, *window, *(masked or ()))
     else:
-        implementation.conv(sums, grad, kernels.Stored(*stored), index, window)
+        implementation.conv(sums, grad, kernels.Stored(*stored), index, window, masked)
     if window.depthwise:
         return sums[:, :, kernels.product_lanes(window, tuple(grad.shape[2:]))].unsqueeze(1)
     rows = kernels.product_transposed(sums.flatten(0, 1), outputs)
@@ -107,6 +111,46 @@ def test_conv(name: str, dtype: torch.dtype) -> None:
         wanted = torch.ops.aten.convolution_backward(grad.double(), x_hat, weight, None, *settings, asked)[1]
         assert_near(f"{values}, {index}", conv_gradient(stored, x, grad, index, window), wanted)
         assert_near("reference", conv_gradient(stored, x, grad, index, window, reference), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name, case in CONVS.items() if not case[-1]])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_conv_with_a_guess_where_the_mask_says_so(name: str, dtype: torch.dtype, share: float) -> None:
+    shape, outputs, *numbers, _ = CONVS[name]
+    window = Window(shape, *numbers, False)
+    batch, n = 3, math.prod(shape)
+    draw = torch.Generator().manual_seed(7)
+    mask = torch.rand(batch, n, generator=draw) < share
+    guess = torch.rand(batch, shape[0], generator=draw) + 0.5
+    masked = Masked(pack_bits(mask), guess)
+    weight = torch.zeros(outputs, shape[0], *window.kernel, dtype=torch.float64)
+    settings = window.stride, window.padding, window.dilation, False, (0, 0), 1
+    x = sample("normal", (batch, *shape), seed=1)
+    out = torch.ops.aten.convolution(x.double(), weight, None, *settings)
+    grad = sample("normal", tuple(out.shape), dtype, seed=99)
+    for values, index in (("int8", "tile"), ("float32", "bitmap")):
+        stored = packed(x, max(n // 6, 1), values, index)
+        x_hat = x_hat_of(stored, x, index) + mask.view(batch, *shape) * guess[:, :, None, None]
+        asked = False, True, False
+        wanted = torch.ops.aten.convolution_backward(grad.double(), x_hat, weight, None, *settings, asked)[1]
+        assert_near(f"{values}, {index}", conv_gradient(stored, x, grad, index, window, masked=masked), wanted)
+        assert_near("reference", conv_gradient(stored, x, grad, index, window, reference, masked), wanted)
+
+
+def test_the_mask_is_no_more_than_its_bytes() -> None:
+    """The last line's bits end with the memory that is there."""
+    shape, outputs, *numbers, _ = CONVS["3 x 3"]
+    window = Window(shape, *numbers, False)
+    n = math.prod(shape)
+    whole = torch.full((2 * -(-n // 8) + 4096,), 255, dtype=torch.uint8)
+    mask = whole[-2 * -(-n // 8) :].view(2, -1)
+    x, guess = torch.randn(2, *shape), torch.ones(2, shape[0])
+    stored, grad = packed(x, 100, "float32", "bitmap"), torch.randn(2, outputs, 14, 14)
+    ours = conv_gradient(stored, x, grad, "bitmap", window, masked=Masked(mask, guess))
+    assert_near(
+        "last line", ours, conv_gradient(stored, x, grad, "bitmap", window, reference, Masked(mask, guess)).double()
+    )
 
 
 def test_tiles_that_are_full_and_tiles_that_are_empty() -> None:

@@ -58,6 +58,7 @@ def arguments(device: str = "cpu") -> dict[str, tuple]:
             *packed,
             "tile",
             *((3, 10, 10), (3, 3), (1, 1), (1, 1), (1, 1), False),
+            *(kernels.mask_encode(x, 0.0, 1.0), normal(3, 3)),
         ),
         "product_transposed": (normal(20, 16), 9),
     }

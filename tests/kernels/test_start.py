@@ -284,7 +284,8 @@ def test_the_list_for_warming_up_is_what_is_launched(monkeypatch: pytest.MonkeyP
         for depthwise in (False, True):
             window = kernels.Window((4, 6, 6), (3, 3), (1, 1), (1, 1), (1, 1), depthwise)
             sums = torch.zeros(kernels.product_sums_shape(window, 4))
-            kernels.add_conv_product(sums, torch.randn(2, 4, 6, 6).to(dtype), *packed, "bitmap", *window)
+            masked = () if depthwise else (kernels.mask_encode(torch.randn(2, 144), 0.0, 6.0), torch.rand(2, 4))
+            kernels.add_conv_product(sums, torch.randn(2, 4, 6, 6).to(dtype), *packed, "bitmap", *window, *masked)
     assert launched == set(warmup.entry_points())
 
 

@@ -75,6 +75,10 @@ class GuessedForm(Form):
         at = self.pruned.count
         return self.means.read(tensors[at : at + self.means.count], start, stop, torch.float32)
 
+    def masked_guess(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The mask (stop - start, ceil(n / 8)) and the guess that holds where its bits are set."""
+        return tensors[-1][start:stop], self.guess(tensors, start, stop)
+
     def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         kept = self.pruned.stored(tensors[: self.pruned.count], start, stop)
         codes, scales = (tensor[start:stop] for tensor in tensors[self.pruned.count :][:2])

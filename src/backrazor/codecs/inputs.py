@@ -1,14 +1,15 @@
 """How the input of an operator with a weight is stored: one rule, by what the input is and how the weight reads it.
 
-    input                                                        form
-    of a norm that keeps codes                                   read from those codes, no bytes (``shared``)
-    of an attention that keeps codes of q, k and v               worked out from those codes, no bytes (``shared``)
-    an activation's output, a map (B, C, *)                      differences from the channel's mean, pruned
-        the same, where the product with it is cheap             ... and zero where the activation's bit says so
-    tokens (B, *, I)                                             differences from the feature's mean over tokens, pruned
-    a map that comes from no activation                          averages of blocks in 4 bits
-    fewer than four positions per channel                        whole in 8 bits
-    a vector per sample (B, I)                                   pruned, zero where dropped
+    input                                               form
+    of a norm that keeps codes                          read from those codes, no bytes (``shared``)
+    of an attention that keeps codes of q, k and v      worked out from those codes, no bytes (``shared``)
+    an activation's output, a map (B, C, *)             differences from the channel's mean, pruned
+        whose backward keeps bits                       ... and zero where the bit says so, but in depthwise
+                                                        convolutions on large maps
+    tokens (B, *, I)                                    differences from the feature's mean over tokens, pruned
+    a map that comes from no activation                 averages of blocks in 4 bits
+    fewer than four positions per channel               whole in 8 bits
+    a vector per sample (B, I)                          pruned, zero where dropped
 
 ``fill="zero"``, the paper's rule, prunes every input and reads zero where it was dropped.
 """
@@ -30,11 +31,8 @@ from .pruned import Pruned, pack, whole_values
 
 # Where a mean over fewer positions would cost as much as they do.
 FEWEST_POSITIONS = 4
-# The mask makes x_hat dense, and so its product with the gradient. That costs little beside the forward pass where a
-# pointwise convolution has few outputs, at most half as many as inputs, and nothing where the product is dense anyway.
-MOST_OUTPUTS = 320
-# The convolution library is fast at depthwise kernels of three columns where they see fewer positions than these, and
-# slow at wider ones everywhere.
+# With a mask a depthwise product is dense. The convolution library is fast at kernels of three columns where they see
+# fewer positions than these, and slow at wider ones everywhere.
 FEWEST_SPARSE = 28 * 28
 # Averages per map side, for kernels of one position and larger ones, down to the sparsity at which positions and values
 # of pruned inputs take as many bytes; beyond it, less.
@@ -43,22 +41,22 @@ SIDE, KERNEL_SIDE, FULL_SHARE = 14, 56, 0.03
 
 class Use(NamedTuple):
     """How a weight reads its input. ``features``: rows of features (B, *, I), not channels. ``kernel``: several
-    positions at a time. ``dense``: maps of up to so many positions are multiplied as dense ones at little cost."""
+    positions at a time. ``masked``: on maps of up to so many positions a product with a mask costs little."""
 
     features: bool
     kernel: bool
-    dense: float
+    masked: float
 
     @classmethod
     def of(cls, weight: Tensor) -> Use:
         """By the shape of a Linear's weight (O, I) or a convolution's (D, C / groups, *)."""
         if weight.dim() < 3:
             return cls(True, False, 0)
-        outputs, inputs, *kernel = weight.shape
-        if math.prod(kernel) == 1:
-            return cls(False, False, math.inf if outputs <= min(MOST_OUTPUTS, inputs // 2) else 0)
-        small = inputs == 1 and len(kernel) == 2 and kernel[1] <= 3
-        return cls(False, True, FEWEST_SPARSE - 1 if small else 0)
+        _, inputs, *kernel = weight.shape
+        masked = math.inf
+        if inputs == 1:
+            masked = FEWEST_SPARSE - 1 if len(kernel) == 2 and kernel[1] <= 3 else 0
+        return cls(False, math.prod(kernel) > 1, masked)
 
 
 FEATURES = Use(True, False, 0)  # a gate per feature
@@ -96,6 +94,6 @@ def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None
         side = KERNEL_SIDE * math.sqrt(share) if use.kernel else SIDE * share
         return Averaged(max(round(side), 1)).pack(x, flag)
     bits = activation.bits if activation is not None and codec.fill == "known" else None
-    if bits is None or positions > use.dense or x.dim() != 4 or not x.is_contiguous():
+    if bits is None or positions > use.masked or x.dim() != 4 or not x.is_contiguous():
         return Guessed(codec, False).pack(x, flag)
     return Guessed(codec, False, bits).pack(x, flag, activation.codes.tensors[0])

@@ -47,10 +47,10 @@ def _multiplies(form: PrunedForm, grad: Tensor) -> bool:
 
 
 def _sparse(packed: Packed) -> PrunedForm | None:
-    """How the kept elements of an input are stored whose x_hat is sparse but for a number per row; else None."""
+    """How the kept elements of an input are stored whose x_hat is sparse but for a guess per row; else None."""
     form = packed.form
     if isinstance(form, GuessedForm):
-        return None if form.masked else form.pruned
+        return form.pruned
     return form if isinstance(form, PrunedForm) else None
 
 
@@ -95,7 +95,8 @@ class ConvProduct:
         self._packed, self._form, self._window, self._shape = packed, form, window, grad.shape[1:]
         self._sums = grad.new_zeros(product_sums_shape(window, grad.shape[1]), dtype=torch.float32)
         self._guessed = None
-        if isinstance(packed.form, GuessedForm):
+        self._masked = isinstance(packed.form, GuessedForm) and packed.form.masked
+        if isinstance(packed.form, GuessedForm) and not self._masked:
             shape = grad.shape[1], 1 if window.depthwise else window.shape[0], *window.kernel
             self._guessed = grad.new_zeros(shape, dtype=torch.float32)
 
@@ -104,6 +105,8 @@ class ConvProduct:
         """For a gradient like ``grad`` (B, D, Ho, Wo); None where the dense product is no slower."""
         if isinstance(packed.form, AveragedForm):
             return AveragedProduct(packed, grad) if _is_pointwise(window) and packed.form.block != (1, 1) else None
+        if window.depthwise and isinstance(packed.form, GuessedForm) and packed.form.masked:
+            return None
         small = window.depthwise and window.kernel[1] <= 3
         if math.prod(grad.shape[2:]) < (FEWEST_SPARSE if small else FEWEST_TOKENS):
             return None
@@ -115,7 +118,8 @@ class ConvProduct:
     def add(self, grad: Tensor, start: int, stop: int) -> None:
         """``grad`` (stop - start, D, Ho, Wo) is that of these samples."""
         form, tensors = self._form, self._packed.tensors
-        add_conv_product(self._sums, grad, *form.stored(tensors, start, stop), form.index, *self._window)
+        masked = self._packed.form.masked_guess(tensors, start, stop) if self._masked else ()
+        add_conv_product(self._sums, grad, *form.stored(tensors, start, stop), form.index, *self._window, *masked)
         if self._guessed is None:
             return
         guess = self._packed.form.guess(tensors, start, stop)

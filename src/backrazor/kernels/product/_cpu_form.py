@@ -9,6 +9,11 @@ from ..topk._cpu_form import Form
 VECTOR = LANES * 4
 TILE_BYTES = LANES * VECTOR
 MOST_VECTORS = 16  # that one pass over the entries adds to: half of the registers where they are longest
+# Rows of the matrix that one look at a table covers, and how many tables lie in the cache at a time.
+NIBBLE, TABLES = 4, 8
+SUBSETS = 1 << NIBBLE
+BLOCK = NIBBLE * TABLES
+TABLE_VECTORS = 2  # per subset, where there are as many
 # How positions are grouped: by channel, which is the order they have; by channel and the remainders of height and width
 # by the strides; by input of a Linear.
 CHANNELS, STRIDED, INPUTS = 0, 1, 2
@@ -78,6 +83,49 @@ class Add(Entries):
     classes: int
     table: int  # of taps by class
     taps: int
+
+
+@arguments
+class Spread:
+    """Bits of a batch, (B, C, H, W) in logical order, and the strings that they become: one per channel and class, in
+    the order of the rows that the tap without a shift looks at."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    down: int  # strides
+    across: int
+    pitch: int  # rows of the matrix from one line of positions to the next
+    front: int  # zero bits before the first
+    source: int
+    source_pitch: int  # bytes from a sample to the next
+    strings: int
+    string_bytes: int
+
+
+@arguments
+class AddMasked:
+    """Strings of bits, a number per sample and channel, the matrix that they select rows of, and the sums."""
+
+    batch: int
+    channels: int
+    piece: int  # channels that a thread takes at a time
+    groups: int
+    rows: int  # of the matrix, in whole blocks
+    matrix: int
+    matrix_pitch: int  # bytes from a sample to the next
+    unit: int  # bytes of a row
+    front: int
+    strings: int
+    string_bytes: int
+    numbers: int
+    sums: int
+    classes: int
+    table: int  # of taps by class, with shifts in rows
+    taps: int
+    scratch: int
+    scratch_bytes: int  # of one thread
 
 
 @arguments

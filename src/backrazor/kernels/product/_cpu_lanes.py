@@ -15,12 +15,14 @@ from ..cpu.vectors import (
     I64,
     LANES,
     compress_lanes,
+    constant,
     load_as_float32,
     load_lanes,
     splat,
     store_lanes,
     vector_of,
 )
+from ._cpu_form import NIBBLE, SUBSETS, TABLES
 
 
 def _number(value: int):
@@ -101,6 +103,64 @@ def add_products(vectors: int):
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen
+
+    return add
+
+
+@cache
+def subset_sums(vectors: int):
+    """(rows, pitch, table): the sums of all subsets of ``NIBBLE`` rows of ``vectors`` vectors, ``pitch`` bytes apart;
+    row j is in the subsets whose bit j is set."""
+
+    @intrinsic
+    def tabulate(typingctx, rows, pitch, table):
+        def codegen(context, builder, signature, args):
+            rows, pitch, table = args
+            for v in range(vectors):
+                sums = [constant(FLOAT, 0.0)]
+                for row in range(NIBBLE):
+                    at = builder.add(rows, builder.add(builder.mul(pitch, _number(row)), _number(4 * LANES * v)))
+                    added = load_lanes(builder, at, FLOAT)
+                    sums += [added, *(builder.fadd(other, added) for other in sums[1:])]
+                for subset, total in enumerate(sums):
+                    store_lanes(builder, total, builder.add(table, _number(4 * LANES * (subset * vectors + v))))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), codegen
+
+    return tabulate
+
+
+@cache
+def add_subsets(vectors: int):
+    """(bits, number, tables, sums): to ``vectors`` vectors of sums, add ``number`` times what ``TABLES`` tables one
+    after another hold for the subsets that ``bits`` name, ``NIBBLE`` bits each from the lowest on."""
+
+    @intrinsic
+    def add(typingctx, bits, number, tables, sums):
+        def codegen(context, builder, signature, args):
+            bits, number, tables, sums = args
+            totals = None
+            for which in range(TABLES):
+                subset = builder.and_(builder.lshr(bits, _number(NIBBLE * which)), _number(SUBSETS - 1))
+                entry = builder.add(tables, builder.mul(subset, _number(4 * LANES * vectors)))
+                base = 4 * LANES * vectors * SUBSETS * which
+                found = [
+                    load_lanes(builder, builder.add(entry, _number(base + 4 * LANES * v)), FLOAT)
+                    for v in range(vectors)
+                ]
+                if totals is not None:
+                    found = [builder.fadd(*pair) for pair in zip(totals, found, strict=True)]
+                totals = found
+            factor = splat(builder, number)
+            for v, total in enumerate(totals):
+                place = builder.add(sums, _number(4 * LANES * v))
+                product = builder.fmul(factor, total, flags=("contract",))
+                before = load_lanes(builder, place, FLOAT)
+                store_lanes(builder, builder.fadd(before, product, flags=("contract",)), place)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.float32, types.int64, types.int64), codegen
 
     return add
 

@@ -23,8 +23,25 @@ from ..cpu.target import has_avx512
 from ..topk._cpu_form import form_of
 from ..topk.layout import TILE, Stored, kept_of
 from . import reference
-from ._cpu_form import CHANNELS, INPUTS, MOST_VECTORS, STRIDED, TILE_BYTES, VECTOR, Add, AddDepthwise, Lay, MakeEntries
-from .layout import LANES, Axis, Window, axes
+from ._cpu_form import (
+    BLOCK,
+    CHANNELS,
+    INPUTS,
+    MOST_VECTORS,
+    STRIDED,
+    SUBSETS,
+    TABLE_VECTORS,
+    TABLES,
+    TILE_BYTES,
+    VECTOR,
+    Add,
+    AddDepthwise,
+    AddMasked,
+    Lay,
+    MakeEntries,
+    Spread,
+)
+from .layout import LANES, Axis, Masked, Window, axes
 
 # The gradient of so many samples is laid out as a matrix at once, at least of one.
 MATRIX_BYTES = 4 << 20
@@ -33,12 +50,16 @@ ENTRIES = Worker(f"{__package__}._cpu_entries", "entries_worker")
 LAY = Worker(f"{__package__}._cpu_sums", "lay_worker")
 ADD = Worker(f"{__package__}._cpu_sums", "add_worker")
 ADD_DEPTHWISE = Worker(f"{__package__}._cpu_sums", "depthwise_worker")
+SPREAD = Worker(f"{__package__}._cpu_masked", "spread_worker")
+ADD_MASKED = Worker(f"{__package__}._cpu_masked", "masked_worker")
 
 
 def entry_points() -> Iterator[EntryPoint]:
     """All that is ever launched from here."""
     yield ENTRIES, MakeEntries, ()
     yield ADD, Add, ()
+    yield SPREAD, Spread, ()
+    yield ADD_MASKED, AddMasked, ()
     for kind in KIND.values():
         yield LAY, Lay, (kind,)
         yield ADD_DEPTHWISE, AddDepthwise, (kind,)
@@ -188,7 +209,7 @@ def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
         _add(sums, entries, first, len(rows), matrix, table, (inputs, 1, 1, wide // LANES))
 
 
-def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window) -> None:
+def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window, masked: Masked | None = None) -> None:
     """See the reference."""
     grad = grad.contiguous()
     vertical, horizontal = axes(window, tuple(grad.shape[2:]))
@@ -201,9 +222,9 @@ def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window)
     pitch, rows, unit = horizontal.size, vertical.size * horizontal.size, wide * 4
     down, across = window.stride
     classes = down * across
-    by_class = [
+    by_class = [  # (tap, how many rows further it looks)
         [
-            (row * window.kernel[1] + column, (low * pitch + right) * unit)
+            (row * window.kernel[1] + column, low * pitch + right)
             for row, low in vertical.taps[which // across]
             for column, right in horizontal.taps[which % across]
         ]
@@ -221,8 +242,9 @@ def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window)
         unit,
     )
     together = max(min(MATRIX_BYTES // (rows * unit), batch), 1)
-    table = _table(by_class)
+    table = _table([[(tap, shift * unit) for tap, shift in taps] for taps in by_class])
     border = vertical.border * pitch + horizontal.border
+    rows = rows if masked is None else -(-rows // BLOCK) * BLOCK
     bare = grad.shape[2] * grad.shape[3] == rows and outputs == wide
     matrix = (torch.empty if bare else torch.zeros)(together, rows, wide)
     for first in range(0, batch, together):
@@ -230,6 +252,64 @@ def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window)
         _lay(grad[first : first + count], matrix, border, pitch)
         at = matrix.data_ptr(), rows * unit
         _add(sums, entries, first, count, at, table, (channels, classes, sums.shape[1], wide // LANES))
+        if masked is not None:
+            part = Masked(*(tensor[first : first + count] for tensor in masked))
+            _add_masked(sums, part, matrix, by_class, window, pitch)
+
+
+def _add_masked(
+    sums: Tensor, masked: Masked, matrix: Tensor, by_class: list[list[tuple[int, int]]], window: Window, pitch: int
+) -> None:
+    """The samples of ``masked``; ``by_class``: pairs (tap, shift in rows of the ``matrix``), which has whole blocks of
+    them."""
+    (batch, _), (channels, height, width), (down, across) = masked.mask.shape, window.shape, window.stride
+    rows, wide = matrix.shape[1:]
+    classes = down * across
+    front = -(-max((shift for taps in by_class for _, shift in taps), default=0) // 8) * 8
+    string_bytes = -(-(front + max(rows, -(-height // down) * pitch) + 128) // 64) * 8  # read and written 8 at a time
+    strings = torch.empty(batch, channels, classes, string_bytes, dtype=torch.uint8, device="cpu")
+    told = Spread(
+        batch=batch,
+        channels=channels,
+        height=height,
+        width=width,
+        down=down,
+        across=across,
+        pitch=pitch,
+        front=front,
+        source=masked.mask.data_ptr(),
+        source_pitch=masked.mask.stride(0),
+        strings=strings.data_ptr(),
+        string_bytes=string_bytes,
+    )
+    launch(SPREAD, told, batch * channels)
+    ranges = sum(divmod(wide // LANES, TABLE_VECTORS))
+    piece = -(-channels // max(min(-(-4 * torch.get_num_threads() // ranges), channels), 1))
+    tasks = -(-channels // piece) * ranges
+    scratch_bytes = TABLES * SUBSETS * TABLE_VECTORS * VECTOR
+    scratch = torch.empty(threads_for(tasks) * scratch_bytes, dtype=torch.uint8, device="cpu")
+    guess, table = masked.guess.contiguous(), _table(by_class)
+    told = AddMasked(
+        batch=batch,
+        channels=channels,
+        piece=piece,
+        groups=wide // LANES,
+        rows=rows,
+        matrix=matrix.data_ptr(),
+        matrix_pitch=matrix.stride(0) * 4,
+        unit=matrix.stride(1) * 4,
+        front=front,
+        strings=strings.data_ptr(),
+        string_bytes=string_bytes,
+        numbers=guess.data_ptr(),
+        sums=sums.data_ptr(),
+        classes=classes,
+        table=ctypes.addressof(table),
+        taps=sums.shape[1],
+        scratch=scratch.data_ptr(),
+        scratch_bytes=scratch_bytes,
+    )
+    launch(ADD_MASKED, told, tasks)
 
 
 def _conv_depthwise(

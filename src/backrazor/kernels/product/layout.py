@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ..cpu.layout import LANES
 
 
@@ -26,6 +28,14 @@ class Window(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     depthwise: bool
+
+
+class Masked(NamedTuple):
+    """What is added to the packed elements: a guess (B, C) float32 per sample and channel, where a bit of the mask (B,
+    ceil(n / 8)) uint8 is set (``bitmask.layout``)."""
+
+    mask: Tensor
+    guess: Tensor
 
 
 class Axis(NamedTuple):

@@ -12,7 +12,7 @@ from ..dispatch import implementation
 from ..operators import operator
 from ..topk.layout import Stored
 from . import reference
-from .layout import Window, conv_fits, linear_fits
+from .layout import Masked, Window, conv_fits, linear_fits
 
 
 def multiplies_packed(stored: torch.dtype, index: str, grad: Tensor) -> bool:
@@ -54,7 +54,7 @@ def add_linear_product(
 @operator(
     "add_conv_product(Tensor(a!) sums, Tensor grad, Tensor values, Tensor scales, Tensor index, Tensor counts, "
     "Tensor full, str index_kind, int[3] shape, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-    "bool depthwise) -> ()",
+    "bool depthwise, Tensor? mask=None, Tensor? guess=None) -> ()",
     _product_fake,
 )
 def add_conv_product(
@@ -69,18 +69,22 @@ def add_conv_product(
     *window: Any,
 ) -> None:
     """sums, shaped as ``product.layout.sums_shape`` says, += the weight's gradient for grad (B, D, Ho, Wo) and the
-    packed x_hat (B, *shape); the fields of ``Window`` follow.
+    packed x_hat (B, *shape); the fields of ``Window`` follow, and behind them perhaps those of ``Masked``, a guess that
+    is added to x_hat where a bit of the mask is set.
 
     Raises:
-        ValueError: a depthwise window has a stride, or its row of taps needs more than a vector of sums.
+        ValueError: a depthwise window has a stride or a mask, or its row of taps needs more than a vector of sums.
     """
-    *sizes, depthwise = window
+    *sizes, depthwise = window[: len(Window._fields)]
+    masked = Masked(*window[len(Window._fields) :]) if window[len(Window._fields) :] else None
     seen = Window(*(tuple(numbers) for numbers in sizes), depthwise)
     fits = conv_fits(seen, grad.shape[1], (grad.shape[2], grad.shape[3]))
     if depthwise and not fits:
         raise ValueError(f"there is no depthwise product for {seen}: ask conv_fits first")
+    if depthwise and masked is not None:
+        raise ValueError("there is no depthwise product with a mask: unpack the input instead")
     product = _product_kernel(values.dtype, index_kind, grad, fits)
-    product.conv(sums, grad, Stored(values, scales, index, counts, full), index_kind, seen)
+    product.conv(sums, grad, Stored(values, scales, index, counts, full), index_kind, seen, masked)
 
 
 @operator(

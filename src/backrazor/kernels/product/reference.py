@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..topk import reference as topk_reference
 from ..topk.layout import Stored
-from .layout import Window, lanes_of_taps
+from .layout import Masked, Window, lanes_of_taps
 
 
 def _dense(stored: Stored, n: int, index: str) -> Tensor:
@@ -22,10 +24,14 @@ def linear(sums: Tensor, grad: Tensor, stored: Stored, index: str) -> None:
     sums[:, :outputs] += x_hat.t() @ grad.reshape(batch * tokens, outputs).float()
 
 
-def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window) -> None:
+def conv(sums: Tensor, grad: Tensor, stored: Stored, index: str, window: Window, masked: Masked | None = None) -> None:
     """sums (see ``sums_shape``) += the weight's gradient for grad (B, D, Ho, Wo)."""
     channels, height, width = window.shape
-    x_hat = _dense(stored, channels * height * width, index).view(-1, *window.shape)
+    n = math.prod(window.shape)
+    x_hat = _dense(stored, n, index).view(-1, *window.shape)
+    if masked is not None:
+        bits = topk_reference.unpack_bits(masked.mask, n).view(x_hat.shape)
+        x_hat = x_hat + bits * masked.guess[:, :, None, None]
     # what the output sees below and to the right of the input
     reach = [
         (size - 1) * stride + (kernel - 1) * dilation + 1 - padding - length
