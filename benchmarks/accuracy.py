@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 from _circumstances import append_rows, circumstances
 from _digits import SCRATCH_EPOCHS, Digits, accuracy, fit, from_scratch, load
-from _pages import wrap
 
 import backrazor as br
+from razorlab.tables import wrap
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy.csv"

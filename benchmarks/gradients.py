@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from _circumstances import circumstances
 from _digits import SCRATCH_EPOCHS, accuracy, from_scratch, load
-from _pages import wrap
 from gradients_cnn import summary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import backrazor as br
+from razorlab.tables import wrap
 
 ROOT = Path(__file__).parents[1]
 SPARSITIES = (0.8, 0.9, 0.95, 0.97, 0.99)

@@ -9,11 +9,13 @@ Installed, it is called ``backrazor``, too.
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from razorlab.errors import stop_with_reader
+from razorlab.errors import UserError, one_line, stop_with_reader
 
 COMMANDS = {
     "train": "fine-tune a network; what `python train.py` runs",
@@ -27,7 +29,7 @@ COMMANDS = {
     "bench-gpu": "the same on one CUDA device",
     "zoo": "every family of networks: forward, saved bytes, gradient",
 }
-WRONG_INPUT = 2
+WRONG_INPUT, INTERRUPTED = 2, 130
 
 
 def usage() -> str:
@@ -37,7 +39,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
+    """Run a command and return its exit code: what it refuses, and an interrupt, ends in one line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -52,7 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"razorlab: {error.name} is not installed: pip install 'backrazor[lab]'", file=sys.stderr)
         return WRONG_INPUT
-    return command.main(rest)
+    try:
+        return command.main(rest)
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        print(f"razorlab {name}: {one_line(error)}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        then = getattr(command, "INTERRUPTED", "the same command goes on with what is missing")
+        print(f"razorlab {name}: interrupted; {then}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def console() -> int:

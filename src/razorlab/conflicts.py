@@ -71,9 +71,6 @@ def _check_task(given: Mapping[str, Any]) -> None:
         _check_text(given)
     stride = given["task.output_stride"]
     if given["task.name"] != "segmentation":
-        if (kind := given["data.train_transform"]) == "scale_crop":
-            only = f"plain|random_crop|resize_crop, for task={given['task.name']}"
-            raise UserError.value("data.train_transform", kind, only)
         return
     if stride not in (8, 16, 32):
         raise UserError.value("task.output_stride", "null" if stride is None else stride, "8|16|32")

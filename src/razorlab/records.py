@@ -70,20 +70,34 @@ MEASURED_MEMORY = (
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Return ten hex digits that two configurations share only if they describe the same run but for the seed."""
+    return hashlib.sha256(json.dumps(_hashed(config), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _hashed(config: Mapping[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     for path in NOT_HASHED:
         section, _, key = path.partition(".")
         if key:
-            kept[section].pop(key, None)
+            kept.get(section, {}).pop(key, None)
         else:
             kept.pop(section, None)
     if kept.get("task", CLASSIFICATION) == CLASSIFICATION:
         kept.pop("task", None)
     for path, default in HASHED_UNLESS.items():
         section, _, key = path.partition(".")
-        if kept[section].get(key, default) == default:
-            kept[section].pop(key, None)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+        if key in kept.get(section, {}) and kept[section][key] == default:
+            del kept[section][key]
+    return kept
+
+
+def hashed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a configuration's hash from another's: value by key, ``optim.lr``."""
+    kept = _hashed(config)
+    return {
+        f"{section}.{key}" if key else section: value
+        for section, inside in kept.items()
+        for key, value in (inside if isinstance(inside, Mapping) else {"": inside}).items()
+    }
 
 
 def task_of(config: Mapping[str, Any]) -> str:

@@ -72,3 +72,14 @@ def test_hydra_is_told_of_what_is_asked_for_alone() -> None:
     assert len(ConfigStore.instance().repo["experiment"]["digits"]) == 10
     register([])
     assert not {"experiment", "recipe"} & set(ConfigStore.instance().repo)
+
+
+def test_an_interrupt_ends_in_one_line_that_says_how_to_go_on(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name, words in (("table3", "the same command goes on with what is missing"), ("measure", "with --missing")):
+        monkeypatch.setattr(f"razorlab.commands.{name}.main", interrupt)
+        assert razorlab.main([name]) == 130
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"razorlab {name}: interrupted; ") and words in lines[0]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import TINY, compose_plain, files_below, write_tree
 
-from razorlab.commands import tables
+from razorlab import __main__ as razorlab
 from razorlab.records import config_hash, run_directory
 
 VIT = ("model=timm", "model.name=test_vit", *TINY[3:], "data.image_size=160", "model.weights=tree/w.npz")
@@ -236,7 +236,7 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(command, tmp_path: Path, r
 )
 def test_a_record_that_is_none_is_one_line(tmp_path: Path, capsys, text: str) -> None:
     (tmp_path / "record.json").write_text(text)
-    assert tables.main([str(tmp_path)]) == 2
+    assert razorlab.main(["tables", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "record.json" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]

@@ -13,7 +13,7 @@ import torch
 from conftest import compose_plain
 
 import backrazor as br
-from razorlab.commands import profile as profile_command
+from razorlab import __main__ as razorlab
 from razorlab.errors import UserError
 from razorlab.memory_profile import EXACT_BATCH, StepProfile, layer_table, parse_size
 from razorlab.training.network import assemble
@@ -69,7 +69,7 @@ def test_the_least_sparsity_fits_and_a_hundredth_less_does_not(profile: StepProf
 
 
 def test_the_command_answers_both_questions(capsys) -> None:
-    code = profile_command.main([*NET, "batch=16", "budget=9.3MB", "razor.sparsity=auto", "rows=2"])
+    code = razorlab.main(["profile", *NET, "batch=16", "budget=9.3MB", "razor.sparsity=auto", "rows=2"])
     out = capsys.readouterr().out
     assert code == 0
     assert re.match(r"razor.sparsity=0\.\d+ is the smallest", out) and "saved in all" in out
@@ -79,12 +79,12 @@ def test_the_command_answers_both_questions(capsys) -> None:
 @pytest.mark.parametrize(("words", "size"), [((), 224), (("image_size=160",), 160), (("data.image_size=96",), 96)])
 def test_a_transformer_is_built_for_the_size_that_is_asked_for(words: tuple[str, ...], size: int, capsys) -> None:
     command = ["model=timm", "model.name=vit_tiny_patch16_224", "batch=1", "razor.sparsity=0.9", "rows=1", *words]
-    assert profile_command.main(command) == 0
+    assert razorlab.main(["profile", *command]) == 0
     assert f"{size} px" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_a_budget_below_one_image_is_said(capsys) -> None:
-    assert profile_command.main([*NET, "budget=1MB", "razor=none", "--batch=2"]) == 0
+    assert razorlab.main(["profile", *NET, "budget=1MB", "razor=none", "--batch=2"]) == 0
     assert "dense: nothing fits 1MB, one image needs" in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_a_budget_below_one_image_is_said(capsys) -> None:
 def test_wrong_values_end_in_one_line_and_code_two(capsys, arguments: str, words: str) -> None:
     given = arguments.split()
     net = () if "model=timm" in given else NET
-    assert profile_command.main([*net, *given]) == 2
+    assert razorlab.main(["profile", *net, *given]) == 2
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert not out and len(lines) == 1 and words in lines[0], lines
@@ -125,13 +125,13 @@ def test_wrong_values_end_in_one_line_and_code_two(capsys, arguments: str, words
 
 def test_the_size_that_the_error_names_is_one_that_works(capsys) -> None:
     net = ["model=timm", "model.name=halonet26t", "batch=1", "rows=1"]
-    assert profile_command.main([*net, "data.image_size=256"]) == 0
+    assert razorlab.main(["profile", *net, "data.image_size=256"]) == 0
     assert "256 px" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_full_error_shows_the_traceback(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    assert profile_command.main(["model=timm", "model.name=halonet26t", "batch=1"]) == 2
+    assert razorlab.main(["profile", "model=timm", "model.name=halonet26t", "batch=1"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and "halonet26t fails on images of 224 px" in err.splitlines()[-1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, compose_plain
 
-from razorlab.commands import report
+from razorlab import __main__ as razorlab
 from razorlab.recall import command_of
 from razorlab.records import find_records, read_record, write_record
 from razorlab.training.run import execute
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path, out: Path) -> str:
-    assert report.main([str(folder), "--out", str(out)]) == 0
+    assert razorlab.main(["report", str(folder), "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -124,9 +124,9 @@ def test_a_command_composes_to_the_configuration_it_came_from(overrides: tuple[s
 
 
 def test_what_cannot_be_done_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], outputs: Path) -> None:
-    assert report.main([str(tmp_path / "absent")]) == 2
-    assert report.main([str(tmp_path)]) == 2
-    assert report.main([str(outputs), "--out", "/dev/null/report.html"]) == 2
+    assert razorlab.main(["report", str(tmp_path / "absent")]) == 2
+    assert razorlab.main(["report", str(tmp_path)]) == 2
+    assert razorlab.main(["report", str(outputs), "--out", "/dev/null/report.html"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("razorlab report: ") for line in lines)
 

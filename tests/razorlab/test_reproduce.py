@@ -15,6 +15,7 @@ from conftest import TINY, compose_plain
 
 import backrazor as br
 from backrazor.memory.peak import WARM_UP_STEPS
+from razorlab import __main__ as razorlab
 from razorlab import reproduction
 from razorlab.commands import reproduce, table3, train
 from razorlab.recipes import DATA, MICRO_BATCH, TABLE2_ROWS, TINYTL, recipes
@@ -100,12 +101,12 @@ def test_a_measured_step_in_micro_batches_has_the_gradients_of_the_whole() -> No
 def test_what_is_missing_comes_first_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["table1", "--data", "pets", "--seeds", "0", f"paths.data={tmp_path}", f"paths.pretrain={tmp_path}"]
     small = ["data.image_size=32", "trainer.batch_size=2", "trainer.threads=1"]
-    assert reproduce.main([*settings, *small, "--outputs", str(tmp_path), "--dry"]) == 0
+    assert razorlab.main(["reproduce", *settings, *small, "--outputs", str(tmp_path), "--dry"]) == 0
     shown = capsys.readouterr().out
     assert "missing: data pets" in shown and "dataset_setup_scripts/pets.py" in shown
     assert "pretrain/fetch.py proxylessnas" in shown and "cells: 12 (0 finished, 12 to run)" in shown
     assert "estimate" in shown and not list(tmp_path.rglob("record.json"))
-    assert reproduce.main([*settings, *small, "--outputs", str(tmp_path)]) == 2
+    assert razorlab.main(["reproduce", *settings, *small, "--outputs", str(tmp_path)]) == 2
     assert "--data" in capsys.readouterr().err
 
 
@@ -119,7 +120,7 @@ def test_what_is_missing_comes_first_with_its_command(tmp_path: Path, capsys: py
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert reproduce.main([*arguments, "--dry"]) == 2
+    assert razorlab.main(["reproduce", *arguments, "--dry"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and word in lines[0]
 
@@ -138,20 +139,20 @@ def test_a_sweep_that_was_interrupted_goes_on_with_what_is_missing(
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here))
     settings = ["table2", "--preset", "smoke", "--outputs", str(tmp_path), "model.name=test_vit.r160_in1k"]
     settings += TINY_RUN
-    assert reproduce.main(settings) == 0
+    assert razorlab.main(["reproduce", *settings]) == 0
     assert "cells: 2 (0 finished, 2 to run)" in capsys.readouterr().out
     gone = next((tmp_path / "table2/digits_last").rglob("record.json"))
     kept = next((tmp_path / "table2/digits_compact90").rglob("record.json"))
     stamp = kept.stat().st_mtime_ns
     gone.unlink()
-    assert reproduce.main(settings) == 0
+    assert razorlab.main(["reproduce", *settings]) == 0
     shown = capsys.readouterr().out
     assert (
         "cells: 2 (1 finished, 1 to run)" in shown and "Table 2: test_vit.r160_in1k (random weights) on digits" in shown
     )
     assert gone.is_file() and kept.stat().st_mtime_ns == stamp
     assert "experiment=table2/digits_last" in commands[1]
-    assert reproduce.main(settings) == 0 and len(commands) == 2, "a finished table is only written"
+    assert razorlab.main(["reproduce", *settings]) == 0 and len(commands) == 2, "a finished table is only written"
     folder = tmp_path / "table2" / "tables"
     assert {path.name for path in folder.iterdir()} == {"table.csv", "table.md", "table.tex"}
     assert len(pd.read_csv(folder / "table.csv")) == 2
@@ -239,9 +240,9 @@ def test_the_pareto_front_holds_what_nothing_beats() -> None:
 def test_table_3_goes_on_and_fills_every_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(table3, "SMOKE", {"models": ("resnet18",), "sparsities": (0.0, 0.9), "image_size": 32})
     settings = ["--preset", "smoke", "--outputs", str(tmp_path)]
-    assert table3.main([*settings, "--no-peak", "--minutes", "1e-9"]) == 0
+    assert razorlab.main(["table3", *settings, "--no-peak", "--minutes", "1e-9"]) == 0
     assert len(list(tmp_path.glob("resnet18*.json"))) == 1
-    assert table3.main([*settings, "--no-peak"]) == 0
+    assert razorlab.main(["table3", *settings, "--no-peak"]) == 0
     shown = capsys.readouterr().out
     assert "cells: 5 (1 finished, 4 to run)" in shown and "not measured" in shown
     table = pd.read_csv(tmp_path / "tables" / "table.csv")
@@ -250,7 +251,7 @@ def test_table_3_goes_on_and_fills_every_column(tmp_path: Path, monkeypatch: pyt
     dense, pruned = (table[table["preset"] == preset].set_index("sparsity") for preset in ("dense", "compact"))
     assert pruned.loc[0.9, "saved_mb"] < 0.2 * dense.loc[0.0, "saved_mb"]
     assert (tmp_path / "tables" / "memory_against_sparsity.png").is_file()
-    assert table3.main(["--models", "nosuch", "--dry"]) == 2
+    assert razorlab.main(["table3", "--models", "nosuch", "--dry"]) == 2
 
 
 def test_an_estimate_counts_the_processes_that_measure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.path import Path as MplPath
 
-from razorlab.commands import tables
+from razorlab import __main__ as razorlab
 from razorlab.records import write_record
 from razorlab.tables import accuracy_against_peak, caption, load_runs, render, summarise, to_terminal, write_tables
 from razorlab.tables.figures import plt
@@ -97,7 +97,7 @@ def test_a_row_that_was_not_run_is_there_and_says_so(tmp_path: Path) -> None:
 
 def test_every_format_holds_the_same_figures(tmp_path: Path) -> None:
     make_records(tmp_path)
-    assert tables.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert razorlab.main(["tables", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     markdown, latex = (tmp_path / "out" / name for name in ("table.md", "table.tex"))
     for figure in ("140.0 (0.2x)", "30.0", "0.600 (1.2x)"):
         assert figure in markdown.read_text() and figure in latex.read_text()
@@ -116,23 +116,31 @@ def test_the_terminal_table_fits_a_hundred_columns(tmp_path: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 100
 
 
-def test_of_two_configurations_of_one_experiment_the_newest_counts(tmp_path: Path) -> None:
+def test_two_configurations_of_one_experiment_are_both_shown_and_told_apart(tmp_path: Path) -> None:
     make_records(tmp_path)
     newer = {**json.loads((tmp_path / "t/dense/0/record.json").read_text()), "config_hash": "new"}
     newer["circumstances"] = {"date": "2026-02-01T00:00:00+00:00"}
+    newer["config"]["optim"] = {"lr": 0.01}
+    newer["config"]["seed"] = 7  # no setting
+    newer["memory"]["total_bytes"] *= 2
     (tmp_path / "t/dense/new").mkdir()
     write_record(tmp_path / "t/dense/new/record.json", newer)
-    dense = load_runs(tmp_path).query("experiment == 't/dense'")
-    assert list(dense["config_hash"]) == ["new"]
+    runs = load_runs(tmp_path)
+    assert list(runs.query("experiment == 't/dense' and newest")["config_hash"]) == ["new"]
+    summary = summarise(runs).set_index("method")
+    older, newest = "full, dense [optim.lr=null]", "full, dense [optim.lr=0.01]"
+    assert set(summary.index) == {older, newest, "full, checkpointing by block", "full, compact 0.9"}
+    assert summary.loc[older, "seeds"] == 2 and summary.loc[newest, "seeds"] == 1
+    assert summary.loc[older, "total_mb_ratio"] == 0.5, "ratios are to the newest dense row"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}'])
 def test_a_damaged_record_or_an_empty_folder_is_one_line(tmp_path: Path, capsys, text: str) -> None:
-    assert tables.main([str(tmp_path / "absent")]) == 2
-    assert tables.main([str(tmp_path)]) == 2
+    assert razorlab.main(["tables", str(tmp_path / "absent")]) == 2
+    assert razorlab.main(["tables", str(tmp_path)]) == 2
     (tmp_path / "record.json").write_text(text)
-    assert tables.main([str(tmp_path)]) == 2
-    assert tables.main([str(tmp_path), "--expect", "nosuch"]) == 2
+    assert razorlab.main(["tables", str(tmp_path)]) == 2
+    assert razorlab.main(["tables", str(tmp_path), "--expect", "nosuch"]) == 2
     assert all(line.startswith("razorlab tables: ") for line in capsys.readouterr().err.splitlines())
 
 

@@ -22,6 +22,7 @@ import pandas
 
 from razorlab.bench.measure import SHOWN, measure_backbone, table_of, write
 from razorlab.bench.rows import MAIN, has_compiler, rows_of
+from razorlab.errors import UserError
 
 BACKBONES = ("efficientnet_lite0", "mobilenetv2", "proxylessnas", "resnet18", "resnet50", "vit_b16")
 GATE = ("tests/backrazor/test_operators.py", "tests/backrazor/test_topk.py")
@@ -63,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = set(wanted or ()) - {row.label for row in every}
         if unknown:
             labels = ", ".join(repr(row.label) for row in every)
-            print(f"razorlab bench: --rows {sorted(unknown)} not known for {backbone}: use {labels}", file=sys.stderr)
-            return 2
+            raise UserError(f"--rows {sorted(unknown)} not known for {backbone}: use {labels}")
         rows = [row for row in every if wanted is None or row.label == "dense" or row.label in wanted]
         measure_backbone(rows, options.folder, options.repeats, options.steps, options.what)
         table = table_of(every, options.folder)

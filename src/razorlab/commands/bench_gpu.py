@@ -21,6 +21,7 @@ import torch
 
 from razorlab.bench.measure import SHOWN, measure_backbone, table_of, write
 from razorlab.bench.rows import MAIN, rows_of
+from razorlab.errors import UserError
 
 RUNS = (("vit_b16", "float32", 128), ("vit_b16", "bfloat16", 128), ("proxylessnas", "float32", 8))
 GATE = "tests/kernels/test_gpu.py"
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip-tests", action="store_true", help="do not run the kernels' tests first")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("razorlab bench-gpu: no CUDA device: use `python -m razorlab bench` for the CPU", file=sys.stderr)
-        return 2
+        raise UserError("no CUDA device: use `python -m razorlab bench` for the CPU")
     if options.quick:
         options.repeats, options.steps = 1, 10
     if not options.skip_tests:

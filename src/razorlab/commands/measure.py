@@ -20,6 +20,7 @@ from razorlab.tables.collect import row_label
 from razorlab.training.costs import build_step, gpu_circumstances, measured_columns, step_shape
 from razorlab.training.measuring import NOT_MEASURED
 
+INTERRUPTED = "with --missing the same command goes on"
 COLUMN = {"peak": "peak_bytes", "time": "step_seconds"}
 
 
@@ -69,25 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     what = tuple(options.what.split(","))
-    try:
-        if not set(what) <= COLUMN.keys():
-            raise UserError.value("--what", options.what, "peak|time|peak,time")
-        paths = one_seed_each(find_records(options.folder))
-        if options.missing:
-            paths = [path for path in paths if any(read_record(path)["memory"].get(COLUMN[w]) is None for w in what)]
-        print(
-            f"measuring {len(paths)} rows {'one by one' if options.missing else 'in turn'}: "
-            + "; ".join(row_label(read_record(path)["config"]) for path in paths),
-            file=sys.stderr,
-        )
-        for group in [[path] for path in paths] if options.missing else [paths]:
-            measure(group, options.repeats, options.steps, what)
-    except UserError as error:
-        print(f"razorlab measure: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("razorlab measure: interrupted; with --missing the same command goes on", file=sys.stderr)
-        return 130
+    if not set(what) <= COLUMN.keys():
+        raise UserError.value("--what", options.what, "peak|time|peak,time")
+    paths = one_seed_each(find_records(options.folder))
+    if options.missing:
+        paths = [path for path in paths if any(read_record(path)["memory"].get(COLUMN[w]) is None for w in what)]
+    print(
+        f"measuring {len(paths)} rows {'one by one' if options.missing else 'in turn'}: "
+        + "; ".join(row_label(read_record(path)["config"]) for path in paths),
+        file=sys.stderr,
+    )
+    for group in [[path] for path in paths] if options.missing else [paths]:
+        measure(group, options.repeats, options.steps, what)
     return 0
 
 

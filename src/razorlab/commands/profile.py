@@ -12,9 +12,7 @@ All figures are predicted from shapes: nothing is trained, no weights are needed
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +28,6 @@ from razorlab.settings import validate
 
 OWN = {"batch": "8", "image_size": "224", "classes": "1000", "rows": "30", "budget": ""}
 AUTO = "razor.sparsity=auto"
-WRONG_INPUT = 2
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -121,9 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         report(arguments)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-            traceback.print_exception(error)
-        print(f"razorlab profile: {one_line(error)}", file=sys.stderr)
-        return WRONG_INPUT
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
     return 0

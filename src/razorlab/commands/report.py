@@ -7,13 +7,9 @@ python -m razorlab report outputs/demo --out demo.html
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from razorlab.errors import UserError, one_line
 from razorlab.report import write_report
-
-WRONG_INPUT = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,10 +19,5 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the page; default FOLDER/report.html")
     options = parser.parse_args(arguments)
     page = options.out or options.folder / "report.html"
-    try:
-        count = write_report(options.folder, page)
-    except UserError as error:
-        print(f"razorlab report: {one_line(error)}", file=sys.stderr)
-        return WRONG_INPUT
-    print(f"{count} runs in {page}")
+    print(f"{write_report(options.folder, page)} runs in {page}")
     return 0

@@ -30,8 +30,6 @@ from razorlab.reproduction import Cell, duration, estimated_seconds, missing_inp
 from razorlab.settings import validate
 from razorlab.tables import accuracy_against_peak, cells, load_runs, memory_by_role, pivot, title, write_grid
 
-WRONG_INPUT, INTERRUPTED = 2, 130
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
@@ -109,7 +107,7 @@ def write(table: str, chosen: list[Recipe], outputs: Path) -> None:
     folder = outputs / table
     runs = load_runs(folder) if folder.is_dir() and any(folder.rglob("record.json")) else pd.DataFrame()
     names = {recipe.name for recipe in chosen}
-    runs = runs[runs["experiment"].isin(names)] if len(runs) else runs
+    runs = runs[runs["newest"] & runs["experiment"].isin(names)] if len(runs) else runs
     grid = cells(runs, chosen)
     heading = title(table, runs)
     written = write_grid(grid, runs, folder / "tables", heading)
@@ -130,36 +128,25 @@ def write(table: str, chosen: list[Recipe], outputs: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = parse(arguments)
-    try:
-        outputs = options.outputs or Path("outputs") / ("smoke" if options.preset == "smoke" else "")
-        overrides = [f"paths.outputs={outputs}", *options.overrides]
-        chosen = wanted(options)
-        planned = compose_cells(chosen, seeds_of(options), overrides)
-        todo = [cell for cell in planned if not cell.finished]
-        missing = missing_inputs(todo)
-        print(f"{options.table}, preset {options.preset}: needs {needs(planned)}")
-        print("\n".join(f"missing: {line}" for line in missing) or "missing: nothing")
-        print(f"cells: {len(planned)} ({len(planned) - len(todo)} finished, {len(todo)} to run)", flush=True)
-        if todo:
-            rows = len({cell.recipe.row.name for cell in todo})
-            print(f"timing a few steps of {rows} rows for an estimate", flush=True)
-            seconds = estimated_seconds(todo)
-            print(
-                f"estimate from a few timed steps of each row on this machine: {duration(seconds)}, one after the other"
-            )
-        if options.dry:
-            return 0
-        if missing:
-            raise UserError(
-                "the files above are missing: get them with the commands beside them, or choose with --data"
-            )
-        sys.stdout.flush()
-        code = sweep(todo, overrides, options.launcher) if todo else 0
-        write(options.table, chosen, outputs)
-    except UserError as error:
-        print(f"razorlab reproduce: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        print("razorlab reproduce: interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return INTERRUPTED
+    outputs = options.outputs or Path("outputs") / ("smoke" if options.preset == "smoke" else "")
+    overrides = [f"paths.outputs={outputs}", *options.overrides]
+    chosen = wanted(options)
+    planned = compose_cells(chosen, seeds_of(options), overrides)
+    todo = [cell for cell in planned if not cell.finished]
+    missing = missing_inputs(todo)
+    print(f"{options.table}, preset {options.preset}: needs {needs(planned)}")
+    print("\n".join(f"missing: {line}" for line in missing) or "missing: nothing")
+    print(f"cells: {len(planned)} ({len(planned) - len(todo)} finished, {len(todo)} to run)", flush=True)
+    if todo:
+        rows = len({cell.recipe.row.name for cell in todo})
+        print(f"timing a few steps of {rows} rows for an estimate", flush=True)
+        seconds = estimated_seconds(todo)
+        print(f"estimate from a few timed steps of each row on this machine: {duration(seconds)}, one after the other")
+    if options.dry:
+        return 0
+    if missing:
+        raise UserError("the files above are missing: get them with the commands beside them, or choose with --data")
+    sys.stdout.flush()
+    code = sweep(todo, overrides, options.launcher) if todo else 0
+    write(options.table, chosen, outputs)
     return code

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import pandas as pd
 from tabulate import tabulate
 from tqdm import tqdm
 
-from razorlab.errors import UserError
 from razorlab.reproduction import duration
 from razorlab.table3 import (
     BATCHES,
@@ -33,7 +31,7 @@ from razorlab.table3 import (
     predict_batches,
     without_peak,
 )
-from razorlab.tables import memory_curves, to_latex
+from razorlab.tables import memory_curves, to_latex, wrap
 
 NOTE = (
     "Training step with weights of random values, 100 classes, batch norm frozen, cross-entropy, Adam (ViT: SGD). "
@@ -67,18 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     smoke = options.preset == "smoke"
     folder = options.outputs or Path("outputs") / ("smoke/table3" if smoke else "table3")
-    try:
-        models = options.models.split(",") if options.models else None
-        planned = grid(models, SMOKE if smoke else None)
-        run(planned, folder, options)
-        if not options.dry:
-            write(planned, folder)
-    except UserError as error:
-        print(f"razorlab table3: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("razorlab table3: interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return 130
+    planned = grid(options.models.split(",") if options.models else None, SMOKE if smoke else None)
+    run(planned, folder, options)
+    if not options.dry:
+        write(planned, folder)
     return 0
 
 
@@ -120,7 +110,7 @@ def write(planned: list[Cell], folder: Path) -> None:
     shown.to_csv(out / "table.csv", index=False, float_format="%.6g")
     text = shown.rename(columns=COLUMNS).apply(lambda column: column.map(_text))
     markdown = text.to_markdown(index=False, disable_numparse=True)
-    (out / "table.md").write_text(f"{markdown}\n\n{textwrap.fill(NOTE, 100)}\n")
+    (out / "table.md").write_text(f"{markdown}\n\n{wrap(NOTE)}\n")
     (out / "table.tex").write_text(to_latex(text, NOTE))
     pruned = table[table["preset"] != "dense"]
     memory_curves(pruned, "sparsity", "sparsity", out / "memory_against_sparsity.png")

@@ -6,13 +6,11 @@ python -m razorlab tables outputs/demo --expect demo
 from __future__ import annotations
 
 import argparse
-import sys
-import textwrap
 from pathlib import Path
 
 from razorlab.composition import options
 from razorlab.errors import UserError
-from razorlab.tables import accuracy_against_peak, caption, load_runs, summarise, to_terminal, write_tables
+from razorlab.tables import accuracy_against_peak, caption, load_runs, summarise, to_terminal, wrap, write_tables
 
 
 def expected_rows(table: str | None) -> list[str]:
@@ -38,16 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expect", metavar="TABLE", help="show a row for each experiment TABLE/...")
     parser.add_argument("--out", type=Path, help="where the files go; default FOLDER/tables")
     given = parser.parse_args(arguments)
-    try:
-        runs = load_runs(given.folder)
-        summary = summarise(runs, expected_rows(given.expect))
-    except UserError as error:
-        print(f"razorlab tables: {error}", file=sys.stderr)
-        return 2
+    runs = load_runs(given.folder)
+    summary = summarise(runs, expected_rows(given.expect))
     out = given.out or given.folder / "tables"
     written = write_tables(summary, runs, out)
     figure = accuracy_against_peak(summary, out / "accuracy_against_peak.png")
     print(to_terminal(summary))
-    print(f"\n{textwrap.fill(caption(runs), 100)}")
+    print(f"\n{wrap(caption(runs))}")
     print(f"\nWritten: {', '.join(str(path) for path in [*written, figure] if path)}")
     return 0

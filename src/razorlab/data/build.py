@@ -111,6 +111,8 @@ def build_data(
         assert encode is not None
         parts = [EncodedTexts(part, encode) for part in (splits.train, splits.val, splits.test)]
         return DataBundle(*parts, class_names=names, note=splits.note + lacking(splits))
+    if (kind := data["train_transform"]) == "scale_crop":
+        raise UserError.value("data.train_transform", kind, "plain|random_crop|resize_crop, for task=classification")
     final = eval_transform(data)
     return DataBundle(
         train=TensorImages(splits.train, train_transform(data), data["cache"]),

@@ -9,7 +9,7 @@ from razorlab.tables.figures import (
     memory_curves,
 )
 from razorlab.tables.grid import cells, pivot, title, to_latex, write_grid
-from razorlab.tables.render import caption, to_terminal, write_tables
+from razorlab.tables.render import caption, to_terminal, wrap, write_tables
 from razorlab.tables.summary import summarise
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "title",
     "to_latex",
     "to_terminal",
+    "wrap",
     "write_grid",
     "write_tables",
 ]

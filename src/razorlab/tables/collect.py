@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from razorlab.errors import UserError
-from razorlab.records import find_records, read_record, task_of
+from razorlab.errors import UserError, first_few
+from razorlab.records import find_records, hashed_settings, read_record, task_of
 
 PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")  # what a step holds; ``total_bytes``
 MEMORY = (
@@ -48,17 +50,25 @@ def load_runs(folder: Path) -> pd.DataFrame:
     Columns: ``label, experiment, config_hash, seed, date, model, data, task, method, razor, sparsity, checkpointing,
     protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
     (``test_top1, test_top5, test_mean_iou, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer``
-    (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Of an experiment with
-    several configurations the newest alone counts.
+    (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Where an experiment
+    was run with several configurations, their labels say what differs; ``newest`` tells the runs of the latest.
 
     Raises:
         UserError: no record there, or a damaged one.
     """
-    frame = pd.DataFrame([_checked_row(path) for path in find_records(folder)])
-    named = frame[frame["experiment"].notna()].sort_values("date")
-    newest = dict(zip(named["experiment"], named["config_hash"], strict=True))
-    current = [newest.get(row.experiment, row.config_hash) == row.config_hash for row in frame.itertuples()]
-    return frame[current].reset_index(drop=True)
+    frame = pd.DataFrame([_checked_row(path) for path in find_records(folder)]).assign(newest=True)
+    for _, group in frame[frame["experiment"].notna()].sort_values("date").groupby("experiment"):
+        settings = dict(zip(group["config_hash"], group["settings"], strict=True))
+        differing = [key for key in dict.fromkeys(chain(*settings.values())) if _differ(key, settings.values())]
+        for row in group.itertuples() if len(settings) > 1 else ():
+            what = [f"{key}={json.dumps(row.settings.get(key))}".replace('"', "") for key in differing]
+            frame.loc[row.Index, "label"] = f"{row.label} [{first_few(what, 3)}]"
+            frame.loc[row.Index, "newest"] = row.config_hash == group["config_hash"].iloc[-1]
+    return frame.drop(columns="settings")
+
+
+def _differ(key: str, settings: Iterable[Mapping[str, Any]]) -> bool:
+    return len({json.dumps(one.get(key)) for one in settings}) > 1
 
 
 def _checked_row(path: Path) -> dict[str, Any]:
@@ -72,6 +82,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     config, memory = record["config"], record["memory"]
     return {
         "label": row_label(config),
+        "settings": hashed_settings(config),
         "experiment": record["experiment"],
         "config_hash": record["config_hash"],
         "seed": record["seed"],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from razorlab.recipes import Recipe
-from razorlab.tables.render import NOT_MEASURED, NOT_RUN
+from razorlab.tables.render import NOT_MEASURED, NOT_RUN, wrap
 
 NO_RECIPE = "no recipe"
 
@@ -44,11 +43,11 @@ def cells(runs: pd.DataFrame, recipes: Sequence[Recipe]) -> pd.DataFrame:
     published_formula_mb`` (NaN where nothing was published), and of the runs what ``_SOURCES`` names.
 
     Args:
-        runs: as ``load_runs`` returns them; those of other experiments are left out.
+        runs: as ``load_runs`` returns them; those of other experiments and of older configurations are left out.
     """
     rows = []
     for recipe in recipes:
-        found = runs[runs["experiment"] == recipe.name] if len(runs) else runs
+        found = runs[runs["newest"] & (runs["experiment"] == recipe.name)] if len(runs) else runs
         published = recipe.published
         row = {
             "experiment": recipe.name,
@@ -157,7 +156,7 @@ def write_grid(table: pd.DataFrame, runs: pd.DataFrame, folder: Path, heading: s
     table.to_csv(paths[0], index=False, float_format="%.6g")
     text = pivot(table)
     body = text.to_markdown(index=False, disable_numparse=True)
-    paths[1].write_text(f"# {heading}\n\n{body}\n\n{textwrap.fill(note(runs), 100)}\n", encoding="utf-8")
+    paths[1].write_text(f"# {heading}\n\n{body}\n\n{wrap(note(runs))}\n", encoding="utf-8")
     paths[2].write_text(to_latex(text, f"{heading}. {note(runs)}"), encoding="utf-8")
     return paths
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
+WIDTH = 100  # characters of a line, as in every page
 NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 HEADINGS = {
@@ -24,6 +26,12 @@ PARTS = {
     "peak_mb": ("Peak", 1),
     "total_mb": ("In all", 1),
 }
+
+
+def wrap(text: str) -> str:
+    """``text`` in lines of at most ``WIDTH`` characters, none of which breaks a span of code."""
+    whole = re.sub(r"`[^`]*`", lambda span: span.group().replace(" ", "\0"), text)
+    return textwrap.fill(whole, WIDTH, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
 def parts(summary: pd.DataFrame) -> pd.DataFrame | None:
@@ -102,7 +110,7 @@ def write_tables(summary: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> lis
     numbers.to_csv(paths[0], index=False, float_format="%.6g")
     tables = _both(summary)
     markdown = "\n\n".join(text.to_markdown(index=False, disable_numparse=True) for text in tables)
-    paths[1].write_text(f"{markdown}\n\n{textwrap.fill(caption(runs), 100)}\n", encoding="utf-8")
+    paths[1].write_text(f"{markdown}\n\n{wrap(caption(runs))}\n", encoding="utf-8")
     paths[2].write_text("\n".join(_latex(text, caption(runs)) for text in tables), encoding="utf-8")
     return paths
 

@@ -68,5 +68,5 @@ def _order(row: pd.Series) -> tuple:
 
 def _dense_row(runs: pd.DataFrame) -> str | None:
     """Hash of the configuration that ratios refer to."""
-    plain = runs[runs["label"] == "full, dense"]
+    plain = runs[runs["newest"] & runs["label"].str.fullmatch(r"full, dense( \[.*\])?")]
     return plain.iloc[0]["config_hash"] if len(plain) else None
