@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from importlib.metadata import entry_points
 
 import pytest
 from hydra.core.config_store import ConfigStore
 
 from razorlab import __main__ as razorlab
+from razorlab.commands.train import workers_replaced_in_silence
 from razorlab.composition import register
 from razorlab.groups import CONFIGS
 
@@ -72,3 +74,24 @@ def test_hydra_is_told_of_what_is_asked_for_alone() -> None:
     assert len(ConfigStore.instance().repo["experiment"]["digits"]) == 10
     register([])
     assert not {"experiment", "recipe"} & set(ConfigStore.instance().repo)
+
+
+def test_a_sweep_s_process_that_has_grown_is_replaced_in_silence() -> None:
+    joblib = pytest.importorskip("joblib")
+
+    def grow() -> None:  # in here, so that a process need not import this file
+        executor = __import__("joblib.externals.loky.process_executor", fromlist=["_"])
+        executor._MAX_MEMORY_LEAK_SIZE = 1 << 20  # 1 MB is a leak, not 300
+        executor._grown = getattr(executor, "_grown", b"") + b"1" * (32 << 20)
+        __import__("time").sleep(1.1 * executor._MEMORY_LEAK_CHECK_DELAY)
+
+    def sweep() -> None:
+        joblib.Parallel(n_jobs=2)(joblib.delayed(grow)() for _ in range(6))
+
+    with pytest.warns(UserWarning, match="A worker stopped"):  # what joblib says by itself
+        sweep()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with workers_replaced_in_silence():
+            sweep()
+    assert not said
