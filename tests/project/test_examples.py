@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import own_layer, plain_loop, transformers_trainer
+from examples import causal_lm, own_layer, plain_loop, transformers_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +37,14 @@ def test_own_layer(capsys: pytest.CaptureFixture[str]) -> None:
 def test_transformers_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     assert transformers_trainer.main(["--steps", "60"]) > 40
     assert "x Linear" in capsys.readouterr().out
+
+
+def test_causal_lm(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = causal_lm.main(["--steps", "18"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "dense", "razored"]
+    rows = {line[:10].strip(): [float(word) for word in line[10:].split()] for line in lines}
+    assert all(late < early - 0.5 for early, late in zip(rows["3"], rows["18"], strict=True)), "both learn"
+    assert abs(losses["razored"] - losses["dense"]) < 0.3
+    dense, razored = rows["saved, MB"]
+    assert razored < dense / 5
