@@ -47,7 +47,7 @@ CONVS = {  # samples, C, size, D, kernel, stride, groups
     "proxylessnas, 7 x 7 depthwise 7": (8, 1152, 7, 1152, 7, 1, 1152),
 }
 LINEARS = {"vit_b16, proj": (8, 768, 768), "vit_b16, fc2": (3, 3072, 768)}  # samples, I, O, of 197 tokens
-ALWAYS = {"MOST_KEPT": 1.0, "FEWEST_TOKENS": 1, "FEWEST_POSITIONS": 1}
+ALWAYS = {"MOST_KEPT": 1.0, "FEWEST_TOKENS": 1, "FEWEST_SPARSE": 1}
 NEVER = {"MOST_KEPT": 0.0}
 
 

@@ -54,9 +54,8 @@ class RazorConfig:
             or of its feature over the tokens, and what is kept is the largest of what differs from it; inputs of
             convolutions that come from no activation are kept whole instead, as averages of blocks in 4 bits, and so
             is a convolutional network's classifier, in 8 bits. "known" is "mean", but zero where the bit that a ReLU
-            keeps anyway says so (on large maps not in depthwise convolutions, whose products it would make slow). Under
-            both, the projection behind a quantised attention reads its input from the codes of q, k and v where tokens
-            are few.
+            keeps anyway says so, in all but depthwise convolutions of more than three columns. Under both, the
+            projection behind a quantised attention reads its input from the codes of q, k and v where tokens are few.
         norm: what LayerNorm, GroupNorm and BatchNorm on batch statistics keep of their input: "dense", "pruned",
             "bfloat16", or the normalised input in "int8" or "int4" with one float16 scale per row.
         batch_norm: the same for BatchNorm on batch statistics alone; None means ``norm``.

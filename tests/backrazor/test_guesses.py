@@ -122,7 +122,7 @@ def test_the_form_follows_from_what_the_input_is(flag: Tensor) -> None:
     remember_activation(x, pack_derivative(x, Bits()))
     assert form(x, narrow).masked
     assert form(x, wide).masked and form(x, kernel).masked
-    assert not form(x, torch.empty(16, 1, 3, 3)).masked  # depthwise, on a map of 30 x 30
+    assert form(x, torch.empty(16, 1, 3, 3)).masked and not form(x, torch.empty(16, 1, 5, 5)).masked
     assert isinstance(form(x.clone(), narrow), AveragedForm)  # another tensor: nothing is known of it
     assert not form(x, narrow, Pruned(0.9, "int4", fill="mean")).masked
     assert not isinstance(form(x, narrow, Pruned(0.9, "int4")), GuessedForm)

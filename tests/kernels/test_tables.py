@@ -80,8 +80,8 @@ def test_a_launch_says_how_often_its_loop_runs() -> None:
 
 MOST_LAUNCHES = {  # of forward and backward; the dense steps have 380, 408 and 406
     ("vit_b16", 128, torch.bfloat16): 1500,
-    ("proxylessnas", 8, torch.bfloat16): 700,
-    ("proxylessnas", 8, torch.float32): 700,
+    ("proxylessnas", 8, torch.bfloat16): 820,
+    ("proxylessnas", 8, torch.float32): 820,
 }
 
 

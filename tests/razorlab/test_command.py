@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from importlib.metadata import entry_points
 
 import pytest
 from hydra.core.config_store import ConfigStore
 
 from razorlab import __main__ as razorlab
+from razorlab.commands.train import workers_replaced_in_silence
 from razorlab.composition import register
 from razorlab.groups import CONFIGS
 
@@ -83,3 +85,24 @@ def test_an_interrupt_ends_in_one_line_that_says_how_to_go_on(capsys, monkeypatc
         assert razorlab.main([name]) == 130
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"razorlab {name}: interrupted; ") and words in lines[0]
+
+
+def test_a_sweep_s_process_that_has_grown_is_replaced_in_silence() -> None:
+    joblib = pytest.importorskip("joblib")
+
+    def grow() -> None:  # in here, so that a process need not import this file
+        executor = __import__("joblib.externals.loky.process_executor", fromlist=["_"])
+        executor._MAX_MEMORY_LEAK_SIZE = 1 << 20  # 1 MB is a leak, not 300
+        executor._grown = getattr(executor, "_grown", b"") + b"1" * (32 << 20)
+        __import__("time").sleep(1.1 * executor._MEMORY_LEAK_CHECK_DELAY)
+
+    def sweep() -> None:
+        joblib.Parallel(n_jobs=2)(joblib.delayed(grow)() for _ in range(6))
+
+    with pytest.warns(UserWarning, match="A worker stopped"):  # what joblib says by itself
+        sweep()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with workers_replaced_in_silence():
+            sweep()
+    assert not said

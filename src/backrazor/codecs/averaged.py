@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.dispatch import on_cuda
 from .packed import Form, Packed
 from .pruned import Pruned, PrunedForm
 
@@ -60,6 +61,11 @@ class AveragedForm(Form):
     def sums(self, x: Tensor) -> Tensor:
         """The same of sums, the transpose of repeating: float32 for 16 bits."""
         wide = x.float() if x.element_size() == 2 else x
+        (b, c, height, width), (down, across) = x.shape, self.block
+        if x.is_contiguous() and not on_cuda(x.device) and height % down == 0 and width % across == 0:
+            # whole rows are added first: half of the pooling's time
+            rows = wide.view(b * c, height // down, down, width).sum(2)
+            return rows.view(b, c, height // down, width // across, across).sum(4)
         return F.avg_pool2d(wide, self.block, ceil_mode=True, divisor_override=1)
 
     def read_averages(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@
     of an attention that keeps codes of q, k and v      worked out from those codes, no bytes (``shared``)
     an activation's output, a map (B, C, *)             differences from the channel's mean, pruned
         whose backward keeps bits                       ... and zero where the bit says so, but in depthwise
-                                                        convolutions on large maps
+                                                        convolutions of more than three columns
     tokens (B, *, I)                                    differences from the feature's mean over tokens, pruned
     a map that comes from no activation                 averages of blocks in 4 bits
     fewer than four positions per channel               whole in 8 bits
@@ -31,9 +31,9 @@ from .pruned import Pruned, pack, whole_values
 
 # Where a mean over fewer positions would cost as much as they do.
 FEWEST_POSITIONS = 4
-# With a mask a depthwise product is dense. The convolution library is fast at kernels of three columns where they see
-# fewer positions than these, and slow at wider ones everywhere.
-FEWEST_SPARSE = 28 * 28
+# With a mask a depthwise product is dense. The convolution library is fast at kernels of so many columns, and slow at
+# wider ones.
+FAST_COLUMNS = 3
 # Averages per map side, for kernels of one position and larger ones, down to the sparsity at which positions and values
 # of pruned inputs take as many bytes; beyond it, less.
 SIDE, KERNEL_SIDE, FULL_SHARE = 14, 56, 0.03
@@ -41,26 +41,23 @@ SIDE, KERNEL_SIDE, FULL_SHARE = 14, 56, 0.03
 
 class Use(NamedTuple):
     """How a weight reads its input. ``features``: rows of features (B, *, I), not channels. ``kernel``: several
-    positions at a time. ``masked``: on maps of up to so many positions a product with a mask costs little."""
+    positions at a time. ``masked``: a product with a mask costs little."""
 
     features: bool
     kernel: bool
-    masked: float
+    masked: bool
 
     @classmethod
     def of(cls, weight: Tensor) -> Use:
         """By the shape of a Linear's weight (O, I) or a convolution's (D, C / groups, *)."""
         if weight.dim() < 3:
-            return cls(True, False, 0)
+            return cls(True, False, False)
         _, inputs, *kernel = weight.shape
-        masked = math.inf
-        if inputs == 1:
-            masked = FEWEST_SPARSE - 1 if len(kernel) == 2 and kernel[1] <= 3 else 0
-        return cls(False, math.prod(kernel) > 1, masked)
+        return cls(False, math.prod(kernel) > 1, inputs > 1 or kernel[-1] <= FAST_COLUMNS)
 
 
-FEATURES = Use(True, False, 0)  # a gate per feature
-CHANNELS = Use(False, False, math.inf)  # a gate per channel
+FEATURES = Use(True, False, False)  # a gate per feature
+CHANNELS = Use(False, False, True)  # a gate per channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +91,6 @@ def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None
         side = KERNEL_SIDE * math.sqrt(share) if use.kernel else SIDE * share
         return Averaged(max(round(side), 1)).pack(x, flag)
     bits = activation.bits if activation is not None and codec.fill == "known" else None
-    if bits is None or positions > use.masked or x.dim() != 4 or not x.is_contiguous():
+    if bits is None or not use.masked or x.dim() != 4 or not x.is_contiguous():
         return Guessed(codec, False).pack(x, flag)
     return Guessed(codec, False, bits).pack(x, flag, activation.codes.tensors[0])

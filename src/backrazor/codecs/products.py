@@ -28,7 +28,7 @@ from ..kernels import (
 from ..kernels.dispatch import on_cuda
 from .averaged import AveragedForm
 from .guessed import GuessedForm
-from .inputs import FEWEST_SPARSE
+from .inputs import FAST_COLUMNS
 from .packed import Packed
 from .pruned import PrunedForm
 
@@ -36,6 +36,8 @@ from .pruned import PrunedForm
 MOST_KEPT = 0.2
 # Below this many tokens or positions of the output there is too little to sum for each weight.
 FEWEST_TOKENS = 16
+# The convolution library is fast at depthwise kernels of three columns where they see fewer positions than these.
+FEWEST_SPARSE = 28 * 28
 
 
 def _multiplies(form: PrunedForm, grad: Tensor) -> bool:
@@ -107,7 +109,7 @@ class ConvProduct:
             return AveragedProduct(packed, grad) if _is_pointwise(window) and packed.form.block != (1, 1) else None
         if window.depthwise and isinstance(packed.form, GuessedForm) and packed.form.masked:
             return None
-        small = window.depthwise and window.kernel[1] <= 3
+        small = window.depthwise and window.kernel[1] <= FAST_COLUMNS
         if math.prod(grad.shape[2:]) < (FEWEST_SPARSE if small else FEWEST_TOKENS):
             return None
         if not conv_fits(window, grad.shape[1], (grad.shape[2], grad.shape[3])):

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 
 import hydra
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         completed = with_recipe(arguments)
     except UserError as error:
         completed, problems = arguments, [error]
-    with console_log(), hydra_environment(completed):
+    with console_log(), hydra_environment(completed), workers_replaced_in_silence():
         refused = refused_flag(arguments) or refused_sweep(arguments)
         if refused:
             problems.append(UserError(f"{refused}; `python train.py --help` shows what there is"))
@@ -208,6 +209,15 @@ def console_log(before: str = "") -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(console)
+
+
+@contextlib.contextmanager
+def workers_replaced_in_silence() -> Iterator[None]:
+    """joblib gives a sweep a new process for one that has grown by 300 MB, between two jobs, and warns of a leak then:
+    a run that needs more memory than the one before it in the same process is none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning, r"joblib\.")
+        yield
 
 
 @contextlib.contextmanager

@@ -51,19 +51,21 @@ def load_runs(folder: Path) -> pd.DataFrame:
     protocol, pretrained, image_size, batch_size, steps, measured_batch, measured_size``, accuracies in percent
     (``test_top1, test_top5, test_mean_iou, val_top1``), ``test_images``, ``saved_by_role`` and ``saved_by_layer``
     (name to bytes, or None), ``MEMORY`` in bytes and seconds. What a record does not have is NaN. Where an experiment
-    was run with several configurations, their labels say what differs; ``newest`` tells the runs of the latest.
+    was run with several configurations of one label, it says what differs; ``newest`` tells the runs of the latest.
 
     Raises:
         UserError: no record there, or a damaged one.
     """
     frame = pd.DataFrame([_checked_row(path) for path in find_records(folder)]).assign(newest=True)
-    for _, group in frame[frame["experiment"].notna()].sort_values("date").groupby("experiment"):
+    of_experiments = frame[frame["experiment"].notna()].sort_values("date")
+    latest = of_experiments.groupby("experiment")["config_hash"].transform("last")
+    frame.loc[of_experiments.index, "newest"] = of_experiments["config_hash"] == latest
+    for _, group in of_experiments.groupby(["experiment", "label"]):
         settings = dict(zip(group["config_hash"], group["settings"], strict=True))
         differing = [key for key in dict.fromkeys(chain(*settings.values())) if _differ(key, settings.values())]
         for row in group.itertuples() if len(settings) > 1 else ():
             what = [f"{key}={json.dumps(row.settings.get(key))}".replace('"', "") for key in differing]
             frame.loc[row.Index, "label"] = f"{row.label} [{first_few(what, 3)}]"
-            frame.loc[row.Index, "newest"] = row.config_hash == group["config_hash"].iloc[-1]
     return frame.drop(columns="settings")
 
 
