@@ -63,7 +63,7 @@ def train(steps: int, sparsity: float | None) -> tuple[list[float], float, int, 
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     order = torch.randint(len(train_rows), (steps, BATCH), generator=torch.Generator().manual_seed(1))
     with br.memory.ledger(model) as book:
-        loss_of(model, train_rows[order[0]], razored)
+        loss = loss_of(model, train_rows[order[0]], razored)
     losses = []
     start = time.perf_counter()
     for chosen in order:
