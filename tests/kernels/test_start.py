@@ -239,7 +239,7 @@ from tests.kernels.test_start import TARGETS, machine_of
 _cpu_lanes.has_avx512 = lambda: False
 machines = {name: machine_of(*TARGETS[name][0]) for name in ("aarch64", "AVX2")}
 points = [point for point in warmup.entry_points() if not point[2] or point[2][0] == F16]
-assert len({point[0] for point in points}) == 12
+assert len({point[0] for point in points}) == 14
 for worker, block, settings in points:
     _, code = compiling.compiled(worker.function(), block, settings, name_of(worker, settings))
     code = re.sub(r'"(?:target-cpu|target-features|tune-cpu)"="[^"]*"', "", code)
