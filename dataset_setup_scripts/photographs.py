@@ -32,10 +32,8 @@ SKIMAGE = {
     "retina.jpg": "retina",
     "rocket.jpg": "rocket",
 }
-SKLEARN = {
-    "china.jpg": "temple",
-    "flower.jpg": "flower",
-}  # https://scikit-learn.org/stable/datasets/loading_other_datasets.html
+# the same of sklearn/datasets/images (https://scikit-learn.org/stable/datasets/loading_other_datasets.html)
+SKLEARN = {"china.jpg": "temple", "flower.jpg": "flower"}
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:

@@ -50,10 +50,13 @@ def _multiplies(form: PrunedForm, grad: Tensor) -> bool:
 
 def _sparse(packed: Packed) -> PrunedForm | None:
     """How the kept elements of an input are stored whose x_hat is sparse but for a guess per row; else None."""
-    form = packed.form
-    if isinstance(form, GuessedForm):
-        return form.pruned
+    form = packed.form.pruned if isinstance(packed.form, GuessedForm) else packed.form
     return form if isinstance(form, PrunedForm) else None
+
+
+def _masked(packed: Packed) -> bool:
+    """Whether a mask says where the guess holds."""
+    return isinstance(packed.form, GuessedForm) and packed.form.masked
 
 
 class LinearProduct:
@@ -97,7 +100,7 @@ class ConvProduct:
         self._packed, self._form, self._window, self._shape = packed, form, window, grad.shape[1:]
         self._sums = grad.new_zeros(product_sums_shape(window, grad.shape[1]), dtype=torch.float32)
         self._guessed = None
-        self._masked = isinstance(packed.form, GuessedForm) and packed.form.masked
+        self._masked = _masked(packed)
         if isinstance(packed.form, GuessedForm) and not self._masked:
             shape = grad.shape[1], 1 if window.depthwise else window.shape[0], *window.kernel
             self._guessed = grad.new_zeros(shape, dtype=torch.float32)
@@ -107,7 +110,7 @@ class ConvProduct:
         """For a gradient like ``grad`` (B, D, Ho, Wo); None where the dense product is no slower."""
         if isinstance(packed.form, AveragedForm):
             return AveragedProduct(packed, grad) if _is_pointwise(window) and packed.form.block != (1, 1) else None
-        if window.depthwise and isinstance(packed.form, GuessedForm) and packed.form.masked:
+        if window.depthwise and _masked(packed):
             return None
         small = window.depthwise and window.kernel[1] <= FAST_COLUMNS
         if math.prod(grad.shape[2:]) < (FEWEST_SPARSE if small else FEWEST_TOKENS):

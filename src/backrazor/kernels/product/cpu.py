@@ -135,6 +135,11 @@ def _table(by_class: list[list[tuple[int, int]]]) -> ctypes.Array:
     return (ctypes.c_int64 * len(words))(*words)
 
 
+def _piece(channels: int, ranges: int) -> int:
+    """Channels of a piece of work where outputs come in ``ranges``: about four pieces per thread."""
+    return -(-channels // max(min(-(-4 * torch.get_num_threads() // ranges), channels), 1))
+
+
 def _add(
     sums: Tensor,
     entries: _Entries,
@@ -148,8 +153,7 @@ def _add(
     ``shape`` (channels, classes, taps, groups)."""
     channels, classes, taps, groups = shape
     ranges = -(-groups // (MOST_VECTORS if has_avx512() else 4))
-    pieces = max(min(-(-4 * torch.get_num_threads() // ranges), channels), 1)
-    piece = -(-channels // pieces)
+    piece = _piece(channels, ranges)
     told = Add(
         **entries.of(first),
         batch=batch,
@@ -284,7 +288,7 @@ def _add_masked(
     )
     launch(SPREAD, told, batch * channels)
     ranges = sum(divmod(wide // LANES, TABLE_VECTORS))
-    piece = -(-channels // max(min(-(-4 * torch.get_num_threads() // ranges), channels), 1))
+    piece = _piece(channels, ranges)
     tasks = -(-channels // piece) * ranges
     scratch_bytes = TABLES * SUBSETS * TABLE_VECTORS * VECTOR
     scratch = torch.empty(threads_for(tasks) * scratch_bytes, dtype=torch.uint8, device="cpu")

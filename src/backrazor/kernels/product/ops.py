@@ -75,8 +75,9 @@ def add_conv_product(
     Raises:
         ValueError: a depthwise window has a stride or a mask, or its row of taps needs more than a vector of sums.
     """
-    *sizes, depthwise = window[: len(Window._fields)]
-    masked = Masked(*window[len(Window._fields) :]) if window[len(Window._fields) :] else None
+    fields = len(Window._fields)
+    *sizes, depthwise = window[:fields]
+    masked = Masked(*window[fields:]) if window[fields:] else None
     seen = Window(*(tuple(numbers) for numbers in sizes), depthwise)
     fits = conv_fits(seen, grad.shape[1], (grad.shape[2], grad.shape[3]))
     if depthwise and not fits:
