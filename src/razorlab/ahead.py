@@ -172,7 +172,7 @@ def _guess() -> None:
     from backrazor.kernels.guess import triton as guess
 
     f32, f16, bf16, int8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
-    cases = [
+    cases = [  # of every other one the mask is told; the last two have codes of 2 and 4 bits
         (f32, int8, "tile", 48, 3152, False),
         (bf16, int8, "bitmap", 768, 197, True),
         (f32, f32, "tile", 13, 999, True),
@@ -181,12 +181,18 @@ def _guess() -> None:
         (f16, f16, "bitmap", 96, 49, False),
         (bf16, bf16, "tile", 24, 784, False),
         (f32, int8, "none", 8, 64, False),
+        (bf16, int8, "tile", 768, 197, True),
+        (f32, int8, "bitmap", 96, 196, False),
     ]
     for number, (dtype, values, index, rows, length, features) in enumerate(cases):
         n = rows * length
         stored = allocate(8, n, n if index == "none" else n // 10, values, index, torch.device("meta"))
         guesses = allocate_guesses(8, rows, features, 0.0, 6.0, torch.device("meta"))
-        x = _meta(8, n, dtype=dtype)
+        x, mask = _meta(8, n, dtype=dtype), _meta(8, -(-n // 8), dtype=torch.uint8) if number % 2 else None
+        bits = {len(cases) - 2: 2, len(cases) - 1: 4}.get(number)
+        if bits:
+            known = _meta(8, n * bits // 8, dtype=torch.uint8)
+            guesses, mask = guesses._replace(known=known, levels=_meta(2**bits)), None
         guess.pack(
             x,
             stored.index.shape[1] if index == "tile" else n // 10 if index == "bitmap" else n,
@@ -195,7 +201,7 @@ def _guess() -> None:
             _meta(1, dtype=torch.int32),
             guesses,
         )
-        guess.unpack(stored, n, index, x, guesses, _meta(8, -(-n // 8), dtype=torch.uint8) if number % 2 else None)
+        guess.unpack(stored, n, index, x, guesses, mask)
 
 
 def _elementwise() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 
 import pytest
@@ -64,7 +65,27 @@ def _guess() -> list[tuple[str, Tensor, Tensor]]:
     x_hat = topk_reference.unpack(*wanted, 300, "tile", torch.float32)
     guess_reference.add_(x_hat, means, None, False)
     found = list(zip(stored._fields, stored, wanted, strict=True))
-    return [*found, ("x_hat with guesses", out, x_hat)]
+    return [*found, ("x_hat with guesses", out, x_hat), *_told()]
+
+
+def _told() -> list[tuple[str, Tensor, Tensor]]:
+    """The same with what an activation's codes tell."""
+    flag, stored = torch.zeros(1, dtype=torch.int32), allocate(3, 300, 30, torch.int8, "tile", X.device)
+    thresholds, levels = quantiser("gelu", 4)
+    guesses = allocate_guesses(3, 10, False, math.nan, math.nan, X.device)
+    guesses = guesses._replace(known=derivative.encode(X, thresholds, 4), levels=levels)
+    guess.pack(X, 30, "tile", stored, flag, guesses)
+    out = torch.empty(3, 300)
+    guess.unpack(stored, 300, "tile", out, guesses)
+    factors = topk_reference.decode_values(guesses.codes, guesses.scales, 10, torch.float32)
+    told = guess_reference.told(guesses, 300)
+    *wanted, _ = topk_reference.pack(
+        guess_reference.without(X, factors, False, math.nan, math.nan, told), 30, "int8", "tile"
+    )
+    x_hat = topk_reference.unpack(*wanted, 300, "tile", torch.float32)
+    guess_reference.add_(x_hat, factors, None, False, told)
+    found = list(zip(stored._fields, stored, wanted, strict=True))
+    return [*found, ("x_hat with codes", out, x_hat)]
 
 
 def _bitmask() -> list[tuple[str, Tensor, Tensor]]:

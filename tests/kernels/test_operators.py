@@ -29,7 +29,8 @@ def arguments(device: str = "cpu") -> dict[str, tuple]:
     x, flag = normal(3, 300), torch.zeros(1, dtype=torch.int32, device=device)
     thresholds, levels = (part.to(device) for part in quantiser("gelu", 4))
     packed = kernels.topk_pack(x, 30, "int8", "tile", flag)
-    guessed = kernels.guess_pack(x, 30, "int4", "tile", 10, False, 0.0, 1.0, flag)
+    told, no_limits = kernels.level_encode(x, thresholds, 4), (float("nan"), float("nan"))
+    guessed = kernels.guess_pack(x, 30, "int4", "tile", 10, False, *no_limits, told, levels, flag)
     codes, scales = kernels.row_encode(x, x.mean(1), x.std(1), 4)
     rstd = x.std(1)
     p = normal(2, 3, 5, 7).softmax(-1)
@@ -44,8 +45,8 @@ def arguments(device: str = "cpu") -> dict[str, tuple]:
         "mask_scale": (normal(2, 5, 3, 7), bits, x.std(1)[[0, 1, 2, 0, 1]], None, 1e-3),
         "level_encode": (x, thresholds, 4),
         "level_apply": (x, kernels.level_encode(x, thresholds, 4), levels, 4),
-        "guess_pack": (x, 30, "int4", "tile", 10, False, 0.0, 1.0, flag),
-        "guess_unpack": (*guessed, kernels.mask_encode(x, 0.0, 1.0), 300, False, "tile", torch.float32),
+        "guess_pack": (x, 30, "int4", "tile", 10, False, *no_limits, told, levels, flag),
+        "guess_unpack": (*guessed, told, levels, 300, False, "tile", torch.float32),
         "row_encode": (x, x.mean(1), x.std(1), 4),
         "row_decode": (codes, scales, 300, 4, torch.bfloat16, normal(300), None),
         "norm_forward": (x, normal(300), None, 1e-5, 8),

@@ -272,8 +272,8 @@ def test_the_list_for_warming_up_is_what_is_launched(monkeypatch: pytest.MonkeyP
         kernels.topk_unpack(*packed, 144, "bitmap", dtype)
         for rows in (9, 16):  # of 16 elements and of nine
             flag = torch.zeros(1, dtype=torch.int32)
-            guessed = kernels.guess_pack(x, 20, "int8", "bitmap", rows, False, 0.0, 6.0, flag)
-            kernels.guess_unpack(*guessed, None, 144, False, "bitmap", dtype)
+            guessed = kernels.guess_pack(x, 20, "int8", "bitmap", rows, False, 0.0, 6.0, None, None, flag)
+            kernels.guess_unpack(*guessed, None, None, 144, False, "bitmap", dtype)
         kernels.mask_apply(x, kernels.mask_encode(x, 0.0, 6.0))
         for bits in (2, 4, 8):
             thresholds, levels = quantiser("gelu", bits)

@@ -1,4 +1,4 @@
-"""An input kept whole in 4 bits, averaged over blocks of neighbouring positions.
+"""An input kept whole in few bits, averaged over blocks of neighbouring positions.
 
 For what pruning suits badly: the inputs that come from no activation (expansions of inverted residuals, images), whose
 elements are neither sparse nor much alike. They are narrow, so few bits suffice, and where maps are large, neighbours
@@ -19,20 +19,19 @@ from ..kernels.dispatch import on_cuda
 from .packed import Form, Packed
 from .pruned import Pruned, PrunedForm
 
-VALUES = "int4"
-
 
 @dataclass(frozen=True, slots=True)
 class Averaged:
-    """``side``: the averages of a map are at most so many in height and in width."""
+    """``side``: the averages of a map are at most so many in height and in width. ``values``: "int4" or "int8"."""
 
     side: int
+    values: str = "int4"
 
     def form(self, x: Tensor) -> AveragedForm:
         """How x (B, C, H, W) is going to be stored."""
         block = tuple(max(-(-size // self.side), 1) for size in x.shape[2:])
         sizes = [-(-size // along) for size, along in zip(x.shape[2:], block, strict=True)]
-        stored = Pruned(0.0, VALUES).form(x.new_empty(()).expand(*x.shape[:2], *sizes))
+        stored = Pruned(0.0, self.values).form(x.new_empty(()).expand(*x.shape[:2], *sizes))
         return AveragedForm(tuple(x.shape), x.dtype, block, stored)
 
     def pack(self, x: Tensor, flag: Tensor) -> Packed:

@@ -7,7 +7,9 @@
         whose backward keeps bits                       ... and zero where the bit says so, but in depthwise
                                                         convolutions of more than three columns
     tokens (B, *, I)                                    differences from the feature's mean over tokens, pruned
-    a map that comes from no activation                 averages of blocks in 4 bits
+    either, whose activation keeps codes                differences from a number per channel or feature times the
+                                                        code's mean output, pruned
+    a map that comes from no activation                 averages of blocks in 4 bits, an image's in 8
     fewer than four positions per channel               whole in 8 bits
     a vector per sample (B, I)                          pruned, zero where dropped
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .averaged import Averaged
-from .derivative import Bits, DerivativeForm
+from .derivative import Bits, DerivativeForm, Levels
 from .guessed import Guessed
 from .packed import Packed
 from .pruned import Pruned, pack, whole_values
@@ -34,9 +36,13 @@ FEWEST_POSITIONS = 4
 # With a mask a depthwise product is dense. The convolution library is fast at kernels of so many columns, and slow at
 # wider ones.
 FAST_COLUMNS = 3
+# Bits of a smooth activation's codes that kernels read.
+CODE_BITS = (2, 4)
+# A map of so few channels is an image: 4 bits of it tell too little, and 8 take little.
+IMAGE_CHANNELS = 4
 # Averages per map side, for kernels of one position and larger ones, down to the sparsity at which positions and values
 # of pruned inputs take as many bytes; beyond it, less.
-SIDE, KERNEL_SIDE, FULL_SHARE = 14, 56, 0.03
+SIDE, KERNEL_SIDE, FULL_SHARE = 15, 62, 0.03
 
 
 class Use(NamedTuple):
@@ -67,12 +73,14 @@ class Activation:
 
     codes: Packed | None
 
-    @property
-    def bits(self) -> Bits | None:
-        """The codec of the bits, one per element in logical order, if there are such."""
+    def of(self, x: Tensor) -> Bits | Levels | None:
+        """The codec of the codes, one per element of x (B, ...) as it lies, if there are such."""
         form = None if self.codes is None else self.codes.form
-        plain = isinstance(form, DerivativeForm) and form.format == torch.contiguous_format
-        return form.codec if plain and isinstance(form.codec, Bits) else None
+        if not isinstance(form, DerivativeForm) or form.format != torch.contiguous_format or not x.is_contiguous():
+            return None
+        known = isinstance(form.codec, Bits) or (isinstance(form.codec, Levels) and form.codec.bits in CODE_BITS)
+        same = len(x) == form.shape[0] and x.numel() == math.prod(form.shape)
+        return form.codec if known and same else None
 
 
 def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None, flag: Tensor) -> Packed:
@@ -84,13 +92,15 @@ def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None
     if positions < FEWEST_POSITIONS or not x.numel():
         whole = replace(codec, sparsity=0.0, values=whole_values(codec.values))
         return pack(x, codec if use.features else whole, flag)
+    known = activation.of(x) if activation is not None and codec.fill == "known" else None
     if use.features:
+        if isinstance(known, Levels):
+            return Guessed(codec, True, known).pack(x, flag, activation.codes.tensors[0])
         return Guessed(codec, True).pack(x, flag)
     if activation is None and x.dim() == 4:
-        share = min((1 - codec.sparsity) / FULL_SHARE, 1.0)
+        share = (1 - codec.sparsity) / FULL_SHARE
         side = KERNEL_SIDE * math.sqrt(share) if use.kernel else SIDE * share
-        return Averaged(max(round(side), 1)).pack(x, flag)
-    bits = activation.bits if activation is not None and codec.fill == "known" else None
-    if bits is None or not use.masked or x.dim() != 4 or not x.is_contiguous():
+        return Averaged(max(round(side), 1), "int8" if x.shape[1] <= IMAGE_CHANNELS else "int4").pack(x, flag)
+    if known is None or x.dim() != 4 or not (use.masked or isinstance(known, Levels)):
         return Guessed(codec, False).pack(x, flag)
-    return Guessed(codec, False, bits).pack(x, flag, activation.codes.tensors[0])
+    return Guessed(codec, False, known).pack(x, flag, activation.codes.tensors[0])

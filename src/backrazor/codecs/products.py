@@ -27,6 +27,7 @@ from ..kernels import (
 )
 from ..kernels.dispatch import on_cuda
 from .averaged import AveragedForm
+from .derivative import Levels
 from .guessed import GuessedForm
 from .inputs import FAST_COLUMNS
 from .packed import Packed
@@ -49,8 +50,11 @@ def _multiplies(form: PrunedForm, grad: Tensor) -> bool:
 
 
 def _sparse(packed: Packed) -> PrunedForm | None:
-    """How the kept elements of an input are stored whose x_hat is sparse but for a guess per row; else None."""
-    form = packed.form.pruned if isinstance(packed.form, GuessedForm) else packed.form
+    """How the kept elements of an input are stored whose x_hat is sparse but for a guess per row, or a mask of it; else
+    None."""
+    form = packed.form
+    if isinstance(form, GuessedForm):
+        form = None if isinstance(form.known, Levels) else form.pruned
     return form if isinstance(form, PrunedForm) else None
 
 

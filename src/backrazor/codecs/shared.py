@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..kernels.sealed import traced
+from .derivative import Levels
 from .inputs import Activation, Use, pack_input
 from .packed import Packed
 from .pruned import Pruned
@@ -101,10 +102,12 @@ def activation_of(x: Tensor) -> Activation | None:
     return known if when is not None and when == _when(x) else None
 
 
-def hand_on_activation(x: Tensor, out: Tensor) -> None:
-    """Note that ``out`` has the elements of an activation if x has: some of them, or scaled ones."""
-    if activation_of(x) is not None:
-        remember_activation(out)
+def hand_on_activation(x: Tensor, out: Tensor, scaled: bool = False) -> None:
+    """Note that ``out`` has the elements of an activation if x has: some of them, or all of them ``scaled``. The codes
+    of a smooth activation tell of those, too."""
+    known = activation_of(x)
+    if known is not None:
+        remember_activation(out, known.codes if scaled and isinstance(known.of(out), Levels) else None)
 
 
 def _remember_packed(x: Tensor, choice: tuple[Pruned, Use], packed: Packed) -> None:

@@ -101,6 +101,33 @@ def _resident(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tenso
     return thresholds.to(device), levels.to(device)
 
 
+def outputs(name: str, bits: int) -> Tensor:
+    """(2^bits,) float32: the mean output of activation ``name`` in each interval of its ``quantiser``, for x normal
+    with deviation 1."""
+    return torch.from_numpy(_outputs(name, bits))
+
+
+@_disable_dynamo
+def outputs_on(name: str, bits: int, device: torch.device) -> Tensor:
+    """``outputs`` on a device, made there once."""
+    return outputs(name, bits).to(device) if detect_fake_mode() is not None else _resident_outputs(name, bits, device)
+
+
+@cache
+def _resident_outputs(name: str, bits: int, device: torch.device) -> Tensor:
+    return outputs(name, bits).to(device)
+
+
+@cache
+def _outputs(name: str, bits: int) -> np.ndarray:
+    middle = (_GRID[1:] + _GRID[:-1]) / 2
+    value = np.concatenate([np.zeros(1), np.cumsum(ACTIVATIONS[name].derivative(middle) * np.diff(_GRID))])
+    value -= value[len(_GRID) // 2]  # each is 0 at 0
+    value, weight = (value[1:] + value[:-1]) / 2, np.exp(-0.5 * middle**2) + 1e-6
+    edges = np.searchsorted(_GRID, [-6.0, *_fit(name, bits)[0].astype(float), 6.0])
+    return np.array([np.average(value[a:b], weights=weight[a:b]) for a, b in pairwise(edges)], dtype=np.float32)
+
+
 @cache  # of arrays: tensors first made under ``predict`` would be fake ones for good
 def _fit(name: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """The arrays behind ``quantiser``, float32."""

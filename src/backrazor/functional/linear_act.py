@@ -51,8 +51,8 @@ def activated_linear(recipe: LinearRecipe, act: Epilogue) -> Tensor:
 
 def _run(recipe: LinearRecipe, act: Epilogue, keeps: bool) -> Tensor:
     x, weight, bias, cast, packed = recipe
-    out, *_ = _LinearAct.run(x, weight, bias, act, keeps, cast, *packed)
-    remember_activation(out)
+    out, *codes = _LinearAct.run(x, weight, bias, act, keeps, cast, *packed)
+    remember_activation(out, packed_epilogue(codes[0], out.shape, act) if codes else None)
     return out
 
 

@@ -35,7 +35,7 @@ def channel_scale(x: Tensor, gate: Tensor, codec: Pruned, flag: Tensor) -> Tenso
     use = CHANNELS if x.dim() > 2 and gate.dim() > 1 and gate.shape[-1] == 1 else FEATURES
     packed = pack_shared(x, codec, use, flag).arguments if gate.requires_grad else NOTHING
     out = _ChannelScale.run(x, gate, *packed)
-    hand_on_activation(x, out)
+    hand_on_activation(x, out, scaled=True)
     return out
 
 

@@ -18,6 +18,9 @@ def test_every_shape(shape: tuple[int, int, int, bool]) -> None:
         StrictExecutor.order = ORDERS[number]
         for sparsity, values in ((0.0, "int8"), (0.5, "int4"), (0.9, "int8"), (0.97, str(dtype)[6:])):
             check(shape, dtype, limits, sparsity, values)
+    for bits, values in ((2, "int4"), (4, "int8")):
+        for sparsity in (0.0, 0.5, 0.97):
+            check(shape, DTYPES[bits // 2], (NAN, NAN), sparsity, values, bits)
     assert StrictExecutor.launches > 0
 
 
@@ -29,6 +32,7 @@ def test_samples_in_chunks(features: bool, counted: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(topk, "COUNTED_ELEMENTS", dict.fromkeys(("bitmap", "tile"), 0 if counted else 1 << 22))
     for limits in LIMITS:
         check((2, 90, 100, features), torch.float32, limits, 0.9, "int4")
+    check((2, 90, 100, features), torch.float32, (NAN, NAN), 0.9, "int4", 4)
 
 
 def test_samples_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

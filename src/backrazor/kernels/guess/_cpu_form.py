@@ -9,8 +9,13 @@ from .layout import Guesses
 # number per element that repeats (features over the tokens, short rows written out once per sample).
 NO_GUESS, ROWS, TABLE = FILLS = 131, 132, 133
 SLACK = 2 * LANES  # numbers that a vector may touch behind a table
-# Behind a spare block: the elements less their guesses, a block of guesses, and the elements of whose row they are.
-RESULT_AT, NUMBERS_AT, SPARE_BYTES = LANES * 4, 2 * LANES * 4, 3 * LANES * 4 + 16
+# Behind a spare block: the elements less their guesses, a block of guesses, and the elements of whose row they are; a
+# block of guesses times what their codes stand for, the codes of a last block, and 16 ones.
+RESULT_AT, NUMBERS_AT = LANES * 4, 2 * LANES * 4
+TOLD_AT = NUMBERS_AT + LANES * 4 + 16
+TAIL_AT = TOLD_AT + LANES * 4
+ONES_AT = TAIL_AT + LANES
+SPARE_BYTES = ONES_AT + LANES * 4
 
 
 class Guess:
@@ -21,6 +26,9 @@ class Guess:
     codes: int
     code_scales: int
     guess_at: int  # in a thread's scratch: room for ``guess_numbers`` float32
+    known: int  # as ``Guesses`` says; without them ``known_bits`` is 0
+    levels: int
+    known_bits: int
 
 
 def guess_numbers(n: int, guesses: Guesses | None) -> int:
@@ -41,11 +49,14 @@ def fill_of(n: int, guesses: Guesses | None) -> int:
 def guess_of(guesses: Guesses | None, guess_at: int) -> dict[str, int]:
     """The values of those fields."""
     if guesses is None:
-        return {"features": 0, "rows": 0, "codes": 0, "code_scales": 0, "guess_at": 0}
+        return dict.fromkeys(Guess.__annotations__, 0)
     return {
         "features": int(guesses.features),
         "rows": guesses.codes.shape[1],
         "codes": guesses.codes.data_ptr(),
         "code_scales": guesses.scales.data_ptr(),
         "guess_at": guess_at,
+        "known": 0 if guesses.known is None else guesses.known.data_ptr(),
+        "levels": 0 if guesses.levels is None else guesses.levels.data_ptr(),
+        "known_bits": guesses.known_bits,
     }

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy
-from llvmlite import ir
 from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
@@ -21,29 +19,27 @@ from ..cpu.lanes import (
     copy_bytes,
     element_bytes,
     tail_block,
-    valid_lanes,
 )
 from ..cpu.scalars import get_f32, get_i64, get_u8, get_u16, put_f32, put_i64, put_u16
 from ..cpu.vectors import (
     FLOAT,
     I1,
     I16,
-    I64,
     LANES,
     constant,
     load_as_float32,
     load_lanes,
-    mask_bits,
     splat,
     store_lanes,
     store_rounded,
     vector_of,
 )
+from ..derivative._cpu_lanes import apply_level
 from ..topk.layout import TILE
-from ._cpu_form import NO_GUESS, NUMBERS_AT, RESULT_AT, ROWS, SLACK, TABLE
+from ._cpu_form import NO_GUESS, NUMBERS_AT, RESULT_AT, ROWS, TABLE, TAIL_AT, TOLD_AT
 
 
-def _lanes_of(builder, mask):
+def lanes_of(builder, mask):
     return builder.bitcast(builder.trunc(mask, I16), vector_of(I1))
 
 
@@ -56,7 +52,7 @@ def _subtract(kind: str):
     def subtract(typingctx, address, guess, inside, destination):
         def codegen(context, builder, signature, args):
             numbers = builder.select(
-                _lanes_of(builder, args[2]), load_lanes(builder, args[1], FLOAT), constant(FLOAT, 0)
+                lanes_of(builder, args[2]), load_lanes(builder, args[1], FLOAT), constant(FLOAT, 0)
             )
             rest = builder.fsub(load_as_float32(builder, args[0], kind), numbers)
             store_rounded(builder, rest, args[3], kind)
@@ -67,80 +63,12 @@ def _subtract(kind: str):
     return subtract
 
 
-@cache
-def _accumulate(kind: str):
-    """(address, counted, sums, counts): add 16 elements, and ones, where the bit is set to the float32 there."""
-
-    @intrinsic
-    def accumulate(typingctx, address, counted, sums, counts):
-        def codegen(context, builder, signature, args):
-            lanes, zero = _lanes_of(builder, args[1]), constant(FLOAT, 0)
-            value = builder.select(lanes, load_as_float32(builder, args[0], kind), zero)
-            store_lanes(builder, builder.fadd(load_lanes(builder, args[2], FLOAT), value), args[2])
-            one = builder.select(lanes, constant(FLOAT, 1), zero)
-            store_lanes(builder, builder.fadd(load_lanes(builder, args[3], FLOAT), one), args[3])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
-
-    return accumulate
-
-
-@cache
-def _sum_four(kind: str):
-    """(address, low, high, sums) -> how many of 64 elements lie between the limits; these are added to the 16 float32
-    at ``sums``, four each."""
-
-    @intrinsic
-    def sum_four(typingctx, address, low, high, sums):
-        def codegen(context, builder, signature, args):
-            bytes_of_block = ir.Constant(I64, LANES * (4 if kind == "f32" else 2))
-            address, parts, inside = args[0], [], []
-            for _ in range(4):
-                value = load_as_float32(builder, address, kind)
-                above = builder.fcmp_unordered(">", value, splat(builder, args[1]))
-                below = builder.fcmp_unordered("<", value, splat(builder, args[2]))
-                lanes = builder.and_(above, below)
-                parts.append(builder.select(lanes, value, constant(FLOAT, 0)))
-                inside.append(builder.ctpop(mask_bits(builder, lanes)))
-                address = builder.add(address, bytes_of_block)
-            pairs = [builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3])]
-            total = builder.fadd(load_lanes(builder, args[3], FLOAT), builder.fadd(*pairs))
-            store_lanes(builder, total, args[3])
-            return builder.add(builder.add(inside[0], inside[1]), builder.add(inside[2], inside[3]))
-
-        return types.int64(types.int64, types.float32, types.float32, types.int64), codegen
-
-    return sum_four
-
-
-@cache
-def _add_four(kind: str):
-    """(address, stride, sums): add 16 elements at ``address``, and at one, two and three strides behind it, to the
-    float32 at ``sums``."""
-
-    @intrinsic
-    def add_four(typingctx, address, stride, sums):
-        def codegen(context, builder, signature, args):
-            address, parts = args[0], []
-            for _ in range(4):
-                parts.append(load_as_float32(builder, address, kind))
-                address = builder.add(address, args[1])
-            pairs = [builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3])]
-            store_lanes(builder, builder.fadd(load_lanes(builder, args[2], FLOAT), builder.fadd(*pairs)), args[2])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
-
-    return add_four
-
-
 @intrinsic
 def _two_numbers(typingctx, first, second, later, destination):
     """(first, second, later, destination): 16 float32, ``second`` where the bit of ``later`` is set."""
 
     def codegen(context, builder, signature, args):
-        chosen = builder.select(_lanes_of(builder, args[2]), splat(builder, args[1]), splat(builder, args[0]))
+        chosen = builder.select(lanes_of(builder, args[2]), splat(builder, args[1]), splat(builder, args[0]))
         store_lanes(builder, chosen, args[3])
         return context.get_dummy_value()
 
@@ -155,7 +83,7 @@ def _select_numbers(kind: str):
     def select(typingctx, numbers, mask, destination):
         def codegen(context, builder, signature, args):
             numbers = load_lanes(builder, args[0], FLOAT)
-            chosen = builder.select(_lanes_of(builder, args[1]), numbers, constant(FLOAT, 0))
+            chosen = builder.select(lanes_of(builder, args[1]), numbers, constant(FLOAT, 0))
             store_rounded(builder, chosen, args[2], kind)
             return context.get_dummy_value()
 
@@ -165,14 +93,12 @@ def _select_numbers(kind: str):
 
 
 subtract_block = by_kind(_subtract)
-accumulate_block = by_kind(_accumulate)
-sum_four_blocks = by_kind(_sum_four)
-add_four_tokens = by_kind(_add_four)
 select_numbers = by_kind(_select_numbers)
+_times_two_bits, _times_four_bits = apply_level("f32", 2), apply_level("f32", 4)
 
 
 @njit(forceinline=True)
-def _row_of(i, inverse):
+def row_of(i, inverse):
     """i // m, for ``inverse`` = 1 / m in float64: exact below 2^51."""
     return int((i + 0.5) * inverse)
 
@@ -191,16 +117,31 @@ def block_numbers(fill, guess, start, spare):
     numbers = spare + NUMBERS_AT
     row_from, row_to = numbers + LANES * 4, numbers + LANES * 4 + 8
     if fill == TABLE:
-        return table + (start - _row_of(start, inverse) * length) * 4
+        return table + (start - row_of(start, inverse) * length) * 4
     if start + LANES <= get_i64(row_to) and start >= get_i64(row_from):
         return numbers
-    row = _row_of(start, inverse)
+    row = row_of(start, inverse)
     here = (row + 1) * length - start
     later = 0 if here >= LANES else 0xFFFF & (0xFFFF << here)
     _two_numbers(get_f32(table + row * 4), get_f32(table + row * 4 + 4), later, numbers)
     put_i64(row_from, row * length)
     put_i64(row_to, (row + 1) * length if here >= LANES else -1)
     return numbers
+
+
+@njit(forceinline=True)
+def told_numbers(guess, numbers, n, block, spare):
+    """Address of 16 float32: those at ``numbers`` times what the codes of a block's elements stand for."""
+    codes, levels, bits = guess[5], guess[6], guess[7]
+    address, inside = codes + block * LANES // 8 * bits, n - block * LANES
+    if inside < LANES:  # no byte behind the sample's codes is read
+        copy_bytes(address, spare + TAIL_AT, (inside * bits + 7) // 8)
+        address = spare + TAIL_AT
+    if bits == 2:
+        _times_two_bits(numbers, address, levels, spare + TOLD_AT)
+    else:
+        _times_four_bits(numbers, address, levels, spare + TOLD_AT)
+    return spare + TOLD_AT
 
 
 @njit(forceinline=True)
@@ -211,6 +152,8 @@ def block_at(kind, fill, guess, source, n, block, spare):
         return address
     numbers = block_numbers(fill, guess, block * LANES, spare)
     inside = 0xFFFF if guess[3] != guess[3] else between(kind, address, guess[3], guess[4])
+    if guess[7]:
+        numbers = told_numbers(guess, numbers, n, block, spare)
     subtract_block(kind, address, numbers, inside, spare + RESULT_AT)
     return spare + RESULT_AT
 
@@ -226,6 +169,8 @@ def fill_tile(kind, fill, guess, bits, start, n, out, spare):
         if bits:
             mask = get_u16(bits + block * 2) if first + 8 < n else get_u8(bits + block * 2)
         numbers = block_numbers(fill, guess, first, spare)
+        if guess[7]:
+            numbers = told_numbers(guess, numbers, n, block, spare)
         if first + LANES <= n:
             select_numbers(kind, numbers, mask, out + first * size)
         else:
@@ -242,58 +187,6 @@ def add_half(kind, source, destination, spare):
     put_f32(spare + 64, get_f32(spare + 64) + get_f32(spare + 68))
     cast_store(kind, spare + 64, spare)
     put_u16(destination, get_u16(spare))
-
-
-@njit(forceinline=True)
-def sample_means(kind, features, rows, source, n, low, high, sums, counts, spare):
-    """The mean of each row of a sample, over the elements between ``low`` and ``high``, as float32 at ``sums``, 0 where
-    there are none. ``counts`` has as much room: R and ``SLACK`` numbers."""
-    length = n // rows
-    blocks = ((rows if features else length) + LANES - 1) // LANES
-    for i in range(rows + SLACK):
-        put_f32(sums + i * 4, numpy.float32(0.0))
-        put_f32(counts + i * 4, numpy.float32(0.0))
-    size = element_bytes(kind)
-    if features:
-        start = 0
-        while low != low and start + 4 < length:  # all count; a block may reach into the next token
-            for block in range(blocks):
-                address = source + (start * rows + block * LANES) * size
-                add_four_tokens(kind, address, rows * size, sums + block * 64)
-            start += 4
-        for i in range(rows):
-            put_f32(counts + i * 4, numpy.float32(start))
-        for token in range(start, length):
-            for block in range(blocks):
-                at = token * rows + block * LANES
-                address = tail_block(kind, source + at * size, n - at, 0, spare)
-                counted = between(kind, address, low, high) & valid_lanes(rows, block)
-                accumulate_block(kind, address, counted, sums + block * 64, counts + block * 64)
-        for row in range(rows):
-            _divide(sums + row * 4, get_f32(sums + row * 4), get_f32(counts + row * 4))
-        return
-    fours = length // (4 * LANES)
-    for row in range(rows):
-        for lane in range(2 * LANES):
-            put_f32(counts + lane * 4, numpy.float32(0.0))
-        inside = 0
-        for four in range(fours):
-            inside += sum_four_blocks(kind, source + (row * length + four * 4 * LANES) * size, low, high, counts)
-        for block in range(fours * 4, blocks):
-            at = row * length + block * LANES
-            address = tail_block(kind, source + at * size, n - at, 0, spare)
-            counted = between(kind, address, low, high) & valid_lanes(length, block)
-            accumulate_block(kind, address, counted, counts, counts + 64)
-        total, many = numpy.float32(0.0), numpy.float32(inside)
-        for lane in range(LANES):
-            total += get_f32(counts + lane * 4)
-            many += get_f32(counts + 64 + lane * 4)
-        _divide(sums + row * 4, total, many)
-
-
-@njit(forceinline=True)
-def _divide(address, total, many):
-    put_f32(address, total / max(many, numpy.float32(1.0)))
 
 
 @njit(forceinline=True)

@@ -19,6 +19,12 @@ def sample_codes(a, sample):
 
 
 @njit(forceinline=True)
+def told_of(a, sample):
+    """A sample's known codes, what they stand for, and their bits."""
+    return a.known + sample * ((a.n * a.known_bits + 7) // 8), a.levels, a.known_bits
+
+
+@njit(forceinline=True)
 def read_guess(a, fill, sample, scratch, stage, spare):
     """What ``block_numbers`` is told of a sample, from its stored codes."""
     means = scratch + a.guess_at

@@ -11,8 +11,9 @@ from ..cpu.counters import count_threads, take_tasks
 from ..cpu.lanes import compress_offset, element_bytes, gather_values, magnitude_masks, valid_lanes
 from ..cpu.scalars import atomic_or, get_i32, popcount, put_i32, put_u8, trailing_zeros
 from ..guess._cpu_form import NO_GUESS, SLACK
-from ..guess._cpu_guess import block_at, sample_means
-from ..guess._cpu_read import read_guess, sample_codes
+from ..guess._cpu_guess import block_at
+from ..guess._cpu_means import sample_factors, sample_means
+from ..guess._cpu_read import read_guess, sample_codes, told_of
 from ._cpu_form import BUFFER_AT, SPARE_AT, STAGE_AT
 from ._cpu_sample import sample_form
 from ._cpu_select import threshold_of
@@ -116,7 +117,12 @@ def _guess_of(a, kind, fill, source, sample, scratch):
     if fill != NO_GUESS:
         stage, spare = scratch + STAGE_AT, scratch + SPARE_AT
         table = means + (a.rows + SLACK) * 4
-        sample_means(kind, a.features, a.rows, source, a.n, a.low, a.high, means, table, spare)
+        if a.known_bits:
+            told = told_of(a, sample)
+            guess = means, 1, 1.0, a.low, a.high, told[0], told[1], told[2]
+            sample_factors(kind, a.features, a.rows, source, a.n, guess, means, table, spare)
+        else:
+            sample_means(kind, a.features, a.rows, source, a.n, a.low, a.high, means, table, spare)
         codes, scales = sample_codes(a, sample)
         for start in range(0, a.rows, TILE):
             count = min(TILE, a.rows - start)
@@ -136,7 +142,8 @@ def pack_worker(a, kind, fill):
     while sample < a.batch:
         at = a.source + sample * n * element_bytes(kind)
         place, status = _guess_of(a, kind, fill, at, sample, scratch)
-        guess = place[0], place[1], place[2], a.low, a.high
+        told = told_of(a, sample)
+        guess = place[0], place[1], place[2], a.low, a.high, told[0], told[1], told[2]
         threshold, ties = -1, 0
         if keep < n:
             threshold, ties = threshold_of(

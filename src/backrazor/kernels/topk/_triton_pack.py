@@ -63,11 +63,13 @@ def _pick(counts, rank, BINS: tl.constexpr):
 @triton.jit
 def count_digits(
     x,  # (B, n)
-    codes,  # of ``Guesses``, read if GUESS; with the limits
+    codes,  # of ``Guesses``, read if GUESS; with the limits, and what KNOWN bits tell of each element
     code_scales,
     rows,
     low,
     high,
+    known,
+    levels,
     n,
     keep,
     chunk,
@@ -83,6 +85,7 @@ def count_digits(
     BINS: tl.constexpr,
     BEFORE_BINS: tl.constexpr,
     GUESS: tl.constexpr,
+    KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -106,7 +109,9 @@ def count_digits(
     for first in range(start, tl.minimum(start + chunk, n), BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)
-        value = without(x, codes, code_scales, rows, low, high, n, sample, first, lane, inside, GUESS)
+        value = without(
+            x, codes, code_scales, rows, low, high, known, levels, n, sample, first, lane, inside, GUESS, KNOWN
+        )
         key = magnitude(value) >> SHIFT
         if DIGIT > 0:
             if LAST:
@@ -162,6 +167,8 @@ def _write_kept(
     rows,
     low,
     high,
+    known,
+    levels,
     n,
     keep,
     sample,
@@ -176,6 +183,7 @@ def _write_kept(
     full,
     flag,
     GUESS: tl.constexpr,
+    KNOWN: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -185,7 +193,9 @@ def _write_kept(
     for first in range(start, stop, BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)
-        value = without(x, codes, code_scales, rows, low, high, n, sample, first, lane, inside, GUESS)
+        value = without(
+            x, codes, code_scales, rows, low, high, known, levels, n, sample, first, lane, inside, GUESS, KNOWN
+        )
         key = magnitude(value)
         larger = (inside & (key > threshold)).to(tl.int32)
         equal = (inside & (key == threshold)).to(tl.int32)
@@ -251,11 +261,13 @@ def _quantise_block(x, values, scales, keep, sample, first, RUNS: tl.constexpr):
 @triton.jit
 def emit(
     x,  # (B, n)
-    codes,  # of ``Guesses``, read if GUESS; with the limits
+    codes,  # of ``Guesses``, read if GUESS; with the limits, and what KNOWN bits tell of each element
     code_scales,
     rows,
     low,
     high,
+    known,
+    levels,
     n,
     keep,
     chunk,
@@ -270,6 +282,7 @@ def emit(
     flag,
     SLOT: tl.constexpr,
     GUESS: tl.constexpr,
+    KNOWN: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -291,6 +304,8 @@ def emit(
         rows,
         low,
         high,
+        known,
+        levels,
         n,
         keep,
         sample,
@@ -305,6 +320,7 @@ def emit(
         full,
         flag,
         GUESS,
+        KNOWN,
         INDEX,
         BLOCK,
     )
@@ -318,6 +334,8 @@ def _next_digit(
     rows,
     low,
     high,
+    known,
+    levels,
     n,
     sample,
     prefix,
@@ -326,6 +344,7 @@ def _next_digit(
     SHIFT: tl.constexpr,
     BINS: tl.constexpr,
     GUESS: tl.constexpr,
+    KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """(prefix with the digit that begins at bit ``SHIFT``, rank among the elements that share it) of one sample."""
@@ -333,7 +352,9 @@ def _next_digit(
     for first in range(0, n, BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < lanes_left(n, first, BLOCK)
-        value = without(x, codes, code_scales, rows, low, high, n, sample, first, lane, inside, GUESS)
+        value = without(
+            x, codes, code_scales, rows, low, high, known, levels, n, sample, first, lane, inside, GUESS, KNOWN
+        )
         key = magnitude(value) >> SHIFT
         if not FIRST:
             inside = inside & (key // BINS == prefix)
@@ -345,11 +366,13 @@ def _next_digit(
 @triton.jit
 def pack_sample(
     x,  # (B, n)
-    codes,  # of ``Guesses``, read if GUESS; with the limits
+    codes,  # of ``Guesses``, read if GUESS; with the limits, and what KNOWN bits tell of each element
     code_scales,
     rows,
     low,
     high,
+    known,
+    levels,
     n,
     keep,
     values,  # (B, K); of INTEGERS those on their way, of x's type
@@ -365,6 +388,7 @@ def pack_sample(
     INTEGERS: tl.constexpr,
     RUNS: tl.constexpr,
     GUESS: tl.constexpr,
+    KNOWN: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -372,14 +396,65 @@ def pack_sample(
     ``LOW`` are the bits of each digit, the highest first; 16-bit types have no middle one."""
     sample = tl.program_id(0).to(tl.int64)
     threshold, rank = _next_digit(
-        x, codes, code_scales, rows, low, high, n, sample, 0, keep, True, MIDDLE + LOW, 1 << HIGH, GUESS, BLOCK
+        x,
+        codes,
+        code_scales,
+        rows,
+        low,
+        high,
+        known,
+        levels,
+        n,
+        sample,
+        0,
+        keep,
+        True,
+        MIDDLE + LOW,
+        1 << HIGH,
+        GUESS,
+        KNOWN,
+        BLOCK,
     )
     if MIDDLE > 0:
         threshold, rank = _next_digit(
-            x, codes, code_scales, rows, low, high, n, sample, threshold, rank, False, LOW, 1 << MIDDLE, GUESS, BLOCK
+            x,
+            codes,
+            code_scales,
+            rows,
+            low,
+            high,
+            known,
+            levels,
+            n,
+            sample,
+            threshold,
+            rank,
+            False,
+            LOW,
+            1 << MIDDLE,
+            GUESS,
+            KNOWN,
+            BLOCK,
         )
     threshold, rank = _next_digit(
-        x, codes, code_scales, rows, low, high, n, sample, threshold, rank, False, 0, 1 << LOW, GUESS, BLOCK
+        x,
+        codes,
+        code_scales,
+        rows,
+        low,
+        high,
+        known,
+        levels,
+        n,
+        sample,
+        threshold,
+        rank,
+        False,
+        0,
+        1 << LOW,
+        GUESS,
+        KNOWN,
+        BLOCK,
     )
     none = tl.full((), 0, tl.int32)
     _write_kept(
@@ -389,6 +464,8 @@ def pack_sample(
         rows,
         low,
         high,
+        known,
+        levels,
         n,
         keep,
         sample,
@@ -403,6 +480,7 @@ def pack_sample(
         full,
         flag,
         GUESS,
+        KNOWN,
         INDEX,
         BLOCK,
     )

@@ -8,8 +8,8 @@ and nothing is cleared beforehand.
     decode   no index: values back to their type
 
 Both of the latter may end in an epilogue: (x_hat - mean) * rstd with a mean and a reciprocal deviation per row, so that
-a norm's pruned input is normalised on its way out; or x_hat + guess, everywhere or where a mask of one bit per element
-says so.
+a norm's pruned input is normalised on its way out; or x_hat + guess, everywhere, where a mask of one bit per element
+says so, or times what an activation's codes stand for.
 
 Shape legend: B samples, n elements per sample, K kept, C chunks per sample, T = ceil(n / 256) tiles, r = row elements
 per row of the epilogue.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .._triton import from_float32, lanes_left, sum_before, to_float32
-from ..guess._triton_guess import NO_GUESS, guessed
+from ..guess._triton_guess import NO_GUESS, guessed, told
 from ._triton_pack import BITMAP, TILE
 
 STEP: tl.constexpr = tl.constexpr(256)  # tile offsets placed at a time
@@ -117,7 +117,8 @@ def _finished(
     mask,
     mean,
     rstd,
-    bits,
+    known,
+    levels,
     sample,
     n,
     first,
@@ -127,16 +128,19 @@ def _finished(
     dtype: tl.constexpr,
     NORMALISE: tl.constexpr,
     GUESS: tl.constexpr,
-    MASKED: tl.constexpr,
+    KNOWN: tl.constexpr,
 ):
     """What is written of a sample's elements ``first + lane``: ``values[position]`` where ``mask`` is on. With GUESS,
     ``mean`` and ``rstd`` are codes and scales of ``Guesses``, ``row`` is how many there are."""
     if GUESS != NO_GUESS:
-        guess = to_float32(from_float32(guessed(mean, rstd, row, n, sample, first, lane, inside, GUESS), dtype))
-        if MASKED:
+        guess = guessed(mean, rstd, row, n, sample, first, lane, inside, GUESS)
+        if KNOWN > 1:
+            guess = guess * told(known, levels, n, sample, first, lane, inside, KNOWN)
+        guess = to_float32(from_float32(guess, dtype))
+        if KNOWN == 1:
             byte = sample * ((n + 7) // 8) + first // 8
-            known = tl.load(bits + byte + lane // 8, mask=inside, other=0).to(tl.int32) >> (lane % 8)
-            guess = tl.where((known & 1) == 1, guess, 0.0)
+            bits = tl.load(known + byte + lane // 8, mask=inside, other=0).to(tl.int32) >> (lane % 8)
+            guess = tl.where((bits & 1) == 1, guess, 0.0)
         return from_float32(to_float32(_decoded(values, scales, position, mask, dtype)) + guess, dtype)
     elif NORMALISE:
         exact = _decoded(values, scales, position, mask, tl.float32)
@@ -157,7 +161,8 @@ def expand(
     full,
     mean,  # (B, n / r) float32, read if NORMALISE, as rstd is; if GUESS, codes and scales
     rstd,
-    bits,  # (B, ceil(n / 8)) uint8, read if MASKED
+    known,  # of KNOWN bits per element, read if there are any: one is a mask, more are codes of ``levels``
+    levels,
     out,  # (B, n)
     n,
     keep,
@@ -168,7 +173,7 @@ def expand(
     COUNTED: tl.constexpr,
     NORMALISE: tl.constexpr,
     GUESS: tl.constexpr,
-    MASKED: tl.constexpr,
+    KNOWN: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -208,7 +213,8 @@ def expand(
             present == 1,
             mean,
             rstd,
-            bits,
+            known,
+            levels,
             sample,
             n,
             first,
@@ -218,7 +224,7 @@ def expand(
             out.dtype.element_ty,
             NORMALISE,
             GUESS,
-            MASKED,
+            KNOWN,
         )
         tl.store(out + (sample * n + first) + lane, value, mask=inside)
         position += tl.sum(present, axis=0)
@@ -230,14 +236,15 @@ def decode(
     scales,
     mean,
     rstd,
-    bits,
+    known,
+    levels,
     out,
     keep,
     row,
     blocks,
     NORMALISE: tl.constexpr,
     GUESS: tl.constexpr,
-    MASKED: tl.constexpr,
+    KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -253,7 +260,8 @@ def decode(
         inside,
         mean,
         rstd,
-        bits,
+        known,
+        levels,
         sample,
         keep,
         first,
@@ -263,6 +271,6 @@ def decode(
         out.dtype.element_ty,
         NORMALISE,
         GUESS,
-        MASKED,
+        KNOWN,
     )
     tl.store(out + (sample * keep + first) + lane, value, mask=inside)

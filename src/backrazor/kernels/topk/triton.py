@@ -58,11 +58,22 @@ def _kind(guesses: Guesses | None) -> int:
     return FEATURES if guesses.features else ROWS
 
 
-def _told(x: Tensor, guesses: Guesses | None) -> tuple[Tensor, Tensor, int, float, float]:
+def _limits(x: Tensor, guesses: Guesses) -> tuple[float, float, Tensor, Tensor]:
+    """The limits, the known codes and what they stand for; x for what is never read."""
+    known, levels = guesses.known, guesses.levels
+    return guesses.low, guesses.high, x if known is None else known, x if levels is None else levels
+
+
+def _told(x: Tensor, guesses: Guesses | None) -> tuple[Tensor, Tensor, int, float, float, Tensor, Tensor]:
     """What the kernels that read x are told of guesses; without such, never read."""
     if guesses is None:
-        return x, x, 1, 0.0, 0.0
-    return guesses.codes, guesses.scales, guesses.codes.shape[1], guesses.low, guesses.high
+        return x, x, 1, 0.0, 0.0, x, x
+    return guesses.codes, guesses.scales, guesses.codes.shape[1], *_limits(x, guesses)
+
+
+def _kinds(guesses: Guesses | None) -> dict[str, int]:
+    """How they are compiled for guesses."""
+    return {"GUESS": _kind(guesses), "KNOWN": 0 if guesses is None else guesses.known_bits}
 
 
 def _scan_warps(guesses: Guesses | None) -> int:
@@ -105,7 +116,7 @@ def _select(x: Tensor, keep: int, guesses: Guesses | None) -> _Selection:
             SHIFT=shift,
             BINS=size,
             BEFORE_BINS=bins[digit - 1],
-            GUESS=_kind(guesses),
+            **_kinds(guesses),
             BLOCK=BLOCK,
             warps=WARPS,
         )
@@ -135,7 +146,7 @@ def _pack_samples(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: T
         **digits,
         INTEGERS=integers,
         RUNS=RUNS,
-        GUESS=_kind(guesses),
+        **_kinds(guesses),
         INDEX=INDEX[index_kind],
         BLOCK=BLOCK,
         warps=_scan_warps(guesses),
@@ -166,7 +177,7 @@ def _compact(
         stored.full,
         flag,
         SLOT=chosen.slot,
-        GUESS=_kind(guesses),
+        **_kinds(guesses),
         INDEX=INDEX[index_kind],
         BLOCK=BLOCK,
         warps=_scan_warps(guesses),
@@ -196,16 +207,17 @@ def _average(x: Tensor, guesses: Guesses, flag: Tensor) -> None:
     batch, rows = guesses.codes.shape
     length = x.shape[1] // rows
     means = torch.empty(batch, rows, dtype=torch.float32, device=x.device)
-    limits = guesses.low, guesses.high
+    limits, known = _limits(x, guesses), guesses.known_bits
     if guesses.features:
         blocks = -(-rows // FEATURES_TOGETHER)
         sizes = {"TOKENS": TOKENS_TOGETHER, "BLOCK": FEATURES_TOGETHER}
         arguments = x, means, *limits, length, rows, blocks
-        launch(_triton_guess.average_features, batch * blocks, *arguments, **sizes, warps=WARPS)
+        launch(_triton_guess.average_features, batch * blocks, *arguments, **sizes, KNOWN=known, warps=WARPS)
     else:
         block = min(1 << max(length - 1, 1).bit_length(), BLOCK)
-        arguments = x, means, *limits, length
-        launch(_triton_guess.average_rows, batch * rows, *arguments, BLOCK=block, warps=1 if block < 512 else WARPS)
+        arguments = x, means, *limits, length, rows
+        warps = 1 if block < 512 else WARPS
+        launch(_triton_guess.average_rows, batch * rows, *arguments, BLOCK=block, KNOWN=known, warps=warps)
     empty = guesses.codes.new_empty(0)
     _quantise(means, Stored(guesses.codes, guesses.scales, empty, empty, empty), flag)
 
@@ -225,7 +237,8 @@ def pack(x: Tensor, keep: int, index_kind: str, stored: Stored, flag: Tensor, gu
     if keep == n and index_kind == "none":
         if guesses is not None:  # nobody's default: as the reference does it
             guess = decode_values(guesses.codes, guesses.scales, guesses.codes.shape[1], torch.float32)
-            x = guess_reference.without(x, guess, guesses.features, guesses.low, guesses.high)
+            told = guess_reference.told(guesses, n)
+            x = guess_reference.without(x, guess, guesses.features, guesses.low, guesses.high, told)
         if integers:
             _quantise(x, stored, flag)
         else:
@@ -258,7 +271,9 @@ def unpack(
         _unpack(stored, stored.values, stored.values, n, n, index_kind, out)  # no statistics: never read
     else:
         codes, scales = guesses.codes, guesses.scales
-        _unpack(stored, codes, scales, n, codes.shape[1], index_kind, out, guess=_kind(guesses), bits=bits)
+        known = guesses.known if bits is None else bits
+        told = {"guess": _kind(guesses), "known": known, "levels": guesses.levels}
+        _unpack(stored, codes, scales, n, codes.shape[1], index_kind, out, **told)
 
 
 def unpack_normalised(
@@ -278,15 +293,19 @@ def _unpack(
     out: Tensor,
     normalise: bool = False,
     guess: int = NO_GUESS,
-    bits: Tensor | None = None,
+    known: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> None:
+    """``known``: a mask of one bit per element, or codes that stand for ``levels``."""
     batch, keep = stored.values.shape[0], kept_of(stored, n, index_kind)
-    epilogue = {"NORMALISE": normalise, "GUESS": guess, "MASKED": bits is not None}
-    bits = stored.values if bits is None else bits  # never read
+    bits = 0 if known is None else 1 if levels is None else levels.numel().bit_length() - 1
+    epilogue = {"NORMALISE": normalise, "GUESS": guess, "KNOWN": bits}
+    known = stored.values if known is None else known  # never read
+    levels = stored.values if levels is None else levels
     if index_kind == "none":
         check_positions(row if normalise else n if guess else 0, "a row to normalise" if normalise else "a sample")
         blocks = -(-keep // BLOCK)
-        arguments = stored.values, stored.scales, mean, rstd, bits, out, keep, row, blocks
+        arguments = stored.values, stored.scales, mean, rstd, known, levels, out, keep, row, blocks
         launch(_triton_unpack.decode, batch * blocks, *arguments, **epilogue, BLOCK=BLOCK, warps=WARPS)
         return
     small = n <= SAMPLE_ELEMENTS  # one chunk: nothing lies before it, so nothing has to be counted
@@ -297,7 +316,7 @@ def _unpack(
     if counted:
         counts = torch.empty(batch, chunks, dtype=torch.int32, device=out.device)
         launch(_triton_unpack.count, batch * chunks, *stored[2:], n, chunk, chunks, counts, **constants, warps=WARPS)
-    arguments = *stored, mean, rstd, bits, out, n, keep, row, chunk, chunks, counts
+    arguments = *stored, mean, rstd, known, levels, out, n, keep, row, chunk, chunks, counts
     warps = 2 * SCAN_WARPS if normalise or guess else SCAN_WARPS  # with eight the epilogues spill
     constants |= epilogue | {"COUNTED": counted, "warps": warps, "registers": SCAN_REGISTERS}
     launch(_triton_unpack.expand, batch * chunks, *arguments, **constants)
