@@ -18,8 +18,8 @@ from .nn.base import DropIn
 
 @dataclass(frozen=True)
 class EnergyRow:
-    """One layer's input x and what backward reads instead, x_hat. ``kept_energy``: |x_hat|^2 / |x|^2, NaN for an x of
-    zeros. ``sparsity``: share of the elements of which nothing is stored: x_hat reads zero there, or a guess that
+    """One layer's input x and what backward reads instead, x_hat. ``kept_energy``: 1 - |x - x_hat|^2 / |x|^2, which is
+    |x_hat|^2 / |x|^2 where kept values are exact and the others zero; NaN for an x of zeros. ``sparsity``: share of the elements of which nothing is stored: x_hat reads zero there, or a guess that
     others share."""
 
     module: str
@@ -41,8 +41,8 @@ class Energy:
         device = next(iter(self._sums.values())).device
         sums = torch.stack([row.to(device) for row in self._sums.values()]).tolist()
         return [
-            EnergyRow(name, kept / whole if whole else float("nan"), zeros / count)
-            for name, (whole, kept, zeros, count) in zip(self._sums, sums, strict=True)
+            EnergyRow(name, 1 - lost / whole if whole else float("nan"), zeros / count)
+            for name, (whole, lost, zeros, count) in zip(self._sums, sums, strict=True)
         ]
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Energy:
             x_hat = packed.unpack(start, stop, torch.float32)
             parts = (
                 _energy(x[start:stop]),
-                _energy(x_hat),
+                _energy(x_hat - x[start:stop]),
                 x_hat.numel() - packed.form.own_values(packed.tensors, x_hat, start, stop),
                 x_hat.new_tensor(x_hat.numel()),
             )

@@ -33,7 +33,10 @@ def told(known, levels, n, sample, first, lane, inside, KNOWN: tl.constexpr):
     PER: tl.constexpr = 8 // KNOWN
     place = first + lane
     codes = tl.load(known + sample * ((n + PER - 1) // PER) + place // PER, mask=inside, other=0).to(tl.int32)
-    return tl.load(levels + ((codes >> (place % PER * KNOWN).to(tl.int32)) & ((1 << KNOWN) - 1)))
+    shift = tl.where(place % 2 == 1, KNOWN, 0)
+    if KNOWN == 2:
+        shift += tl.where(place % 4 >= 2, 4, 0)
+    return tl.load(levels + ((codes >> shift) & ((1 << KNOWN) - 1)))
 
 
 @triton.jit
@@ -91,12 +94,14 @@ def average_rows(x, means, low, high, known, levels, length, rows, BLOCK: tl.con
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     many = tl.zeros((BLOCK,), tl.float32)
+    n = tl.full((), 0, tl.int64) + rows
+    n *= length
     for first in range(0, length, BLOCK):
         lane = tl.arange(0, BLOCK)
         inside = lane < length - first
         value = to_float32(tl.load(x + row * length + first + lane, mask=inside, other=0))
         start = row % rows * length + first
-        part, one = _weighed(value, low, high, known, levels, length * rows, row // rows, start, lane, inside, KNOWN)
+        part, one = _weighed(value, low, high, known, levels, n, row // rows, start, lane, inside, KNOWN)
         total += part
         many += one
     tl.store(means + row, _quotient(tl.sum(total, axis=0), tl.sum(many, axis=0), KNOWN))
@@ -127,12 +132,14 @@ def average_features(
     offset = token.to(tl.int64)[:, None] * rows + feature[None, :]
     total = tl.zeros((TOKENS, BLOCK), tl.float32)
     many = tl.zeros((TOKENS, BLOCK), tl.float32)
+    n = tl.full((), 0, tl.int64) + rows
+    n *= length
     for first in range(0, length, TOKENS):
         inside = (token < length - first)[:, None] & present[None, :]
         at = (sample * length + first) * rows + start
         value = to_float32(tl.load(x + at + offset, mask=inside, other=0))
-        within = tl.full((), 0, tl.int64) + first * rows + start
-        part, one = _weighed(value, low, high, known, levels, length * rows, sample, within, offset, inside, KNOWN)
+        within = (tl.full((), 0, tl.int64) + first) * rows + start
+        part, one = _weighed(value, low, high, known, levels, n, sample, within, offset, inside, KNOWN)
         total += part
         many += one
     mean = _quotient(tl.sum(total, axis=0), tl.sum(many, axis=0), KNOWN)
