@@ -18,9 +18,12 @@ from .nn.base import DropIn
 
 @dataclass(frozen=True)
 class EnergyRow:
-    """One layer's input x and what backward reads instead, x_hat. ``kept_energy``: 1 - |x - x_hat|^2 / |x|^2, which is
-    |x_hat|^2 / |x|^2 where kept values are exact and the others zero; NaN for an x of zeros. ``sparsity``: share of the elements of which nothing is stored: x_hat reads zero there, or a guess that
-    others share."""
+    """One layer's input x and what backward reads instead, x_hat.
+
+    ``kept_energy``: 1 - |x - x_hat|^2 / |x|^2, which is |x_hat|^2 / |x|^2 where kept values are exact and the others
+    zero; NaN for an x of zeros. ``sparsity``: share of the elements of which nothing is stored: x_hat reads zero there,
+    or a guess that others share.
+    """
 
     module: str
     kept_energy: float
