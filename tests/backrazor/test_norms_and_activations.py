@@ -82,7 +82,7 @@ def norm_oracle(layer: nn.Module, x: Tensor, rule: str, grad: Tensor) -> dict[st
     wide = x.detach().double()
     mean = wide.mean(dims) if layer.training else layer.running_mean.double()
     variance = wide.var(dims, correction=0) if layer.training else layer.running_var.double()
-    rows = tuple(range(2, x.dim())) or (2,)
+    rows = tuple(range(2, x.dim())) or (1, 2)  # of vectors a row is the sample
     given = x.detach() if x.dim() > 2 else x.detach().unsqueeze(2)
     given_hat, channel = (x_hat_of(x).view(given.shape), channel if x.dim() > 2 else (1, -1, 1))
     z = normalised(given, given_hat, mean.view(channel), variance.view(channel), layer.eps, rule, rows).view(x.shape)
@@ -102,6 +102,17 @@ def test_int_rules_of_a_norm_are_close_to_dense_but_not_equal() -> None:
         errors.append(float((leaf.grad - exact.grad).norm() / exact.grad.norm()))
     assert errors[0] > errors[1] > errors[2] == 0
     assert errors[0] < 0.05
+
+
+@pytest.mark.parametrize("rule, bits", [("int8", 8), ("int4", 4)])
+def test_a_batch_norm_over_tokens_keeps_a_scale_per_token(rule: str, bits: int) -> None:
+    """As in LeViT: tokens are samples, and a scale per element would take more than the element's code."""
+    layer, x = razored(nn.BatchNorm1d(32), norm=rule), torch.randn(40, 32, requires_grad=True)
+    with br.memory.ledger(layer) as book:
+        out = layer(x)
+    assert out.requires_grad
+    rows = {row.role: row.bytes for row in book.rows}
+    assert rows["quantised"] == 40 * 32 * bits // 8 and rows["scales"] == 40 * 2
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -1,7 +1,9 @@
 """What a normalisation layer keeps of its input, by the ``norm`` rule of the configuration.
 
 Every rule is read back as the normalised input (x - mean) * rstd, since that is what the gradient's formula needs.
-Rows: a token for LayerNorm, a group of channels of one sample for GroupNorm, a channel of one sample for BatchNorm.
+Rows: a token for LayerNorm, a group of channels of one sample for GroupNorm, a channel of one sample for BatchNorm. A
+BatchNorm over vectors, such as tokens taken for samples, has one element per such row, and a scale for it would take
+more than its code: there a row is the sample.
 
 Shape legend: B samples, R rows, m elements of a row.
 """
@@ -20,6 +22,9 @@ from .pruned import Pruned, PrunedForm
 from .roles import DENSE, QUANTISED, label_codes, mark
 
 
+SHORTEST = 4  # elements of a row with a scale of its own
+
+
 @dataclass(frozen=True, slots=True)
 class NormCodec:
     """kind: "dense", "pruned", "bfloat16", "int8" or "int4"; ``pruned``: the codec behind "pruned"."""
@@ -35,6 +40,8 @@ class NormCodec:
     def form(self, x: Tensor, rows: int) -> NormForm:
         """How x (B, ...) with ``rows`` rows in all is going to be stored."""
         packed = self.pruned.form(x) if self.kind == "pruned" else None
+        if self.bits is not None and rows and x.numel() // rows < SHORTEST:
+            rows = x.shape[0]
         return NormForm(tuple(x.shape), x.dtype, x.numel() // rows if rows else 0, self.bits, packed)
 
     def pack(self, x: Tensor, mean: Tensor, rstd: Tensor, flag: Tensor) -> Packed:
@@ -43,6 +50,10 @@ class NormCodec:
         mean_rows, rstd_rows = _rows_of(mean, x), _rows_of(rstd, x)
         form = self.form(x, mean_rows.numel())
         if form.bits is not None:
+            if form.row * mean_rows.numel() != x.numel():  # a row per sample, of other statistics in each element
+                wide = x.reshape(*mean_rows.shape, -1).float()
+                x = (wide - mean_rows.unsqueeze(1)).mul_(rstd_rows.unsqueeze(1)).to(x.dtype).reshape(x.shape)
+                mean_rows, rstd_rows = mean_rows.new_zeros(len(x)), rstd_rows.new_ones(len(x))
             codes, scales = row_encode(x.reshape(mean_rows.numel(), form.row), mean_rows, rstd_rows, form.bits)
             return Packed(label_codes(codes, scales, x.shape[0]), form)
         statistics = mark(mean.contiguous(), DENSE, "mean"), mark(rstd.contiguous(), DENSE, "reciprocal deviation")
