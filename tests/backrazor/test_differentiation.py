@@ -57,6 +57,7 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "gelu": (lambda: nn.Sequential(nn.GELU()), (4, 6)),
     "dropout": (lambda: nn.Sequential(nn.Dropout(0.5)), (4, 6)),
     "max pooling": (lambda: nn.Sequential(nn.MaxPool2d(2)), (2, 3, 6, 6)),
+    "max pooling of video": (lambda: nn.Sequential(nn.MaxPool3d(2)), (2, 3, 4, 6, 6)),
     "average pooling": (lambda: nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)), (2, 3, 6, 6)),
     "attention": (encoder, (2, 5, 8)),
     "gate": (Gated, (2, 5, 6)),

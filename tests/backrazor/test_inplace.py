@@ -111,6 +111,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dropout": (lambda: nn.Sequential(nn.Dropout(0.5)), (4, 6)),
     "dropout in place": (lambda: nn.Sequential(nn.Dropout(0.5, inplace=True)), (4, 6)),
     "max pooling": (lambda: nn.Sequential(nn.MaxPool2d(2)), (2, 3, 6, 6)),
+    "max pooling of video": (lambda: nn.Sequential(nn.MaxPool3d(2)), (2, 3, 4, 6, 6)),
     "average pooling": (lambda: nn.Sequential(nn.AvgPool2d(2)), (2, 3, 6, 6)),
     "global pooling": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1)), (2, 3, 6, 6)),
     "global pooling of one position": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1)), (2, 6, 1, 1)),

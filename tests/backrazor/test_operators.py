@@ -150,6 +150,8 @@ EXACT = {
     "max pool, dilation": (lambda: nn.MaxPool2d((2, 3), 1, padding=1, dilation=2), (3, 5, 9, 8)),
     "max pool, ceil": (lambda: nn.MaxPool2d(3, 2, ceil_mode=True), (2, 5, 10, 8)),
     "max pool, uneven": (lambda: nn.MaxPool2d((5, 1), (3, 2), padding=(2, 0)), (2, 3, 11, 6)),
+    "max pool, video": (lambda: nn.MaxPool3d((3, 2, 3), (2, 2, 1), (1, 0, 1)), (2, 3, 7, 9, 8)),
+    "max pool, video, dilation": (lambda: nn.MaxPool3d(2, 1, 1, dilation=2, ceil_mode=True), (2, 3, 6, 5, 7)),
     "max pool, large window": (lambda: nn.MaxPool2d(16), (2, 3, 33, 32)),
     "average pool to one": (lambda: nn.AdaptiveAvgPool2d(1), (3, 5, 7, 6)),
     "average pool to a grid": (lambda: nn.AdaptiveAvgPool2d((3, 2)), (3, 5, 7, 6)),

@@ -49,6 +49,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "GELU": (nn.GELU, (3, 6)),
     "Dropout": (lambda: nn.Dropout(0.5), (3, 6)),
     "MaxPool2d": (lambda: nn.MaxPool2d(2), (2, 3, 6, 6)),
+    "MaxPool3d": (lambda: nn.MaxPool3d(2), (2, 3, 4, 6, 6)),
     "AvgPool2d": (lambda: nn.AvgPool2d(2), (2, 3, 6, 6)),
     "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(2), (2, 3, 6, 6)),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (2, 5, 8)),

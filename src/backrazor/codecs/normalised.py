@@ -21,7 +21,6 @@ from .packed import Form, Packed
 from .pruned import Pruned, PrunedForm
 from .roles import DENSE, QUANTISED, label_codes, mark
 
-
 SHORTEST = 4  # elements of a row with a scale of its own
 
 

@@ -16,7 +16,7 @@ from .dropout import dropout
 from .layer_norm import group_norm, layer_norm
 from .linear import linear
 from .linear_act import linear_act
-from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool
 from .rms_norm import rms_norm
 from .scale import channel_scale
 from .sdpa import fits as fits_attention
@@ -41,7 +41,7 @@ __all__ = [
     "linear",
     "linear_act",
     "linear_cross_entropy",
-    "max_pool2d",
+    "max_pool",
     "piecewise_linear",
     "rms_norm",
     "sdpa",

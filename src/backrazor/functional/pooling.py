@@ -1,4 +1,4 @@
-"""Pooling that keeps shapes, or one byte per output element. Shape legend: B samples, C channels, H/W in, P/Q out."""
+"""Pooling that keeps shapes, or one byte per output element. Shape legend: B samples, C channels, T/H/W in."""
 
 from __future__ import annotations
 
@@ -16,59 +16,91 @@ from .common import needs_grad, not_a_view, sample_chunks
 from .transforms import RazorFunction, differentiable_once, one_node
 
 Pair = tuple[int, int]
+Sizes = tuple[int, ...]  # of each spatial dimension, two or three
+
+MOST_PLACES = 256  # of a window, for one byte
+_FORWARD = {2: F.max_pool2d, 3: F.max_pool3d}
+_BACKWARD = {2: torch.ops.aten.max_pool2d_with_indices_backward, 3: torch.ops.aten.max_pool3d_with_indices_backward}
 
 
 @one_node
-def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
-    """``F.max_pool2d`` of x (B, C, H, W); keeps which element of its window each output is, in 8 bits (a window of at
-    most 256 elements)."""
-    if not needs_grad(x) or x.dim() not in (3, 4) or kernel[0] * kernel[1] > 256:
-        return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-    out, _ = _MaxPool2d.run(x, kernel, stride, padding, dilation, ceil_mode)
+def max_pool(x: Tensor, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool) -> Tensor:
+    """``F.max_pool2d`` of x (B, C, H, W) or ``F.max_pool3d`` of x (B, C, T, H, W), by the sizes in ``kernel``; keeps
+    which element of its window each output is, in 8 bits (a window of at most 256 elements)."""
+    dims = len(kernel)
+    if not needs_grad(x) or x.dim() not in (dims + 1, dims + 2) or math.prod(kernel) > MOST_PLACES:
+        return _FORWARD[dims](x, kernel, stride, padding, dilation, ceil_mode)
+    out, _ = _MaxPool.run(x, kernel, stride, padding, dilation, ceil_mode)
     hand_on_activation(x, out)
     return out
 
 
-def _corners(shape: torch.Size, stride: Pair, padding: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row (P, 1) and column (1, Q) of each window's first element."""
-    rows = torch.arange(shape[-2], device=device) * stride[0] - padding[0]
-    columns = torch.arange(shape[-1], device=device) * stride[1] - padding[1]
-    return rows.unsqueeze(1), columns.unsqueeze(0)
+def _along(values: Tensor, dim: int, dims: int) -> Tensor:
+    """(n,) as what varies along the spatial dimension ``dim`` of ``dims``."""
+    return values.view(-1, *(1,) * (dims - 1 - dim))
 
 
-def _places(index: Tensor, width: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Where in its window each maximum lies, row * kernel width + column, from its flat index, which is overwritten."""
-    top, left = _corners(index.shape, stride, padding, index.device)
-    row = index.div(width, rounding_mode="floor")
-    column = index.sub_(row * width).sub_(left).div_(dilation[1], rounding_mode="floor")
-    return row.sub_(top).div_(dilation[0], rounding_mode="floor").mul_(kernel[1]).add_(column)
+def _corners(shape: Sizes, stride: Sizes, padding: Sizes, device: torch.device) -> list[Tensor]:
+    """Where each window begins, per spatial dimension, for outputs of ``shape`` (..., *)."""
+    dims = len(stride)
+    starts = zip(shape[-dims:], stride, padding, strict=True)
+    return [
+        _along(torch.arange(size, device=device) * step - border, dim, dims)
+        for dim, (size, step, border) in enumerate(starts)
+    ]
+
+
+def _places(index: Tensor, shape: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> Tensor:
+    """Where in its window each maximum lies, row by row, from its flat index among inputs of ``shape``."""
+    dims = len(kernel)
+    corners = _corners(index.shape, stride, padding, index.device)
+    place, weight = None, 1
+    for dim in reversed(range(dims)):
+        rest = index.div(shape[dim - dims], rounding_mode="floor") if dim else None
+        at = index if rest is None else index.sub_(rest * shape[dim - dims])
+        at = at.sub_(corners[dim]).div_(dilation[dim], rounding_mode="floor").mul_(weight)
+        place = at if place is None else place.add_(at)
+        index, weight = rest, weight * kernel[dim]
+    return place
+
+
+def _positions(place: Tensor, shape: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> Tensor:
+    """The inverse of ``_places``."""
+    dims = len(kernel)
+    corners = _corners(place.shape, stride, padding, place.device)
+    place, index, weight = place.long(), None, 1
+    for dim in reversed(range(dims)):
+        at = ((place % kernel[dim] if dim else place) * dilation[dim] + corners[dim]) * weight
+        index = at if index is None else index.add_(at)
+        place, weight = place.div(kernel[dim], rounding_mode="floor"), weight * shape[dim - dims]
+    return index
 
 
 def _max_pool_shapes(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+    x: Tensor, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
-    out = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    out = _FORWARD[len(kernel)](x, kernel, stride, padding, dilation, ceil_mode)
     return out, torch.empty_like(out, dtype=torch.uint8)
 
 
 @sealed(_max_pool_shapes)
 def _max_pool_forward(
-    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+    x: Tensor, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
-    settings = (kernel, stride, padding, dilation, ceil_mode)
+    pool, settings = _FORWARD[len(kernel)], (kernel, stride, padding, dilation, ceil_mode)
     out = place = None
     # the wide index, twice in passing, exists for some samples only
     for start, stop in sample_chunks(x.shape[0], 4 * x[:1].numel() * x.element_size(), x.device):
-        part, index = F.max_pool2d(x[start:stop], *settings, return_indices=True)
+        part, index = pool(x[start:stop], *settings, return_indices=True)
         if out is None:
             shape = (x.shape[0], *part.shape[1:])
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
             place = torch.empty_like(out, dtype=torch.uint8)
         out[start:stop] = part
-        place[start:stop] = _places(index, x.shape[-1], kernel, stride, padding, dilation)
+        place[start:stop] = _places(index, x.shape, kernel, stride, padding, dilation)
         del part, index
     if out is None:  # an empty batch
-        out = F.max_pool2d(x, *settings)
+        out = pool(x, *settings)
         place = out.to(torch.uint8)
     return out, place
 
@@ -77,32 +109,29 @@ def _max_pool_forward(
 def _max_pool_backward(
     grad: Tensor,
     place: Tensor,
-    shape: tuple[int, ...],
-    kernel: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    shape: Sizes,
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
     ceil_mode: bool,
 ) -> tuple[Tensor]:
-    top, left = _corners(grad.shape, stride, padding, grad.device)
     grad_x = grad.new_empty(shape)
     # the wide index, twice in passing, exists for some samples only
     sample_bytes = max(math.prod(shape[1:]) * grad.element_size(), 3 * 8 * place[:1].numel())
     for start, stop in sample_chunks(shape[0], sample_bytes, grad.device):
-        at = place[start:stop].long()
-        row = top + at.div(kernel[1], rounding_mode="floor") * dilation[0]
-        index = row * shape[-1] + left + at % kernel[1] * dilation[1]
+        index = _positions(place[start:stop], shape, kernel, stride, padding, dilation)
         point = grad.new_empty(()).expand(stop - start, *shape[1:])
-        grad_x[start:stop] = torch.ops.aten.max_pool2d_with_indices_backward(
+        grad_x[start:stop] = _BACKWARD[len(kernel)](
             grad[start:stop].contiguous(), point, kernel, stride, padding, dilation, ceil_mode, index
         )
     return (grad_x,)
 
 
-class _MaxPool2d(RazorFunction):
+class _MaxPool(RazorFunction):
     @staticmethod
     def forward(
-        x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+        x: Tensor, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
     ) -> tuple[Tensor, Tensor]:
         out, place = _max_pool_forward(x, kernel, stride, padding, dilation, ceil_mode)
         return out, mark(place, INDEX)

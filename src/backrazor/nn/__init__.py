@@ -47,6 +47,7 @@ DROP_INS: dict[str, str] = {
     f"{_TORCH}.normalization.RMSNorm": "norm.RazorRMSNorm",
     f"{_TORCH}.dropout.Dropout": "dropout.RazorDropout",
     f"{_TORCH}.pooling.MaxPool2d": "pooling.RazorMaxPool2d",
+    f"{_TORCH}.pooling.MaxPool3d": "pooling.RazorMaxPool3d",
     f"{_TORCH}.pooling.AdaptiveAvgPool2d": "pooling.RazorAdaptiveAvgPool2d",
     f"{_TORCH}.pooling.AvgPool2d": "pooling.RazorAvgPool2d",
     "timm.layers.linear.Linear": "timm_layers.RazorTimmLinear",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
+from torch.nn.modules.utils import _pair, _triple
 
 from .. import functional
+from ..functional.pooling import MOST_PLACES
 from .base import DropIn, LayerRules
 
 
-class RazorMaxPool2d(DropIn, nn.MaxPool2d):
-    """MaxPool2d that keeps the place in the window, 8 bits per output element."""
+class _RazorMaxPool(DropIn):
+    """Max pooling that keeps the place in the window, 8 bits per output element."""
 
     packs = False
+    sizes = staticmethod(_pair)  # a setting for each spatial dimension
 
     @classmethod
-    def refusal(cls, module: nn.MaxPool2d, rules: LayerRules) -> str | None:
-        height, width = _pair(module.kernel_size)
-        if height * width > 256:
+    def refusal(cls, module: nn.MaxPool2d | nn.MaxPool3d, rules: LayerRules) -> str | None:
+        if math.prod(cls.sizes(module.kernel_size)) > MOST_PLACES:
             return "a window of more than 256 elements does not fit an 8-bit index"
         if module.return_indices:
             return "return_indices=True hands out the wide index"
@@ -29,8 +32,18 @@ class RazorMaxPool2d(DropIn, nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         stride = self.kernel_size if self.stride is None else self.stride
-        settings = (_pair(self.kernel_size), _pair(stride), _pair(self.padding), _pair(self.dilation))
-        return functional.max_pool2d(input, *settings, self.ceil_mode)
+        settings = map(self.sizes, (self.kernel_size, stride, self.padding, self.dilation))
+        return functional.max_pool(input, *settings, self.ceil_mode)
+
+
+class RazorMaxPool2d(_RazorMaxPool, nn.MaxPool2d):
+    """MaxPool2d that keeps the place in the window, 8 bits per output element."""
+
+
+class RazorMaxPool3d(_RazorMaxPool, nn.MaxPool3d):
+    """MaxPool3d that keeps the place in the window, 8 bits per output element."""
+
+    sizes = staticmethod(_triple)
 
 
 class RazorAdaptiveAvgPool2d(DropIn, nn.AdaptiveAvgPool2d):
