@@ -108,6 +108,27 @@ def test_codes_of_a_smooth_activation_are_the_guess(name: str, word: str, featur
     assert relative_error(x.detach(), packed.unpack()) < 0.6 * relative_error(x.detach(), means.unpack())
 
 
+@pytest.mark.parametrize("build", [nn.ReLU, nn.ReLU6])
+def test_tokens_behind_a_relu_are_zero_where_it_made_them_zero(build: type[nn.Module], flag: Tensor) -> None:
+    """The gradient is the dense one at x_hat, and x_hat knows the zeros."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(24, 48), build(), nn.Linear(48, 8)), torch.randn(3, 30, 24) * 4
+    br.razor_(model, br.RazorConfig(0.9, values="float32"))
+    y = model[1](model[0](x))
+    packed = pack_input(y, model[2].razor.pruned, FEATURES, activation_of(y), flag)
+    assert packed.form.masked
+    y, x_hat, kept = y.detach(), packed.unpack(), pack_kept(packed)
+    active = (y > 0) & ~(y >= 6) if build is nn.ReLU6 else y > 0
+    assert not x_hat[~active & ~kept].any()
+    assert relative_error(y, x_hat) < 0.7 * relative_error(
+        y, Guessed(model[2].razor.pruned, True).pack(y, flag).unpack()
+    )
+    out = model(x)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    assert_close("weight", model[2].weight.grad, torch.einsum("bto,bti->oi", grad, x_hat), 1e-5)
+
+
 def test_what_a_code_stands_for_is_the_mean_output_of_its_interval() -> None:
     x = torch.linspace(-6, 6, 600_001, dtype=torch.float64)
     weight = torch.exp(-0.5 * x.square())

@@ -4,10 +4,10 @@
     of a norm that keeps codes                          read from those codes, no bytes (``shared``)
     of an attention that keeps codes of q, k and v      worked out from those codes, no bytes (``shared``)
     an activation's output, a map (B, C, *)             differences from the channel's mean, pruned
-        whose backward keeps bits                       ... and zero where the bit says so, but in depthwise
-                                                        convolutions of more than three columns
     tokens (B, *, I)                                    differences from the feature's mean over tokens, pruned
-    either, whose activation keeps codes                differences from a number per channel or feature times the
+        either, whose activation keeps bits             ... and zero where the bit says so, but in depthwise
+                                                        convolutions of more than three columns
+        either, whose activation keeps codes            differences from a number per channel or feature times the
                                                         code's mean output, pruned
     a map that comes from no activation                 averages of blocks in 4 bits, an image's in 8
     fewer than four positions per channel               whole in 8 bits
@@ -93,14 +93,13 @@ def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None
         whole = replace(codec, sparsity=0.0, values=whole_values(codec.values))
         return pack(x, codec if use.features else whole, flag)
     known = activation.of(x) if activation is not None and codec.fill == "known" else None
+    told = None if known is None else activation.codes.tensors[0]
     if use.features:
-        if isinstance(known, Levels):
-            return Guessed(codec, True, known).pack(x, flag, activation.codes.tensors[0])
-        return Guessed(codec, True).pack(x, flag)
+        return Guessed(codec, True, known).pack(x, flag, told)
     if activation is None and x.dim() == 4:
         share = (1 - codec.sparsity) / FULL_SHARE
         side = KERNEL_SIDE * math.sqrt(share) if use.kernel else SIDE * share
         return Averaged(max(round(side), 1), "int8" if x.shape[1] <= IMAGE_CHANNELS else "int4").pack(x, flag)
     if known is None or x.dim() != 4 or not (use.masked or isinstance(known, Levels)):
         return Guessed(codec, False).pack(x, flag)
-    return Guessed(codec, False, known).pack(x, flag, activation.codes.tensors[0])
+    return Guessed(codec, False, known).pack(x, flag, told)

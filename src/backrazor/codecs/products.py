@@ -75,9 +75,10 @@ class LinearProduct:
 
     @staticmethod
     def of(packed: Packed, grad: Tensor) -> LinearProduct | None:
-        """For a gradient like ``grad`` (B, *, O); None where the dense product is no slower."""
+        """For a gradient like ``grad`` (B, *, O); None where the dense product is no slower, or a mask makes it
+        one."""
         tokens = math.prod(packed.form.shape[1:-1])
-        if tokens < FEWEST_TOKENS or not linear_fits(tokens, packed.form.shape[-1], grad.shape[-1]):
+        if tokens < FEWEST_TOKENS or _masked(packed) or not linear_fits(tokens, packed.form.shape[-1], grad.shape[-1]):
             return None
         form = _sparse(packed)
         return LinearProduct(packed, form, grad) if form is not None and _multiplies(form, grad) else None
