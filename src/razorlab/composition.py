@@ -81,4 +81,5 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     register(overrides)
     running = GlobalHydra.instance().is_initialized()  # a job of train.py
     with nullcontext() if running else initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+        plain: Any = OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+        return plain

@@ -146,7 +146,7 @@ def _ablated(row: Row) -> Recipe:
         "trainer": {"epochs": 8, "eval_every": 8, "measure": {"mode": "saved", "batch_size": 8, "image_size": 224}},
     }
     groups = {"model": "efficientnet_lite0", "data": "digits", "optim": "adam", **row.groups}
-    return Recipe(f"ablation/{row.name}", "digits", row, groups, settings | row.settings, None, OURS)
+    return Recipe(f"ablation/{row.name}", "digits", row, groups, {**settings, **row.settings}, None, OURS)
 
 
 def _on(model: str, row: Row) -> Row:

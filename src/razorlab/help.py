@@ -63,7 +63,7 @@ def recipe_lines(names: Sequence[str]) -> list[str]:
     data: dict[str, list[str]] = {}
     for model, _, name in (text.partition("/") for text in names if "/" in text):
         data.setdefault(model, []).append(name)
-    of = {}
+    of: dict[str, list[str]] = {}
     for model, sets in data.items():
         of.setdefault(", ".join(sets), []).append(model)
     return [

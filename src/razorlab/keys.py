@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from backrazor.config import WORDS
 from razorlab.errors import UserError
@@ -16,20 +17,18 @@ REQUIRED = "???"  # Hydra's word for a value that a group's file or the command 
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key.
+    """One configuration key: what stands beside a field's type, and what ``keys_of`` reads from the field.
 
     Args:
-        path: dotted name, as written on the command line.
-        kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
         default: its value where no group's file, experiment or argument says otherwise; ``REQUIRED`` has none.
         help: meaning and unit.
-        choices: the allowed strings; empty for any.
+        choices: the allowed strings; empty for any, or those of a ``Literal``.
         low, high: allowed range of a number; ``open_low``/``open_high`` leave the end itself out.
+        path: dotted name, as written on the command line.
+        kind: ``int``, ``float``, ``bool`` or ``str``; an int is a valid float, a bool is never a number.
         optional: whether ``null`` is allowed.
     """
 
-    path: str
-    kind: type
     default: Any
     help: str
     choices: tuple[str, ...] = ()
@@ -37,6 +36,8 @@ class Key:
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
+    path: str = ""
+    kind: type = str
     optional: bool = False
 
     @property
@@ -73,10 +74,23 @@ class Key:
             value = float(value)
         if type(value) is not self.kind:
             return False
-        if self.choices:
-            return value in self.choices
-        if self.kind not in (int, float):
-            return True
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
-        return math.isfinite(value) and above and below
+        if self.choices or self.kind not in (int, float):
+            return not self.choices or value in self.choices
+        number: Any = value
+        above = self.low is None or number > self.low or (number == self.low and not self.open_low)
+        below = self.high is None or number < self.high or (number == self.high and not self.open_high)
+        return math.isfinite(number) and above and below
+
+
+def keys_of(section: Any, prefix: str = "") -> Iterator[Key]:
+    """Yield the keys of a typed dictionary and of those in it: ``Annotated[type, Key(...)]`` each."""
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            yield from keys_of(hint, f"{prefix}{name}.")
+            continue
+        kind, key = get_args(hint)
+        optional = type(None) in get_args(kind)
+        plain = get_args(kind)[0] if optional else kind  # of ``float | None``
+        words = get_args(plain)  # of a ``Literal``
+        kind = str if words else plain
+        yield replace(key, path=f"{prefix}{name}", kind=kind, choices=words or key.choices, optional=optional)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import backrazor as br
+from razorlab import schema
 from razorlab.errors import UserError
 from razorlab.records import task_of
 from razorlab.training.costs import label_shape
@@ -60,7 +61,7 @@ class StepProfile:
             leaves out.
     """
 
-    def __init__(self, config: Mapping[str, Any], classes: int, image_size: int) -> None:
+    def __init__(self, config: schema.Config, classes: int, image_size: int) -> None:
         if task_of(config) == "text":
             raise UserError("task=text is not profiled from images: train.py logs what a step of texts holds")
         checkpointing = config["trainer"]["checkpointing"]
@@ -71,7 +72,7 @@ class StepProfile:
             )
         self.config, self.image_size = config, image_size
         self.razor = razor_config(config["razor"])
-        plain = {**config, "razor": {**config["razor"], "name": "none"}}
+        plain: schema.Config = {**config, "razor": {**config["razor"], "name": "none"}}
         self.network: Network = assemble(plain, classes)
         self.optimizer = make_optimizer(self.network.model, self.network.backbone.head, config["optim"])
         self._known: dict[tuple[float | None, int], br.memory.Prediction] = {}
@@ -83,10 +84,10 @@ class StepProfile:
             UserError: the network cannot take such images.
         """
         if (sparsity, batch) not in self._known:
-            model = self.network.model
+            model: Any = self.network.model
             br.unrazor_(model)
             model.coarse = False
-            if sparsity is not None:
+            if sparsity is not None and self.razor is not None:
                 razor = dataclasses.replace(self.razor, sparsity=sparsity)
                 razor_network(model, razor, self.config["razor"]["dense"])
             try:
@@ -210,9 +211,9 @@ def layer_table(profile: StepProfile, batch: int, sparsity: float | None, rows: 
         shown = [*shown, (f"{len(rest)} smaller layers", sum(r[1] for r in rest), sum(r[2] for r in rest), "")]
     shown = [*shown, ("saved in all", sum(line[1] for line in lines), sum(line[2] for line in lines), "")]
     if sparsity is None:
-        table = [(name, f"{before / 1e6:.3f}", what) for name, before, _, what in shown]
+        plain = [(name, f"{before / 1e6:.3f}", what) for name, before, _, what in shown]
         return tabulate(
-            table, ("layer", "dense, MB", "keeps"), disable_numparse=True, colalign=("left", "right", "left")
+            plain, ("layer", "dense, MB", "keeps"), disable_numparse=True, colalign=("left", "right", "left")
         )
     table = [(name, f"{a / 1e6:.3f}", f"{b / 1e6:.3f}", _ratio(a, b), what) for name, a, b, what in shown]
     headings = ("layer", "dense, MB", "razored, MB", "less", "keeps when razored")

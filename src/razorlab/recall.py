@@ -31,7 +31,7 @@ def command_of(record: Mapping[str, Any]) -> str:
         arguments, beneath = [f"experiment={experiment}"], {"experiment": found}
     elif pair in composed("recipe"):
         if recipe:
-            beneath = {"recipe": content("recipe", pair)}
+            beneath = {"recipe": content("recipe", pair) or {}}
             arguments = [f"{group}={own[group]}" for group in ("model", "data")]
             choices |= {group: own[group] for group in ("model", "data")}
         else:
@@ -63,7 +63,7 @@ def _choices(body: dict[str, Any]) -> dict[str, str]:
     return {group: name for group, name in chosen.items() if not group.startswith("override hydra/")}
 
 
-def _choice(config: Mapping[str, Any], group: str) -> str | None:
+def _choice(config: Any, group: str) -> Any:
     name = config.get(group, {}).get("name")
     if name is None or name in file_names(group):
         return name

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from razorlab.errors import UserError
 from razorlab.files import atomic_write_text
@@ -32,6 +32,9 @@ NOT_HASHED = (
     "trainer.workers",
     "trainer.measure",
 )
+
+if TYPE_CHECKING:
+    from razorlab import schema
 # Keys that came after the first runs: left out where they change nothing, so that those runs keep their folders.
 HASHED_UNLESS = {
     "model.pos_drop_rate": 0.0,
@@ -100,12 +103,18 @@ def hashed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def task_of(config: Mapping[str, Any]) -> str:
+def task_of(config: schema.Config) -> str:
     """The task that a configuration names; one of before there were others is a classification."""
     return config.get("task", CLASSIFICATION)["name"]
 
 
-def run_directory(config: Mapping[str, Any], experiment: str | None) -> Path:
+def side_of(config: schema.Config) -> int:
+    """Side of an image as it trains, in pixels; of a text its most tokens."""
+    tokens = config["task"]["tokens"] if task_of(config) == "text" else None
+    return tokens or config["data"]["image_size"]
+
+
+def run_directory(config: schema.Config, experiment: str | None) -> Path:
     """Return ``outputs/<experiment, or model-data>/<method>-<razor>-<sparsity>/<hash>/<seed>``; makes nothing."""
     top = experiment or f"{config['model']['name']}-{config['data']['name']}"
     row = f"{config['method']['name']}-{config['razor']['name']}-{config['razor']['sparsity']:g}"
@@ -152,7 +161,7 @@ def _git_commit() -> str | None:
     """The commit of this code, with a plus sign where files differ from it; None outside a repository."""
     here = Path(__file__).parent
     try:
-        run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        run: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
     except (OSError, subprocess.SubprocessError):

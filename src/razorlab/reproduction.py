@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from backrazor.memory.peak import WARM_UP_STEPS
+from razorlab import schema
 from razorlab.data.published import PUBLISHED
 from razorlab.data.published.listing import missing_files
 from razorlab.data.scenes import SCENES
@@ -35,7 +36,7 @@ class Cell:
     """One run of a table: a recipe with a seed, composed."""
 
     recipe: Recipe
-    config: Mapping[str, Any]
+    config: schema.Config
 
     @property
     def finished(self) -> bool:
@@ -53,7 +54,7 @@ def missing_inputs(cells: Sequence[Cell]) -> list[str]:
     return list(lines)
 
 
-def _missing_data(config: Mapping[str, Any]) -> str | None:
+def _missing_data(config: schema.Config) -> str | None:
     name = config["data"]["name"]
     if name not in PUBLISHED:
         return None
@@ -65,7 +66,7 @@ def _missing_data(config: Mapping[str, Any]) -> str | None:
     return f"data {name}: {problems[0]}: {PUBLISHED[name].command}{place}"
 
 
-def _missing_weights(config: Mapping[str, Any]) -> str | None:
+def _missing_weights(config: schema.Config) -> str | None:
     model = config["model"]
     if not model["pretrained"]:
         return None
@@ -122,7 +123,7 @@ def _start_seconds() -> float:
     return time.perf_counter() - began
 
 
-def _measuring_seconds(config: Mapping[str, Any], step: float, start: float) -> float:
+def _measuring_seconds(config: schema.Config, step: float, start: float) -> float:
     """Seconds of measuring peak and time, for ``step`` seconds per image and ``start`` seconds per process."""
     measure = config["trainer"]["measure"]
     if measure["mode"] != "all":
@@ -132,14 +133,14 @@ def _measuring_seconds(config: Mapping[str, Any], step: float, start: float) -> 
     return measure["repeats"] * (2 * start + steps * images * step)
 
 
-def _classes(config: Mapping[str, Any]) -> int:
+def _classes(config: schema.Config) -> int:
     name = config["data"]["name"]
     if task_of(config) == "segmentation":
         return {"scenes": DIGITS_CLASSES + 1, "pets": 2}.get(name) or PUBLISHED[name].classes
     return PUBLISHED[name].classes if name in PUBLISHED else DIGITS_CLASSES
 
 
-def _images(config: Mapping[str, Any]) -> tuple[int, int]:
+def _images(config: schema.Config) -> tuple[int, int]:
     """Images that a run trains on and evaluates, repeats counted."""
     data, trainer = config["data"], config["trainer"]
     if data["name"] in PUBLISHED:
@@ -158,17 +159,17 @@ def _images(config: Mapping[str, Any]) -> tuple[int, int]:
     return steps * batch, val * (epochs // trainer["eval_every"] + 1) + test
 
 
-def _probe(config: Mapping[str, Any], classes: int) -> tuple[float, float]:
+def _probe(config: schema.Config, classes: int) -> tuple[float, float]:
     """Seconds an image of a training step, and of a forward alone."""
     # Neither the weights nor how frozen ones are stored change a step's time by much, and clustering takes seconds.
-    plain = {
+    plain: schema.Config = {
         **config,
         "model": {**config["model"], "pretrained": False},
         "method": {**config["method"], "frozen_bits": None},
     }
     trainer = config["trainer"]
     images = min(PROBE_IMAGES, trainer["micro_batch"] or trainer["batch_size"])
-    step = build_step(plain, classes, images, config["data"]["image_size"])
+    step: Any = build_step(plain, classes, images, config["data"]["image_size"])
     synchronise = torch.cuda.synchronize if pick_device(trainer["device"]).type == "cuda" else lambda: None
     forwards, steps = [], []
     for _ in range(1 + PROBE_STEPS):  # the first compiles kernels

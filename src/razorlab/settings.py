@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from razorlab.conflicts import check_conflicts
 from razorlab.errors import UserError
-from razorlab.schema import KEYS
+from razorlab.schema import KEYS, Config
 
 BY_PATH = {key.path: key for key in KEYS}
 
@@ -24,13 +24,12 @@ def defaults() -> dict[str, Any]:
     return nested
 
 
-def changed(**sections: Mapping[str, Any]) -> dict[str, Any]:
+def changed(**sections: Mapping[str, Any]) -> Config:
     """Return the schema's defaults with the settings of ``sections`` in their place, valid."""
     config = defaults()
     for name, settings in sections.items():
         config[name] |= settings
-    validate(config)
-    return config
+    return validate(config)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -43,8 +42,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield path, value
 
 
-def validate(config: Mapping[str, Any]) -> None:
-    """Check a composed configuration, a nested dict of plain values.
+def validate(config: Mapping[str, Any]) -> Config:
+    """Check a composed configuration, a nested dict of plain values, and return it as what it then is.
 
     Raises:
         UserError: a key is unknown or missing, a value is not allowed, or two settings contradict each other.
@@ -61,3 +60,4 @@ def validate(config: Mapping[str, Any]) -> None:
             raise UserError(f"{path} is missing: it takes {key.allowed} ({key.help})")
         key.check(given[path])
     check_conflicts(given)
+    return cast(Config, config)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import backrazor as br
+from razorlab import schema
 from razorlab.errors import UserError
 from razorlab.files import atomic_write_text
 from razorlab.official import official_memory
@@ -59,7 +60,7 @@ class Cell:
         """What tells it from the others."""
         return dataclasses.asdict(self)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> schema.Config:
         """The cell as a configuration: everything but batch norm trains, which stays frozen; weights are random."""
         transformer = self.model.startswith("vit")
         return changed(
@@ -118,7 +119,7 @@ def has_peak(cell: Cell, folder: Path) -> bool:
 def without_peak(cell: Cell, folder: Path, keep: bool = True) -> dict[str, Any]:
     """Fill the columns that need no fresh process: predicted, saved, official formula; bytes."""
     model = cell.network()
-    shape = {"input_size": (3, cell.image_size, cell.image_size), "batch_size": cell.batch_size}
+    shape: dict[str, Any] = {"input_size": (3, cell.image_size, cell.image_size), "batch_size": cell.batch_size}
     predicted = br.memory.predict(model, **shape)
     # The formula has no word for sparsity 0 with an index; it is asked at the sparsity, as the released commands do.
     official = official_memory(model, **shape)

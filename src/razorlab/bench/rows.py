@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import backrazor as br
+from razorlab import schema
 from razorlab.settings import changed
 from razorlab.training.costs import build_step
 
@@ -48,7 +48,7 @@ class Row:
     def images(self) -> int:
         return self.batch or BATCH.get(self.backbone, 8)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> schema.Config:
         """The row as a configuration of the laboratory: what it sets otherwise than the defaults."""
         preset, sparsity = self.razor or ("none", 0.0)
         trained = self.bn == "train"

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from razorlab import schema
 from razorlab.composition import compose_config
 from razorlab.errors import UserError, one_line
 from razorlab.memory_profile import StepProfile, layer_table, need_table, parse_size
@@ -56,12 +56,11 @@ def whole(own: dict[str, str], name: str, least: int, most: int) -> int:
     return int(text)
 
 
-def composed(overrides: Sequence[str]) -> dict[str, Any]:
+def composed(overrides: Sequence[str]) -> schema.Config:
     """Return the configuration of ``overrides``, validated, as plain values; weights are random."""
     config = compose_config(["model.pretrained=false", *with_recipe(overrides)])
     config["data"]["root"] = "."  # no data is read
-    validate(config)
-    return config
+    return validate(config)
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -84,7 +83,7 @@ def report(arguments: Sequence[str]) -> None:
     size = config["data"]["image_size"]
     profile = StepProfile(config, classes, size)
     sparsity = profile.razor.sparsity if profile.razor is not None else None
-    if automatic:
+    if automatic and budget is not None:
         sparsity = profile.least_sparsity(budget, batch)
         print(f"razor.sparsity={sparsity:g} is the smallest (in hundredths) whose step fits {own['budget']}\n")
     title = f"{config['model']['name']}, batch {batch}, {size} px, {config['trainer']['precision']}"

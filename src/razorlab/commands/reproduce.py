@@ -24,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from razorlab.composition import compose_config
 from razorlab.errors import UserError, one_line
 from razorlab.experiments import DIGITS_TABLES, REAL_DATA, SMOKE_DATA, TABLES, experiments
-from razorlab.recipes import DATA, Recipe
 from razorlab.recipes import SMOKE_DATA as DIGITS
+from razorlab.recipes import Recipe
+from razorlab.released import DATA
 from razorlab.reproduction import Cell, duration, estimated_seconds, missing_inputs, needs
 from razorlab.settings import validate
 from razorlab.tables import accuracy_against_peak, cells, load_runs, memory_by_role, pivot, title, write_grid
@@ -53,7 +54,7 @@ def wanted(options: argparse.Namespace) -> list[Recipe]:
     """
     real, embedded = REAL_DATA.get(options.table, DATA), SMOKE_DATA.get(options.table, DIGITS)
     if options.preset == "smoke" or options.table in DIGITS_TABLES:
-        names = (embedded,)
+        names: tuple[str, ...] = (embedded,)
     else:
         names = tuple(options.data.split(",")) if options.data else real
     unknown = [name for name in names if name not in (*real, embedded)]
@@ -84,10 +85,10 @@ def compose_cells(chosen: list[Recipe], seeds: list[int], overrides: list[str]) 
     found = []
     for recipe in chosen:
         try:
-            config = compose_config([f"experiment={recipe.name}", *overrides])
+            composed = compose_config([f"experiment={recipe.name}", *overrides])
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"{' '.join(overrides)}: {one_line(error)}") from error
-        validate(config)
+        config = validate(composed)
         found += [Cell(recipe, {**config, "seed": seed}) for seed in seeds]
     return found
 
@@ -110,7 +111,7 @@ def write(table: str, chosen: list[Recipe], outputs: Path) -> None:
     runs = runs[runs["newest"] & runs["experiment"].isin(names)] if len(runs) else runs
     grid = cells(runs, chosen)
     heading = title(table, runs)
-    written = write_grid(grid, runs, folder / "tables", heading)
+    written: list[Path | None] = [*write_grid(grid, runs, folder / "tables", heading)]
     for data, group in grid.groupby("data", sort=False):
         written.append(accuracy_against_peak(group, folder / "tables" / f"accuracy_against_peak_{data}.png"))
         labels = group.set_index("experiment")["method"]

@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser  # private, but the only way to have its complaint as one line
@@ -86,7 +87,7 @@ def refused_sweep(arguments: list[str]) -> str | None:
     return None
 
 
-def run_composed(composed: DictConfig, overrides: list[str]) -> None:
+def run_composed(composed: DictConfig, overrides: Any) -> None:
     """Run the job that Hydra composed from ``overrides``.
 
     Raises:
@@ -100,7 +101,7 @@ def run_composed(composed: DictConfig, overrides: list[str]) -> None:
     chosen = with_recipe(overrides)
     take_submitit_rank()
     # A run of a sweep over models or data sets finds its recipe here.
-    config = compose_config(chosen) if chosen != overrides else OmegaConf.to_container(composed, resolve=True)
+    config: Any = compose_config(chosen) if chosen != overrides else OmegaConf.to_container(composed, resolve=True)
     execute(config, HydraConfig.get().runtime.choices.get("experiment"), recipe_of(chosen))
 
 
@@ -114,7 +115,7 @@ def take_submitit_rank() -> None:
         submitit.helpers.TorchDistributedEnvironment().export()
 
 
-def hydra_app(problems: list[Exception]) -> Callable[[], None]:
+def hydra_app(problems: list[BaseException]) -> Callable[[], None]:
     """Return the command line application. A job's user error goes to ``problems``, since Hydra would print a second
     line about it. In a launcher's own process it is raised instead, for that list is not shared; what is logged there
     begins with the job's number, for others log beside it.
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if arguments[:1] == ["--list"]:
         return list_group(arguments[1:])
-    problems: list[Exception] = []
+    problems: list[BaseException] = []
     try:
         completed = with_recipe(arguments)
     except UserError as error:

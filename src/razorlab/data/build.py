@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +17,9 @@ from razorlab.data.splits import check_classes, lacking, stratified_holdout
 from razorlab.data.texts import Encode, EncodedTexts
 from razorlab.data.transforms import TwoPartTransform, eval_transform, train_transform
 from razorlab.errors import UserError
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 
 class TensorImages(Dataset):
@@ -67,8 +69,8 @@ class DataBundle:
 
 
 def build_data(
-    data: Mapping[str, Any],
-    paths: Mapping[str, Any],
+    data: schema.Data,
+    paths: schema.Paths,
     check: bool = True,
     task: str = "classification",
     encode: Encode | None = None,
@@ -110,7 +112,7 @@ def build_data(
     if task == "text":
         assert encode is not None
         parts = [EncodedTexts(part, encode) for part in (splits.train, splits.val, splits.test)]
-        return DataBundle(*parts, class_names=names, note=splits.note + lacking(splits))
+        return DataBundle(parts[0], parts[1], parts[2], names, splits.note + lacking(splits))
     if (kind := data["train_transform"]) == "scale_crop":
         raise UserError.value("data.train_transform", kind, "plain|random_crop|resize_crop, for task=classification")
     final = eval_transform(data)
@@ -131,7 +133,7 @@ def official(splits: Splits, reported_on: str) -> Splits:
     """
     note = f"{splits.note}; official protocol: nothing is selected, the last weights are reported on"
     if reported_on == "val":
-        given = ("val", "test") if "val" in splits.given else ()
+        given: tuple[str, ...] = ("val", "test") if "val" in splits.given else ()
         return replace(splits, test=splits.val, given=given, note=f"{note} the validation images, test is not used")
     given = ("val", "test") if "test" in splits.given else ("val",)
     joined = splits.train + splits.val

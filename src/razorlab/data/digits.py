@@ -5,9 +5,8 @@ The images are half of the test part of the UCI set "Optical Recognition of Hand
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -15,6 +14,9 @@ from sklearn.datasets import load_digits
 
 from razorlab.data.spec import LabelledImages, Splits
 from razorlab.data.splits import stratified_holdout
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 WHITE = 16  # largest value in the source
 
@@ -30,7 +32,7 @@ class _DigitImages:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
 
-def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
+def load(data: schema.Data, paths: schema.Paths) -> Splits:
     """Return the digits, stratified by class: ``test_fraction`` of all for test, ``val_fraction`` for validation."""
     source = load_digits()
     pixels = (source.images * (255 / WHITE)).round().astype(np.uint8)

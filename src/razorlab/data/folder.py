@@ -10,17 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from razorlab.data.images import EXTENSIONS, ImageFiles, check_files
 from razorlab.data.spec import LabelledImages, Splits
 from razorlab.data.splits import stratified_holdout
 from razorlab.errors import UserError, first_few
 
+if TYPE_CHECKING:
+    from razorlab import schema
+
 LAYOUT = "a folder for each class with images in it, or train/, test/ (and val/) that hold such folders"
 
 
-def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
+def load(data: schema.Data, paths: schema.Paths) -> Splits:
     """Return the splits of the tree at ``data.root``.
 
     Where the tree has train/ and test/ but no val/, validation is drawn from train/. Where it has train/ and val/ but
@@ -33,7 +36,7 @@ def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
     return _from_parts(root, parts, data) if "train" in parts else _from_one_tree(root, data)
 
 
-def _from_parts(root: Path, parts: Mapping[str, Path], data: Mapping[str, Any]) -> Splits:
+def _from_parts(root: Path, parts: Mapping[str, Path], data: schema.Data) -> Splits:
     if len(parts) == 1:
         raise UserError(
             f"data.root={root} has train/ but no test/: add test/, or move the class folders of train/ "
@@ -41,20 +44,20 @@ def _from_parts(root: Path, parts: Mapping[str, Path], data: Mapping[str, Any]) 
         )
     names = _class_names(parts["train"])
     test_name = "test" if "test" in parts else "val"
-    labelled = {part: _labelled(folder, names) for part, folder in parts.items()}
+    labelled: dict[str, Any] = {part: _labelled(folder, names) for part, folder in parts.items()}
     check_files(*(images.images.paths for images in labelled.values()))
     test, train = labelled[test_name], labelled["train"]
     if "val" in parts and test_name == "test":
         val = labelled["val"]
         return Splits(train, val, test, names, "train/, val/ and test/ as found", given=("val", "test"))
-    kept, val = stratified_holdout(train.labels, data["val_fraction"], data["split_seed"], "data.val_fraction", names)
+    kept, drawn = stratified_holdout(train.labels, data["val_fraction"], data["split_seed"], "data.val_fraction", names)
     note = f"test is {test_name}/; validation drawn from train/ with data.split_seed={data['split_seed']}"
-    return Splits(train.select(kept), train.select(val), test, names, note, given=("test",))
+    return Splits(train.select(kept), train.select(drawn), test, names, note, given=("test",))
 
 
-def _from_one_tree(root: Path, data: Mapping[str, Any]) -> Splits:
+def _from_one_tree(root: Path, data: schema.Data) -> Splits:
     names = _class_names(root)
-    everything = _labelled(root, names)
+    everything: Any = _labelled(root, names)
     check_files(everything.images.paths)
     seed = data["split_seed"]
     rest, test = stratified_holdout(everything.labels, data["test_fraction"], seed, "data.test_fraction", names)

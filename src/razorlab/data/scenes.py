@@ -10,9 +10,8 @@ The digits of training, validation and test scenes are disjoint, and so stratifi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -20,6 +19,9 @@ from PIL import Image
 from razorlab.data import digits
 from razorlab.data.spec import LabelledImages, Splits
 from razorlab.data.transforms import UNLABELLED
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 SIDE = 96
 SCENES = {"train": 240, "val": 60, "test": 120}
@@ -40,7 +42,7 @@ class _Scenes:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
 
-def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
+def load(data: schema.Data, paths: schema.Paths) -> Splits:
     """Return the scenes; ``data.split_seed`` draws the digits of each split and composes them."""
     source = digits.load(data, paths)
     parts = {
@@ -48,7 +50,7 @@ def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
         for number, (name, count) in enumerate(SCENES.items())
     }
     note = f"composed of disjoint digits, drawn with data.split_seed={data['split_seed']}"
-    return Splits(**parts, class_names=(), note=note, mask_names=("ground", *source.class_names))
+    return Splits(parts["train"], parts["val"], parts["test"], (), note, mask_names=("ground", *source.class_names))
 
 
 def _compose(source: LabelledImages, count: int, random: np.random.Generator) -> LabelledImages:

@@ -6,11 +6,14 @@ file in ``configs/data/``. Everything else (transforms, caching, protocol, fract
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 
 class ImageSource(Protocol):
@@ -35,7 +38,7 @@ class LabelledImages:
 
     images: ImageSource
     labels: tuple[int, ...]
-    masks: Sequence[Any] | None = None
+    masks: Any = None
 
     def __post_init__(self) -> None:
         assert len(self.images) == len(self.labels), (len(self.images), len(self.labels))
@@ -118,4 +121,4 @@ class DatasetSpec:
             where files are missing it raises ``UserError`` with the command that brings them.
     """
 
-    load: Callable[[Mapping[str, Any], Mapping[str, Any]], Splits]
+    load: Callable[[schema.Data, schema.Paths], Splits]

@@ -6,13 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
 from razorlab.data.spec import Splits
 from razorlab.errors import UserError
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 SIDES = {"train": "training", "val": "validation", "test": "test"}
 
@@ -87,7 +90,7 @@ def named_holdout(paths: Sequence[Path], file: str) -> tuple[list[int], list[int
     return [index for index in range(len(paths)) if index not in out], sorted(out)
 
 
-def check_classes(splits: Splits, data: Mapping[str, Any]) -> None:
+def check_classes(splits: Splits, data: schema.Data) -> None:
     """Refuse splits that leave a class without training images, or a drawn split without images of a class.
 
     A validation or test split that the data set brings (``splits.given``) may lack a class.
@@ -105,12 +108,12 @@ def check_classes(splits: Splits, data: Mapping[str, Any]) -> None:
     if not bad:
         return
     label, side = bad[0]
-    key = f"data.{_asking(side, label, counts, data)}"
+    key, value = _asking(side, label, counts, data)
     drawn = ", ".join(f"{counts[name][label]} for {word}" for name, word in SIDES.items())
     others = len({label for label, _ in bad}) - 1
     also = f" (and {others} more {'class' if others == 1 else 'classes'})" if others else ""
     raise UserError(
-        f"{key}={data[key.removeprefix('data.')]:g} leaves class {splits.class_names[label]!r}{also} without "
+        f"{key}={value:g} leaves class {splits.class_names[label]!r}{also} without "
         f"{SIDES[side]} images ({drawn}); about {_enough(splits, data)} images are enough: add some, remove the class "
         f"or change {key}{', or make train/, val/ and test/ yourself' if data['name'] == 'folder' else ''}"
     )
@@ -127,16 +130,16 @@ def lacking(splits: Splits) -> str:
     return "".join(texts)
 
 
-def _asking(side: str, label: int, counts: Mapping[str, Counter[int]], data: Mapping[str, Any]) -> str:
-    """Name the key that took the images of class ``label`` away from ``side``."""
-    if side != "train":
-        return f"{side}_fraction"
-    if data["train_fraction"] < 1:
-        return "train_fraction"
-    return "test_fraction" if counts["test"][label] >= counts["val"][label] else "val_fraction"
+def _asking(side: str, label: int, counts: Mapping[str, Counter[int]], data: schema.Data) -> tuple[str, float]:
+    """Return name and value of the key that took the images of class ``label`` away from ``side``."""
+    if side == "train" and data["train_fraction"] < 1:
+        return "data.train_fraction", data["train_fraction"]
+    if side == "test" or (side == "train" and counts["test"][label] >= counts["val"][label]):
+        return "data.test_fraction", data["test_fraction"]
+    return "data.val_fraction", data["val_fraction"]
 
 
-def _enough(splits: Splits, data: Mapping[str, Any]) -> int:
+def _enough(splits: Splits, data: schema.Data) -> int:
     """Return how many images of a class give each drawn split at least one."""
     val = 0.0 if "val" in splits.given else data["val_fraction"]
     test = 0.0 if "test" in splits.given else data["test_fraction"]

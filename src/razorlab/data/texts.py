@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class EncodedTexts(torch.utils.data.Dataset):
     """
 
     def __init__(self, source: LabelledImages, encode: Encode) -> None:
-        self.ids = encode([source.images[index] for index in range(len(source))])
+        texts: Any = source.images
+        self.ids = encode([texts[index] for index in range(len(source))])
         self.labels = torch.tensor(source.labels)
 
     def __len__(self) -> int:

@@ -7,15 +7,17 @@ of its image by the nearest pixel, whatever ``data.interpolation`` says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 UNLABELLED = 255  # in a mask: a pixel that counts neither in the loss nor in a score
 SCALES = (0.5, 2.0)  # of scale_crop, as DeepLab is trained
@@ -35,7 +37,7 @@ class TwoPartTransform:
     random: nn.Module
 
 
-def _interpolation(data: Mapping[str, Any]) -> v2.InterpolationMode:
+def _interpolation(data: schema.Data) -> v2.InterpolationMode:
     return INTERPOLATION[data.get("interpolation", "bicubic")]  # a record may be older than the key
 
 
@@ -85,7 +87,7 @@ class Fit(nn.Module):
         return vision.pad(image, margins, list(GREY)), vision.pad(mask, margins, UNLABELLED)
 
 
-def eval_transform(data: Mapping[str, Any], masks: bool = False) -> TwoPartTransform:
+def eval_transform(data: schema.Data, masks: bool = False) -> TwoPartTransform:
     """Bring the image to the input size without randomness, as ``data.eval_transform`` says; null follows training.
 
     ``squash``: the whole image to a square. ``center_crop``: the shorter side to 256/224 of the input, then the middle.
@@ -107,7 +109,7 @@ def eval_transform(data: Mapping[str, Any], masks: bool = False) -> TwoPartTrans
     return TwoPartTransform(v2.Compose(steps), v2.Identity())
 
 
-def train_transform(data: Mapping[str, Any]) -> TwoPartTransform:
+def train_transform(data: schema.Data) -> TwoPartTransform:
     """The training transform that ``data.train_transform`` names.
 
     ``plain``: the whole image to a square. ``random_crop``: a random area of at least ``crop_scale_min``, brought to

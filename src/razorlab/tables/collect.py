@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -19,8 +19,11 @@ MEMORY = (
     *("process_peak_bytes", "step_seconds"),
 )
 
+if TYPE_CHECKING:
+    from razorlab import schema
 
-def row_label(config: Mapping[str, Any]) -> str:
+
+def row_label(config: schema.Config) -> str:
     """Return what tells one table row from another: method, razor with its sparsity, checkpointing, micro-batches, how
     the optimizer keeps its state and takes its step."""
     razor, trainer = config["razor"], config["trainer"]

@@ -9,7 +9,6 @@ Shape legend: B samples, n elements per sample, K of them kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from backrazor.codecs import Pruned, PrunedForm, load, pack, packed_of, save
 from backrazor.functional.transforms import RazorFunction, differentiable_once
 from backrazor.nn import DropIn
+from razorlab import schema
 from razorlab.errors import UserError
 
 
@@ -78,7 +78,7 @@ class PruneInput:
         return _Prune.run(x, packed.form, *packed.tensors), *others
 
 
-def ablate(model: nn.Module, razor: Mapping[str, Any]) -> str:
+def ablate(model: nn.Module, razor: schema.Razor) -> str:
     """Do what ``razor.forward`` and ``razor.selection`` ask of a razored ``model``, in place.
 
     Selection at random reaches every top-K codec: layer inputs, norms and attention under the rule "pruned". Pruning

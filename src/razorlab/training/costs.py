@@ -6,7 +6,6 @@ a step above what is resident, in a fresh process. Bytes; seconds.
 
 from __future__ import annotations
 
-import functools
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import backrazor as br
+from razorlab import schema
 from razorlab.models.frozen_storage import coded_weights
 from razorlab.official import official_memory
-from razorlab.records import task_of
+from razorlab.records import side_of, task_of
 from razorlab.training.evaluation import training_loss
 from razorlab.training.network import AUTOCAST, Network, assemble, autocast
 from razorlab.training.optimisation import make_optimizer
@@ -28,7 +28,7 @@ PARTS = ("weight_bytes", "gradient_bytes", "optimizer_bytes")  # what a step hol
 
 
 def build_step(
-    config: Mapping[str, Any],
+    config: schema.Config,
     num_classes: int,
     batch_size: int,
     image_size: int,
@@ -50,13 +50,13 @@ def build_step(
         torch.set_num_threads(settings["threads"])
     device = pick_device(settings["device"])
     torch.manual_seed(config["seed"])
-    first_of_all = None if prepare is None else functools.partial(prepare, device=device)
+    first_of_all = None if prepare is None else lambda model: prepare(model, device)
     network = assemble({**config, "data": {**config["data"], "image_size": image_size}}, num_classes, first_of_all)
     network.model.to(device)
     images = example_inputs(network, batch_size, image_size).to(device)
     if network.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    model = torch.compile(network.model) if settings.get("compile", False) else network.model
+    model: Any = torch.compile(network.model) if settings.get("compile", False) else network.model
     labels = torch.randint(num_classes, label_shape(config, batch_size, image_size)).to(device)
 
     micro = settings["micro_batch"] or batch_size
@@ -84,11 +84,12 @@ def example_inputs(network: Network, batch: int, size: int) -> Tensor:
     if network.backbone.vocabulary is None:
         return torch.randn(batch, 3, size, size)
     ids = torch.randint(1, network.backbone.vocabulary, (batch, size))
-    ids[0, -1] = network.model.pad
+    model: Any = network.model
+    ids[0, -1] = model.pad
     return ids
 
 
-def label_shape(config: Mapping[str, Any], batch: int, size: int) -> tuple[int, ...]:
+def label_shape(config: schema.Config, batch: int, size: int) -> tuple[int, ...]:
     """The shape of the labels of ``batch`` images of side ``size``: one per image, or one per pixel."""
     return (batch, size, size) if task_of(config) == "segmentation" else (batch,)
 
@@ -122,21 +123,20 @@ def driver_version() -> str | None:
     return said.split("\n")[0].strip() or None
 
 
-def step_loss(model: nn.Module, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> Tensor:
+def step_loss(model: nn.Module, config: schema.Config, images: Tensor, labels: Tensor) -> Tensor:
     """The training loss of normalised ``images``, as the loop computes it."""
     with autocast(images.device, config["trainer"]["precision"]):
         logits = model(images)
     return training_loss(logits, labels, config["optim"]["label_smoothing"])
 
 
-def step_shape(config: Mapping[str, Any]) -> tuple[int, int]:
+def step_shape(config: schema.Config) -> tuple[int, int]:
     """Return images and image side (of texts, tokens) of the optimizer step that the memory columns describe."""
     measure, trainer = config["trainer"]["measure"], config["trainer"]
-    own = config["task"]["tokens"] if task_of(config) == "text" else config["data"]["image_size"]
-    return measure["batch_size"] or trainer["batch_size"], measure["image_size"] or own
+    return measure["batch_size"] or trainer["batch_size"], measure["image_size"] or side_of(config)
 
 
-def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, labels: Tensor) -> dict[str, Any]:
+def saved_columns(network: Network, config: schema.Config, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """Return the columns that this process can tell, for one forward of real training images (uint8).
 
     ``predicted_bytes`` is None under checkpointing, which the formula leaves out; ``official_bytes`` is None where the
@@ -167,7 +167,7 @@ def saved_columns(network: Network, config: Mapping[str, Any], images: Tensor, l
         "official_bytes": None,
     }
     if config["trainer"]["checkpointing"] == "none":
-        shape = {"input_size": tuple(x.shape[1:]), "batch_size": forward}
+        shape: dict[str, Any] = {"input_size": tuple(x.shape[1:]), "batch_size": forward}
         labels = torch.zeros(label_shape(config, forward, size), dtype=torch.long, device=images.device)
         kind = AUTOCAST[config["trainer"]["precision"]]
         predicted = br.memory.predict(

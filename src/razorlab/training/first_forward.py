@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
+from razorlab import schema
 from razorlab.errors import UserError, one_line
 from razorlab.models import Backbone
+from razorlab.records import side_of
 from razorlab.training.costs import example_inputs
 from razorlab.training.full import LESS, is_full
 from razorlab.training.network import Network
@@ -65,7 +66,7 @@ def _advice(backbone: Backbone, size: int, error: Exception, words: str) -> str:
     return "choose another network or data.image_size; HYDRA_FULL_ERROR=1 shows where it fails"
 
 
-def try_forward(network: Network, config: Mapping[str, Any]) -> None:
+def try_forward(network: Network, config: schema.Config) -> None:
     """Run one image of each size that ``config`` asks for through the network, in evaluation mode.
 
     Nothing is kept for backward, and neither the network's state nor the random state changes.
@@ -74,7 +75,7 @@ def try_forward(network: Network, config: Mapping[str, Any]) -> None:
         UserError: as ``explained``.
     """
     measure = config["trainer"]["measure"]
-    sizes = {config["data"]["image_size"] if network.backbone.vocabulary is None else config["task"]["tokens"]}
+    sizes = {side_of(config)}
     if measure["mode"] != "none" and measure["image_size"] is not None:
         sizes.add(measure["image_size"])
     device = next(network.model.parameters()).device

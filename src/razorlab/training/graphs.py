@@ -16,7 +16,7 @@ Resuming needs nothing: a run that goes on warms up and captures again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from backrazor.kernels.dispatch import implementation
+from razorlab import schema
 from razorlab.errors import UserError, one_line
 from razorlab.training.full import is_full
 
@@ -54,8 +55,8 @@ class GraphedStep:
         self.rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
         self.updates = 0
         self.replayed = False  # whether the gradients are the graph's
-        self.first: torch.cuda.CUDAGraph | None = None
-        self.second: torch.cuda.CUDAGraph | None = None
+        self.first: Any = None  # the CUDA graphs of both halves, as soon as they are captured
+        self.second: Any = None
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """As ``Halves``. The figures are overwritten by the next call.
@@ -105,7 +106,9 @@ class GraphedStep:
         """The optimizer's learning rates are tensors inside, in the warm-up too, which loads the kernels that take
         such; outside they are numbers. ``capturing``: torch's Adam wants to be told."""
         groups = self.optimizer.param_groups
-        before = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in groups]
+        before: list[dict[str, Any]] = [
+            {key: group[key] for key in ("lr", "capturable") if key in group} for group in groups
+        ]
         for group, rate, kept in zip(groups, self.rates, before, strict=True):
             group |= {**kept, "lr": rate} | ({"capturable": True} if capturing and "capturable" in kept else {})
         try:
@@ -142,7 +145,7 @@ class GraphedStep:
         here.wait_stream(self.side)
 
 
-def check_graph(config: Mapping[str, Any], device: torch.device, processes: int) -> None:
+def check_graph(config: schema.Config, device: torch.device, processes: int) -> None:
     """Refuse ``trainer.cuda_graph=true`` where a step cannot be captured.
 
     Raises:

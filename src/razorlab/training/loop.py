@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from razorlab import schema
 from razorlab.data import DataBundle
 from razorlab.errors import Interrupted, UserError
 from razorlab.training.distributed import World
@@ -90,7 +90,7 @@ class Trainer:
         self,
         network: Network,
         data: DataBundle,
-        config: Mapping[str, Any],
+        config: schema.Config,
         folder: Path,
         config_hash: str,
         world: World | None = None,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import backrazor as br
+from razorlab import schema
 from razorlab.errors import one_line
 from razorlab.training.costs import build_step, measured_columns, saved_columns, step_shape
 from razorlab.training.loop import Trainer
@@ -23,7 +24,7 @@ NOT_MEASURED = "not_measured"  # column: why there is no peak and no time
 PENDING = "the run ended before its step was measured; the same command measures it"
 
 
-def columns_here(network: Network, trainer: Trainer, config: Mapping[str, Any]) -> dict[str, Any]:
+def columns_here(network: Network, trainer: Trainer, config: schema.Config) -> dict[str, Any]:
     """Return the columns of one forward in this process; the rest is pending where ``trainer.measure.mode=all``."""
     mode = config["trainer"]["measure"]["mode"]
     if mode == "none":
@@ -42,7 +43,7 @@ def is_pending(record: Mapping[str, Any]) -> bool:
     return record["memory"].get(NOT_MEASURED) is not None
 
 
-def measure_apart(config: Mapping[str, Any], record: dict[str, Any], processes: int) -> None:
+def measure_apart(config: schema.Config, record: dict[str, Any], processes: int) -> None:
     """Measure peak and time of a step in fresh processes, and put the columns into ``record``.
 
     What this process holds of the device's memory is released first, as far as nothing refers to it any more.
@@ -71,10 +72,10 @@ def release_device_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def process_share(config: Mapping[str, Any], processes: int) -> Mapping[str, Any]:
+def process_share(config: schema.Config, processes: int) -> schema.Config:
     """Return ``config`` with the measured step that of one process, where several share a batch."""
     settings = config["trainer"]
     if processes == 1 or settings["micro_batch"] or settings["measure"]["batch_size"]:
         return config
-    measure = {**settings["measure"], "batch_size": -(-settings["batch_size"] // processes)}
+    measure: schema.Measure = {**settings["measure"], "batch_size": -(-settings["batch_size"] // processes)}
     return {**config, "trainer": {**settings, "measure": measure}}

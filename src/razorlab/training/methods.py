@@ -6,12 +6,12 @@ selects; ``bn_stats=frozen`` normalises with the pretrained mean and variance, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from razorlab import schema
 from razorlab.models.tinytl import LiteResidual
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
@@ -68,7 +68,7 @@ METHODS: dict[str, Callable[[nn.Module], set[str]]] = {
 }
 
 
-def apply_method(model: nn.Module, head: str, method: Mapping[str, Any]) -> tuple[str, ...]:
+def apply_method(model: nn.Module, head: str, method: schema.Method) -> tuple[str, ...]:
     """Set ``requires_grad`` on every parameter of the plain network ``model``.
 
     Args:

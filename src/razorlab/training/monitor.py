@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from razorlab import schema
 from razorlab.files import atomic_write_text
 from razorlab.settings import flatten
 
@@ -34,7 +35,7 @@ class _LogFile(logging.FileHandler):
 class SilentMonitor:
     """Stands for ``Monitor`` in every process but the main one: takes anything, writes nothing."""
 
-    def __enter__(self) -> SilentMonitor:
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,12 +108,13 @@ class Monitor:
         if figure is not None:
             self.writer.add_figure(name, figure, step)
 
-    def finish(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def finish(self, config: schema.Config, metrics: Mapping[str, float]) -> None:
         """Write the hyper-parameters with the final metrics, in this run's own event file."""
         values = {
             key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flatten(config)
         }
+        writer: Any = self.writer.file_writer
         for summary in hparams(values, dict(metrics)):
-            self.writer.file_writer.add_summary(summary)
+            writer.add_summary(summary)
         for name, value in metrics.items():
             self.scalar(name, value, 0)

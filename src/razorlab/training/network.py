@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import backrazor as br
+from razorlab import schema
 from razorlab.errors import UserError
 from razorlab.keys import RAZOR_OVERRIDES
 from razorlab.models import Backbone, build_backbone, build_segmenter, build_text_classifier
@@ -80,7 +81,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
+def razor_config(razor: schema.Razor) -> br.RazorConfig | None:
     """Return the library's configuration for the ``razor`` section; None for ``razor=none``.
 
     Raises:
@@ -93,7 +94,8 @@ def razor_config(razor: Mapping[str, Any]) -> br.RazorConfig | None:
             config = br.RazorConfig.int8()
         else:
             config = getattr(br.RazorConfig, razor["name"])(razor["sparsity"])
-        chosen = {key: razor[key] for key in RAZOR_OVERRIDES if razor.get(key) is not None}  # a record may be older
+        given: Mapping[str, Any] = razor  # with the library's words; a record may be older than some
+        chosen = {key: given[key] for key in RAZOR_OVERRIDES if given.get(key) is not None}
         return dataclasses.replace(config, **chosen)
     except ValueError as error:
         raise UserError(f"razor={razor['name']}: {error}") from error
@@ -114,9 +116,7 @@ def razor_network(model: nn.Module, razor: br.RazorConfig, patterns: str | None)
     return report
 
 
-def assemble(
-    config: Mapping[str, Any], num_classes: int, prepare: Callable[[nn.Module], None] | None = None
-) -> Network:
+def assemble(config: schema.Config, num_classes: int, prepare: Callable[[nn.Module], None] | None = None) -> Network:
     """Build the network of ``config`` (a validated configuration as plain values), on the CPU.
 
     Args:

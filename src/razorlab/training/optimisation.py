@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from razorlab import schema
 from razorlab.errors import UserError
 
 POLY_POWER = 0.9
 
 
 def make_optimizer(
-    model: nn.Module, head: str, optim: Mapping[str, Any], fused: bool | None = None
+    model: nn.Module, head: str, optim: schema.Optim, fused: bool | None = None
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the parameters that train; the head has a group of its own.
 
@@ -45,7 +46,7 @@ def make_optimizer(
     return kind(groups, lr=rate, weight_decay=decay, fused=fused)
 
 
-def _with_state_at_8_bits(groups: list[dict[str, Any]], optim: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _with_state_at_8_bits(groups: list[dict[str, Any]], optim: schema.Optim) -> torch.optim.Optimizer:
     """bitsandbytes' optimizers: a byte and a shared scale for 256 values (Dettmers et al., arXiv 2110.02861).
 
     Parameters of fewer than 4,096 elements keep their state in float32.
@@ -100,7 +101,7 @@ class Schedule:
     Holds no state besides the optimizer's groups, so resuming needs only the step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, optim: Mapping[str, Any], steps: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, optim: schema.Optim, steps: int) -> None:
         warmup = min(optim["warmup_steps"], steps - 1)
         self.optimizer = optimizer
         self.ahead = 1 if warmup else 0

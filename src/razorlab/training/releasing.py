@@ -6,13 +6,11 @@ gradient is found when others have stepped: the run ends, and goes on from its l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import backrazor as br
+from razorlab import schema
 from razorlab.errors import UserError
 from razorlab.training.network import Network
 from razorlab.training.numerics import activation_is_bad
@@ -30,7 +28,7 @@ class ReleasedGradients:
 
     def __init__(self, network: Network, optimizer: torch.optim.Optimizer, limit: float | None) -> None:
         self.network, self.limit = network, limit
-        self.names = {parameter: name for name, parameter in network.model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in network.model.named_parameters()}
         self.seen: list[tuple[str, Tensor]] = []  # of this step: name, and whether its gradient is not finite
         self.release = br.memory.GradientRelease(optimizer, self._before)
 
@@ -60,7 +58,7 @@ class ReleasedGradients:
             clip_each([parameter], self.limit)
 
 
-def check_release(config: Mapping[str, Any], processes: int) -> None:
+def check_release(config: schema.Config, processes: int) -> None:
     """Refuse ``trainer.release_gradients=true`` in a job of several processes.
 
     Raises:

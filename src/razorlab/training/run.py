@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import yaml
 
+from razorlab import schema
 from razorlab.composition import composed
 from razorlab.data import DataBundle, build_data
 from razorlab.errors import UserError
 from razorlab.files import atomic_write_text
 from razorlab.models import text_encoder
-from razorlab.records import circumstances, config_hash, read_record, run_directory, task_of, write_record
+from razorlab.records import circumstances, config_hash, read_record, run_directory, side_of, task_of, write_record
 from razorlab.settings import validate
 from razorlab.training.costs import PARTS, gpu_circumstances, pick_device
 from razorlab.training.distributed import World, joined_world, own_gpu
@@ -56,12 +57,12 @@ def execute(config: Mapping[str, Any], experiment: str | None = None, recipe: st
         Interrupted: a signal stopped the run; its state is saved.
         RankLost: another process of the job is gone.
     """
-    validate(config)
-    with joined_world(pick_device(config["trainer"]["device"]).type) as world:
-        return _execute(config, experiment, recipe, world)
+    valid = validate(config)
+    with joined_world(pick_device(valid["trainer"]["device"]).type) as world:
+        return _execute(valid, experiment, recipe, world)
 
 
-def _execute(config: Mapping[str, Any], experiment: str | None, recipe: str | None, world: World) -> dict[str, Any]:
+def _execute(config: schema.Config, experiment: str | None, recipe: str | None, world: World) -> dict[str, Any]:
     folder = run_directory(config, experiment)
     if recipe and world.main:
         LOGGER.info("recipe %s: %s; recipe=none takes the plain defaults", recipe, composed("recipe")[recipe].origin)
@@ -77,7 +78,7 @@ def _execute(config: Mapping[str, Any], experiment: str | None, recipe: str | No
         return record
     device = _prepare(config, world)
     task = task_of(config)
-    encode = text_encoder(config["model"], config["task"]["tokens"]) if task == "text" else None
+    encode = text_encoder(config["model"], side_of(config)) if task == "text" else None
     with world.one_at_first() as first:
         data = build_data(config["data"], config["paths"], first, task, encode)
     network = assemble(config, len(data.class_names))
@@ -137,7 +138,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     return read_record(folder / "record.json") if (folder / "record.json").is_file() else None
 
 
-def _prepare(config: Mapping[str, Any], world: World) -> torch.device:
+def _prepare(config: schema.Config, world: World) -> torch.device:
     """Seed every generator and set what is global in torch."""
     settings = config["trainer"]
     device = pick_device(settings["device"])
@@ -159,7 +160,7 @@ def _prepare(config: Mapping[str, Any], world: World) -> torch.device:
     return device
 
 
-def _make_folder(folder: Path, config: Mapping[str, Any], keep: bool) -> None:
+def _make_folder(folder: Path, config: schema.Config, keep: bool) -> None:
     try:
         if folder.exists() and not keep:
             shutil.rmtree(folder)
@@ -169,9 +170,7 @@ def _make_folder(folder: Path, config: Mapping[str, Any], keep: bool) -> None:
         raise UserError(f"paths.outputs={config['paths']['outputs']} cannot be written: {error}") from error
 
 
-def _log_beginning(
-    network: Network, data: DataBundle, config: Mapping[str, Any], folder: Path, trainer: Trainer
-) -> None:
+def _log_beginning(network: Network, data: DataBundle, config: schema.Config, folder: Path, trainer: Trainer) -> None:
     trained = sum(p.numel() for p in network.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.model.parameters())
     LOGGER.info("run folder %s", folder)
@@ -201,9 +200,7 @@ def _log_beginning(
         LOGGER.info("razored; what was replaced and what stayed is in %s", folder / "razor.txt")
 
 
-def _record(
-    config: Mapping[str, Any], experiment: str | None, digest: str, fitted: Fitted, classes: int
-) -> dict[str, Any]:
+def _record(config: schema.Config, experiment: str | None, digest: str, fitted: Fitted, classes: int) -> dict[str, Any]:
     # The first steps compile kernels and warm caches: they are left out of the quantiles where there are enough.
     times = np.array(fitted.step_seconds[5:] or fitted.step_seconds)
     names = ("p10", "p50", "p90")

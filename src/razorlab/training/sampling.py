@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from razorlab.data.build import TensorImages
+from razorlab.data.build import Items
 from razorlab.errors import UserError, one_line
 
 STOPPING_SECONDS = 20  # that a data worker outlives a signal to stop, so that the step it serves can end
@@ -67,13 +67,13 @@ class SeededImages(Dataset):
     Transforms draw from torch's generator, which is handed back as it was.
     """
 
-    def __init__(self, images: TensorImages, seed: int) -> None:
+    def __init__(self, images: Items, seed: int) -> None:
         self.images, self.seed = images, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int | Tensor]:
         epoch, index = key
         digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=7).digest()
         before = torch.get_rng_state()
@@ -84,7 +84,7 @@ class SeededImages(Dataset):
             torch.set_rng_state(before)
 
 
-def train_loader(images: TensorImages, order: BatchOrder, seed: int, **options: Any) -> DataLoader:
+def train_loader(images: Items, order: BatchOrder, seed: int, **options: Any) -> DataLoader:
     """Return the loader of the training split: uint8 images (N, 3, S, S) and classes (N,).
 
     Args:
@@ -93,7 +93,7 @@ def train_loader(images: TensorImages, order: BatchOrder, seed: int, **options: 
     return DataLoader(SeededImages(images, seed), batch_sampler=order, **_common(), **options)
 
 
-def eval_loader(images: TensorImages, batch: int, rank: int, size: int, **options: Any) -> DataLoader:
+def eval_loader(images: Items, batch: int, rank: int, size: int, **options: Any) -> DataLoader:
     """Return the loader of this process's share of a split: every image is in exactly one share."""
     return DataLoader(images, batch, sampler=range(rank, len(images), size), **_common(), **options)
 

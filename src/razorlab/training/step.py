@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from razorlab import schema
 from razorlab.training.distributed import World
 from razorlab.training.evaluation import correct_in_top, training_loss
 from razorlab.training.first_forward import explained
@@ -62,15 +62,15 @@ class Stepper:
         self,
         network: Network,
         optimizer: torch.optim.Optimizer,
-        config: Mapping[str, Any],
+        config: schema.Config,
         batch: int,
         world: World,
     ) -> None:
         self.network, self.optimizer, self.batch, self.world = network, optimizer, batch, world
         self.settings, self.optim = config["trainer"], config["optim"]
         self.device = next(network.model.parameters()).device
-        self.shared = world.share(network.model, self.device)
-        self.forward = torch.compile(self.shared) if self.settings["compile"] else self.shared
+        self.shared: Any = world.share(network.model, self.device)
+        self.forward: Any = torch.compile(self.shared) if self.settings["compile"] else self.shared
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings["precision"] == "float16")
         self.overflows = 0  # steps in a row that were left out since scaled gradients overflowed
         self.first = True

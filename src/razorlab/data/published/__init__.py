@@ -7,9 +7,9 @@ downloads anything: dataset_setup_scripts/ does. To add a data set: a ``Publishe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -26,6 +26,9 @@ from razorlab.data.published.voc import VOC
 from razorlab.data.spec import LabelledImages, Splits
 from razorlab.data.splits import named_holdout, stratified_holdout
 from razorlab.errors import UserError
+
+if TYPE_CHECKING:
+    from razorlab import schema
 
 __all__ = ["PUBLISHED", "Archive", "Listing", "PublishedImages", "PublishedSpec", "build", "load", "make_splits"]
 
@@ -69,7 +72,7 @@ def make_splits(
     )
 
 
-def load(data: Mapping[str, Any], paths: Mapping[str, Any]) -> Splits:
+def load(data: schema.Data, paths: schema.Paths) -> Splits:
     """Return the splits of the data set ``data["name"]`` from ``data["root"]``, or ``paths["data"]/<name>`` if null.
 
     Raises:
