@@ -123,6 +123,7 @@ def test_runs_without_the_keys_keep_their_folders_and_labels_tell() -> None:
     asked = compose_plain("razor=paper", "razor.forward=pruned", "razor.selection=random")
     assert config_hash(asked) != config_hash(config)
     assert row_label(asked) == "full, paper 0.9 + forward pruned + at random" and row_label(old) == "full, paper 0.9"
+    assert row_label(compose_plain("razor=paper", "razor.fill=known")) == "full, paper 0.9 + fill=known"
 
 
 def test_the_table_crosses_rules_with_sparsities() -> None:

@@ -32,6 +32,9 @@ def row_label(config: schema.Config) -> str:
         parts = ["dense"] if checkpointing == "none" else []
     else:
         parts = [razor["name"]] if razor["name"] == "int8" else [f"{razor['name']} {razor['sparsity']:g}"]
+    words: Mapping[str, Any] = razor  # the library's, too
+    if words.get("fill") is not None:
+        parts.append(f"fill={words['fill']}")
     if razor.get("forward", "dense") != "dense":
         parts.append("forward pruned")
     if razor.get("selection", "magnitude") != "magnitude":
