@@ -97,10 +97,10 @@ def accuracy_against_peak(summary: pd.DataFrame, path: Path) -> Path | None:
 
 
 def _accuracy_label(drawn: pd.DataFrame) -> str:
-    """The vertical axis's label: what is scored, over how many images and seeds."""
+    """The vertical axis's label: what is scored, over how many images or texts, and seeds."""
     label, seeds = "test accuracy, %", int(drawn["seeds"].max()) if "seeds" in drawn else 1
     images = drawn["test_images"].dropna() if "test_images" in drawn else pd.Series(dtype=float)
-    parts = [f"{int(images.iloc[0])} images"] if len(images) else []
+    parts = [f"{int(images.iloc[0])} tested"] if len(images) else []
     parts += [f"{seeds} seeds"] if seeds > 1 else ["one seed"]
     return f"{label} ({', '.join(parts)})"
 
