@@ -157,12 +157,20 @@ def test_one_graph_with_the_gradients_and_the_bytes_of_the_eager_step(network: s
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
-def test_a_last_batch_compiles_once_more() -> None:
-    model = razored(lambda: timm_net("resnet18"), CONFIGS["known"])
+def behind_codes() -> nn.Module:
+    """Layers that read the codes of a smooth activation, and a mask."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(2),
+        nn.Linear(28 * 28, 16), nn.GELU(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [pytest.param(lambda: timm_net("resnet18"), marks=pytest.mark.slow), behind_codes])
+def test_a_last_batch_compiles_once_more(build: Callable[[], nn.Module]) -> None:
+    model = razored(build, CONFIGS["known"])
     run, counter = compiled(model, fullgraph=True)
     for count in (4, 3, 5, 4, 6, 3):
-        x = images(count)
+        x = images(count) if build is not behind_codes else torch.randn(count, 3, 32, 32)
         _, got = gradients(run, x)
         assert_same_gradients(got, gradients(model, x)[1])
     assert counter.frame_count == 2

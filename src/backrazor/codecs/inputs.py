@@ -79,7 +79,7 @@ class Activation:
         if not isinstance(form, DerivativeForm) or form.format != torch.contiguous_format or not x.is_contiguous():
             return None
         known = isinstance(form.codec, Bits) or (isinstance(form.codec, Levels) and form.codec.bits in CODE_BITS)
-        same = len(x) == form.shape[0] and x.numel() == math.prod(form.shape)
+        same = x.shape[0] == form.shape[0] and x.numel() == math.prod(form.shape)
         return form.codec if known and same else None
 
 

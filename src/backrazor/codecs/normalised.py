@@ -52,7 +52,7 @@ class NormCodec:
             if form.row * mean_rows.numel() != x.numel():  # a row per sample, of other statistics in each element
                 wide = x.reshape(*mean_rows.shape, -1).float()
                 x = (wide - mean_rows.unsqueeze(1)).mul_(rstd_rows.unsqueeze(1)).to(x.dtype).reshape(x.shape)
-                mean_rows, rstd_rows = mean_rows.new_zeros(len(x)), rstd_rows.new_ones(len(x))
+                mean_rows, rstd_rows = mean_rows.new_zeros(x.shape[0]), rstd_rows.new_ones(x.shape[0])
             codes, scales = row_encode(x.reshape(mean_rows.numel(), form.row), mean_rows, rstd_rows, form.bits)
             return Packed(label_codes(codes, scales, x.shape[0]), form)
         statistics = mark(mean.contiguous(), DENSE, "mean"), mark(rstd.contiguous(), DENSE, "reciprocal deviation")
