@@ -271,8 +271,8 @@ def unpack(
         _unpack(stored, stored.values, stored.values, n, n, index_kind, out)  # no statistics: never read
     else:
         codes, scales = guesses.codes, guesses.scales
-        known = guesses.known if bits is None else bits
-        told = {"guess": _kind(guesses), "known": known, "levels": guesses.levels}
+        known, width = (guesses.known, guesses.known_bits) if bits is None else (bits, 1)
+        told = {"guess": _kind(guesses), "known": known, "levels": guesses.levels, "known_bits": width}
         _unpack(stored, codes, scales, n, codes.shape[1], index_kind, out, **told)
 
 
@@ -295,11 +295,11 @@ def _unpack(
     guess: int = NO_GUESS,
     known: Tensor | None = None,
     levels: Tensor | None = None,
+    known_bits: int = 0,
 ) -> None:
-    """``known``: a mask of one bit per element, or codes that stand for ``levels``."""
+    """``known``: a mask of one bit per element, or codes of ``known_bits`` that stand for ``levels``."""
     batch, keep = stored.values.shape[0], kept_of(stored, n, index_kind)
-    bits = 0 if known is None else 1 if levels is None else levels.numel().bit_length() - 1
-    epilogue = {"NORMALISE": normalise, "GUESS": guess, "KNOWN": bits}
+    epilogue = {"NORMALISE": normalise, "GUESS": guess, "KNOWN": known_bits}
     known = stored.values if known is None else known  # never read
     levels = stored.values if levels is None else levels
     if index_kind == "none":
