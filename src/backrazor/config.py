@@ -26,6 +26,7 @@ WORDS = {
         "how smooth activations keep their derivative", ("dense", "float16", "int8", "int4", "int2", "auto")
     ),
     "attention": Word("how attention keeps q, k, v and scores", ("dense", "pruned", "int8", "int4")),
+    "gate": Word("how the product of an activation and another tensor keeps both", ("rest", "int8", "int4")),
     "rest": Word("how what autograd keeps beside the layers above is kept", ("dense", "int8")),
 }
 _BITS = {"int8": 8, "int4": 4, "int2": 2}
@@ -65,6 +66,9 @@ class RazorConfig:
             one bit per element.
         attention: "pruned" prunes q, k, the softmax output and v, as the paper does. "int8" and "int4" quantise q, k
             and v row by row and recompute the softmax in backward. "dense" leaves attention alone.
+        gate: how the product of an activation's output and a tensor of the same shape, as in gated MLPs, keeps the two:
+            "int8" or "int4" with a scale and a middle per run of about 64 elements, and the Linear behind reads its
+            input from them; or "rest", as ``rest`` says.
         rest: what becomes of the other float tensors that autograd keeps while the model runs, from 1,024 elements on:
             "int8" stores them in 8 bits with a float16 scale per block of 64 to 512 elements, "dense" leaves them.
 
@@ -81,6 +85,7 @@ class RazorConfig:
     batch_norm: str | None = None
     activation: str = "auto"
     attention: str = "int4"
+    gate: str = "int4"
     rest: str = "int8"
 
     def __post_init__(self) -> None:
@@ -111,6 +116,7 @@ class RazorConfig:
             batch_norm="dense",
             activation="float16",
             attention="pruned",
+            gate="rest",
             rest="dense",
         )
         return replace(preset, **changes)
@@ -118,7 +124,15 @@ class RazorConfig:
     @classmethod
     def int8(cls, sparsity: float = 0.0, **changes: Any) -> RazorConfig:
         """Nothing pruned, everything at 8 bits: the idea of Mesa (Pan et al., https://arxiv.org/abs/2111.11124)."""
-        preset = cls(sparsity=sparsity, values="int8", fill="zero", norm="int8", activation="int8", attention="int8")
+        preset = cls(
+            sparsity=sparsity,
+            values="int8",
+            fill="zero",
+            norm="int8",
+            activation="int8",
+            attention="int8",
+            gate="int8",
+        )
         return replace(preset, **changes)
 
     def describe(self) -> str:

@@ -223,7 +223,7 @@ def layer_rules(config: RazorConfig, name: str, module: nn.Module, surroundings:
     # Elsewhere no residual stream passes by the activations, and the error of their derivatives multiplies with depth.
     auto = config.activation == "auto" and not surroundings.attends
     activation = "int4" if auto else config.activation
-    return LayerRules(pruned, norm, activation, AttentionCodec(config.attention, pruned))
+    return LayerRules(pruned, norm, activation, AttentionCodec(config.attention, pruned), config.gate)
 
 
 def head_name(model: nn.Module) -> str | None:

@@ -43,6 +43,7 @@ HASHED_UNLESS = {
     "data.official_test": "test",
     "data.val_file": None,
     "razor.batch_norm": None,
+    "razor.gate": None,
     "trainer.drop_last": True,
     "data.interpolation": "bicubic",
     "trainer.nonfinite": "stop",

@@ -35,6 +35,29 @@ class Gated(nn.Module):
         return self.out(self.scale(x))
 
 
+class Product(nn.Module):
+    """A gated product, large enough that both factors are packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(32, 64), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, other = self.first(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * other)
+
+
+class Largest(nn.Module):
+    """The largest of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.amax(1))
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
 
@@ -61,6 +84,8 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "average pooling": (lambda: nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)), (2, 3, 6, 6)),
     "attention": (encoder, (2, 5, 8)),
     "gate": (Gated, (2, 5, 6)),
+    "gated product": (Product, (4, 16, 32)),
+    "amax": (Largest, (4, 5, 6)),
 }
 
 

@@ -25,9 +25,9 @@ FAMILIES: dict[str, tuple[str, dict, int, set[str]]] = {
         64,
         {"DropPath"},
     ),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}, 64, set()),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}, 64, {"ConvNeXtBlock"}),
     "mixer": ("mixer_s32_224", {"img_size": 64}, 64, set()),
-    "beit": ("beit_base_patch16_224", SMALL_VIT, 32, set()),
+    "beit": ("beit_base_patch16_224", SMALL_VIT, 32, {"Block"}),
     "eva": ("eva02_tiny_patch14_224", SMALL_VIT, 32, {"GluMlp"}),
     "mobilevit": ("mobilevit_xxs", {}, 64, set()),
     "efficientformer": (

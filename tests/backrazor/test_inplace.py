@@ -16,7 +16,9 @@ from tests.backrazor.compare import assert_close
 from tests.backrazor.networks import freeze_norms
 
 # Nothing lost: gradients are the dense ones to rounding where no derivative is quantised.
-EXACT = br.RazorConfig(0.0, values="float32", norm="bfloat16", activation="float16", attention="int8", rest="dense")
+EXACT = br.RazorConfig(
+    0.0, values="float32", norm="bfloat16", activation="float16", attention="int8", gate="int8", rest="dense"
+)
 
 
 def _add(x: Tensor) -> None:
@@ -115,6 +117,23 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "average pooling": (lambda: nn.Sequential(nn.AvgPool2d(2)), (2, 3, 6, 6)),
     "global pooling": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1)), (2, 3, 6, 6)),
     "global pooling of one position": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1)), (2, 6, 1, 1)),
+}
+
+
+class _Called(nn.Module):
+    """A function that a module calls by itself, of what a layer gives."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], width: int) -> None:
+        super().__init__()
+        self.first, self.function = nn.Linear(width, width), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.first(x))
+
+
+LAYERS |= {
+    "gated product": (lambda: nn.Sequential(_Called(lambda y: F.silu(y) * y, 64)), (2, 16, 64)),
+    "amax": (lambda: nn.Sequential(_Called(lambda y: y.amax(1), 6)), (4, 5, 6)),
 }
 PLAINEST = {"+= number", "nothing"}
 

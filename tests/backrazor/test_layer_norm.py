@@ -199,12 +199,10 @@ class Branch(nn.Module):
         return x + self.gamma * self.linear(x) * 2
 
 
-def test_a_block_that_scales_its_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(br.DROP_INS, f"{__name__}.Branch", "scaled.scaled_block()")
+def test_a_block_that_scales_its_branch() -> None:
     plain, x = Branch(24), torch.randn(3, 8, 24)
     ours = copy.deepcopy(plain)
-    report = br.razor_(ours, br.RazorConfig(0.8, values="float32", fill="zero"))
-    assert "what gamma scales" in report.replaced[0].keeps
+    br.razor_(ours, br.RazorConfig(0.8, values="float32", fill="zero"))
     with br.memory.ledger(ours) as book:
         out = ours(x)
     assert {row.module for row in book.rows if row.role == "pruned values"} == {"", "linear"}

@@ -81,10 +81,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 ELSEWHERE = {  # drop-ins whose calls are tested with the networks that hold them
-    "timm.models.beit.Block",
-    "timm.models.cait.LayerScaleBlock",
-    "timm.models.convnext.ConvNeXtBlock",
-    "timm.models.eva.EvaBlock",
     "timm.layers.attention.AttentionRope",
     "timm.models.eva.EvaAttention",
     "timm.models.beit.Attention",

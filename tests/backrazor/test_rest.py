@@ -127,10 +127,11 @@ def test_blocks_are_rows_where_that_goes() -> None:
     assert {size: block_width(*size) for size in sizes} == sizes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e4])
-def test_any_magnitude_keeps_its_precision(scale: float) -> None:
-    x = inputs(16, 256) * scale
-    assert_close("x_hat", Blocks.of(x).read(*pack_blocks(x, "")), x, 0.01)
+def test_any_magnitude_keeps_its_precision(scale: float, dtype: torch.dtype) -> None:
+    x = (inputs(16, 256) * scale).to(dtype)
+    assert_close("x_hat", Blocks.of(x).read(*pack_blocks(x, "")).float(), x.float(), 0.01)
 
 
 def test_gradients_are_near_and_a_quarter_of_the_bytes_is_left(net: Net) -> None:

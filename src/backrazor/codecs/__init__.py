@@ -7,6 +7,7 @@ from .normalised import AffineForm, NormCodec
 from .packed import NOTHING, Form, Packed, load, packed_of, save, save_outputs
 from .products import ConvProduct, LinearProduct, Window
 from .pruned import Pruned, PrunedForm, kept_count, pack, whole_values
+from .ranged import Ranged
 from .roles import mark, role_of
 from .rows import Rows
 from .shared import (
@@ -16,7 +17,9 @@ from .shared import (
     remember_activation,
     remember_attended,
     remember_source,
+    source_of_weight,
 )
+from .standardised import standardised
 
 __all__ = [
     "CHANNELS",
@@ -34,6 +37,7 @@ __all__ = [
     "Packed",
     "Pruned",
     "PrunedForm",
+    "Ranged",
     "Rows",
     "Use",
     "Window",
@@ -55,6 +59,8 @@ __all__ = [
     "scratch_of",
     "smooth_codec",
     "smooth_word",
+    "source_of_weight",
+    "standardised",
     "times",
     "whole_values",
 ]

@@ -5,6 +5,9 @@ comes from a piecewise-linear activation, whose backward keeps one bit per eleme
 bit is set alone, and zero elsewhere: what a ReLU has made zero costs nothing to know. Where it comes from a smooth one,
 whose backward keeps a code per element, the guess is the row's number times the mean output of the code's interval.
 
+A token of zeros, as padding is, stays one: one bit per token says so. Its gradient may be of any size, as behind a
+division by its norm, and a guess would let it into the weight's gradient.
+
 Shape legend: B samples, C channels, I features, R rows of a sample (C or I), n elements per sample.
 """
 
@@ -15,12 +18,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..kernels import guess_pack, guess_unpack
+from ..kernels import guess_pack, guess_unpack, mask_apply, mask_encode
+from ..kernels.dispatch import on_cuda
+from ..kernels.sealed import traced
 from .derivative import Bits, Levels
 from .packed import Form, Packed
 from .pruned import Pruned, PrunedForm
-from .roles import MEANS, mark
+from .roles import MASK, MEANS, mark
 from .smooth import outputs_on
 
 
@@ -60,12 +66,28 @@ class Guessed:
             flag,
         )
         stored = (*kept.marked(parts), mark(codes, MEANS), mark(scales, MEANS))
+        if form.tells_tokens:
+            stored = (*stored, mark(mask_encode(_present(x.detach().flatten(1, -2)), 0.0, math.nan), MASK))
         return Packed(stored if told is None else (*stored, told), form)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether a number of x can be looked at without waiting for a device, and there is one."""
+    return not traced() and not isinstance(x, FakeTensor) and not on_cuda(x.device)
+
+
+def _present(tokens: Tensor) -> Tensor:
+    """(B, T) of 1, and 0 where all of a token (B, T, I) is zero."""
+    if _is_readable(tokens) and tokens[..., 0].ne(0).all():
+        return tokens.new_ones(tokens.shape[:2])
+    low, high = tokens.aminmax(dim=-1)
+    return (low.ne(0) | high.ne(0)).to(tokens.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class GuessedForm(Form):
-    """The tensors of ``pruned``, of the means, and what the activation before keeps where it tells of the elements."""
+    """The tensors of ``pruned``, of the means, and what the activation before keeps where it tells of the elements; of
+    tokens of which nothing is told, one bit each."""
 
     pruned: PrunedForm
     means: PrunedForm
@@ -76,6 +98,11 @@ class GuessedForm(Form):
     def masked(self) -> bool:
         """Whether a mask says where the guess holds."""
         return isinstance(self.known, Bits)
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether a bit per token says that it is not all zero."""
+        return self.features and self.known is None
 
     def levels(self, device: torch.device) -> Tensor | None:
         """What the codes of a smooth activation stand for, (2^bits,) float32."""
@@ -91,12 +118,21 @@ class GuessedForm(Form):
 
     @property
     def count(self) -> int:
-        return self.pruned.count + self.means.count + (self.known is not None)
+        return self.pruned.count + self.means.count + (self.tells_tokens or self.known is not None)
 
     def guess(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
         """(stop - start, R) float32."""
         at = self.pruned.count
         return self.means.read(tensors[at : at + self.means.count], start, stop, torch.float32)
+
+    def present(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        """(stop - start, T, 1) of 1, and 0 for tokens of zeros; None where it is known that there are none."""
+        if not self.tells_tokens:
+            return None
+        bits = tensors[-1][start:stop]
+        count = math.prod(self.shape[1:-1])
+        found = mask_apply(torch.ones(stop - start, count, dtype=dtype, device=bits.device), bits)
+        return None if _is_readable(bits) and found.all() else found.unsqueeze(2)
 
     def masked_guess(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The mask (stop - start, ceil(n / 8)) and the guess that holds where its bits are set."""
@@ -105,9 +141,13 @@ class GuessedForm(Form):
     def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         kept = self.pruned.stored(tensors[: self.pruned.count], start, stop)
         codes, scales = (tensor[start:stop] for tensor in tensors[self.pruned.count :][:2])
-        told = None if self.known is None else tensors[-1][start:stop]
+        told = tensors[-1][start:stop] if self.known is not None else None
         levels, n, index = self.levels(codes.device), self.sample_numel, self.pruned.index
-        return self.pruned.shaped(guess_unpack(*kept, codes, scales, told, levels, n, self.features, index, dtype))
+        x_hat = guess_unpack(*kept, codes, scales, told, levels, n, self.features, index, dtype)
+        present = self.present(tensors, start, stop, dtype)
+        if present is not None:
+            x_hat.view(stop - start, present.shape[1], -1).mul_(present)
+        return self.pruned.shaped(x_hat)
 
     def own_values(self, tensors: tuple[Tensor, ...], x_hat: Tensor, start: int, stop: int) -> Tensor:
         return self.pruned.read(tensors[: self.pruned.count], start, stop, x_hat.dtype).count_nonzero()

@@ -11,6 +11,7 @@
                                                         code's mean output, pruned
     a map that comes from no activation                 averages of blocks in 4 bits, an image's in 8
     fewer than four positions per channel               whole in 8 bits
+    up to four features, such as coordinates            whole in 8 bits
     a vector per sample (B, I)                          pruned, zero where dropped
 
 ``fill="zero"``, the paper's rule, prunes every input and reads zero where it was dropped.
@@ -38,7 +39,8 @@ FEWEST_POSITIONS = 4
 FAST_COLUMNS = 3
 # Bits of a smooth activation's codes that kernels read.
 CODE_BITS = (2, 4)
-# A map of so few channels is an image: 4 bits of it tell too little, and 8 take little.
+# A map of so few channels is an image, tokens of so few features are coordinates: 4 bits of them, or a few of their
+# elements, tell too little, and 8 bits of all take little.
 IMAGE_CHANNELS = 4
 # Averages per map side, for kernels of one position and larger ones, down to the sparsity at which positions and values
 # of pruned inputs take as many bytes; beyond it, less.
@@ -86,11 +88,15 @@ class Activation:
 def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None, flag: Tensor) -> Packed:
     """Pack x (B, ...) for the gradient of a weight that reads it as ``use`` says. ``activation``: what is known of the
     activation that x comes from; None where it comes from none."""
-    if not codec.guesses or x.dim() < 3:
+    if not codec.guesses:
+        return pack(x, codec, flag)
+    whole = replace(codec, sparsity=0.0, values=whole_values(codec.values))
+    if use.features and x.shape[-1] <= IMAGE_CHANNELS:
+        return pack(x, whole, flag)
+    if x.dim() < 3:
         return pack(x, codec, flag)
     positions = math.prod(x.shape[1:-1] if use.features else x.shape[2:])
     if positions < FEWEST_POSITIONS or not x.numel():
-        whole = replace(codec, sparsity=0.0, values=whole_values(codec.values))
         return pack(x, codec if use.features else whole, flag)
     known = activation.of(x) if activation is not None and codec.fill == "known" else None
     told = None if known is None else activation.codes.tensors[0]

@@ -87,6 +87,9 @@ class LinearProduct:
         """``grad`` (stop - start, *, O) is that of these samples."""
         form, tensors = self._form, self._packed.tensors
         rows = grad.reshape(stop - start, -1, self._outputs)
+        if isinstance(self._packed.form, GuessedForm):
+            present = self._packed.form.present(tensors, start, stop, grad.dtype)
+            rows = rows if present is None else rows * present
         add_linear_product(self._sums, rows, *form.stored(tensors, start, stop), form.index)
         if self._guessed is not None:  # a number per feature times the sum over the tokens
             guess = self._packed.form.guess(tensors, start, stop)

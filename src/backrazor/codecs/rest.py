@@ -19,8 +19,8 @@ SMALLEST = 1024  # elements: below it the note of what was packed weighs as much
 FORMS = (torch.float32, torch.float16, torch.bfloat16)  # float64 stays dense, where it is asked for precision counts
 
 _BLOCK = 256
-# Blocks are multiplied by it first, so that float16 scales reach from 1e-7 to 130,000 of a block's largest magnitude.
-_GAIN = 64.0
+# Blocks are multiplied by it first, so that float16 scales reach from 1e-7 to 100,000 of a block's largest magnitude.
+_GAINS = {8: 64.0, 4: 4.0}
 
 
 def block_width(n: int, row: int) -> int:
@@ -32,6 +32,19 @@ def block_width(n: int, row: int) -> int:
         if divisors:
             return min(divisors, key=lambda d: abs(d - _BLOCK))
     return _BLOCK
+
+
+def encode_blocks(blocks: Tensor, middles: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(codes (R, bytes), scales (R,)) of blocks (R, width) less ``middles`` (R,) float32. A block that is not finite,
+    or reaches 100,000, has a scale that is not."""
+    return row_encode(blocks, middles, torch.full_like(middles, _GAINS[bits]), bits)
+
+
+def decode_blocks(codes: Tensor, scales: Tensor, width: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Blocks (R, width) of ``dtype``, without their middles."""
+    wide = torch.float32 if dtype == torch.float16 else dtype  # which does not hold a large block times the gain
+    gain = torch.full((width,), 1 / _GAINS[bits], dtype=wide, device=codes.device)
+    return row_decode(codes, scales, width, bits, wide, gain).to(dtype)
 
 
 def without_copies(x: Tensor) -> Tensor:
@@ -72,8 +85,7 @@ class Blocks:
     def read(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The tensor that stands for what was packed."""
         width = codes.shape[1]
-        gain = torch.full((width,), 1 / _GAIN, dtype=self.dtype, device=codes.device)
-        flat = row_decode(codes, scales, width, 8, self.dtype, gain).view(-1)
+        flat = decode_blocks(codes, scales, width, 8, self.dtype).view(-1)
         return flat.as_strided(self.shape, self.strides).expand(self.whole)
 
 
@@ -96,14 +108,14 @@ class Slice:
         for dim, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
             steps = torch.arange(size, device=codes.device) * stride
             places = places + steps.view(-1, *(1,) * (len(self.shape) - dim - 1))
-        scale = scales.float()[places // width] / _GAIN
+        scale = scales.float()[places // width] / _GAINS[8]
         return (part.float() * scale).to(self.dtype).expand(self.whole)
 
 
 def pack_blocks(x: Tensor, reason: str) -> tuple[Tensor, Tensor]:
     """(codes (R, width), scales (R,)) of a float tensor x; ``reason`` is what the ledger says of them.
 
-    A block that is not finite, or reaches 130,000, has a scale that is not.
+    A block that is not finite, or reaches 100,000, has a scale that is not.
     """
     compact = without_copies(x.detach())
     flat = in_memory_order(compact)
@@ -114,8 +126,7 @@ def pack_blocks(x: Tensor, reason: str) -> tuple[Tensor, Tensor]:
     if flat.numel() % width:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % width))
     rows = flat.view(-1, width)
-    zero = rows.new_zeros(rows.shape[0], dtype=torch.float32)
-    codes, scales = row_encode(rows, zero, zero + _GAIN, 8)
+    codes, scales = encode_blocks(rows, rows.new_zeros(rows.shape[0], dtype=torch.float32), 8)
     return mark(codes, QUANTISED, reason), mark(scales, SCALES, reason)
 
 

@@ -70,6 +70,14 @@ def source_of(x: Tensor) -> Packed | None:
     return packed if when is not None and when == _when(x) else None
 
 
+def source_of_weight(weight: Tensor) -> Packed | None:
+    """What a weight that the network has computed can be worked out from again: it, or what it is a view of, in the
+    same order."""
+    base = weight._base
+    viewed = base is not None and weight.is_contiguous() and weight.numel() == base.numel()
+    return source_of(weight) or (source_of(base) if viewed else None)
+
+
 def remember_attended(x: Tensor, packed: Packed) -> None:
     """Note that the tokens (B, N, H e) which are a view of x (B, H, N, e), an attention's output, can be read from what
     the attention keeps."""

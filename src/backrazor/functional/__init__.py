@@ -13,6 +13,8 @@ from .conv_norm_act import conv_norm_act
 from .convnd import ConvNdSpec, conv_nd
 from .cross_entropy import linear_cross_entropy, upsampled_cross_entropy
 from .dropout import dropout
+from .extreme import extreme
+from .gated_product import gated_product
 from .layer_norm import group_norm, layer_norm
 from .linear import linear
 from .linear_act import linear_act
@@ -35,7 +37,9 @@ __all__ = [
     "conv_nd",
     "conv_norm_act",
     "dropout",
+    "extreme",
     "fits_attention",
+    "gated_product",
     "group_norm",
     "layer_norm",
     "linear",

@@ -13,8 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codecs import NOTHING, Form, Packed, Pruned, Use, load, pack_shared, packed_of, save
-from ..kernels.sealed import sealed
+from ..codecs import (
+    NOTHING,
+    Form,
+    Packed,
+    Pruned,
+    Use,
+    load,
+    pack_shared,
+    packed_of,
+    save,
+    source_of_weight,
+)
+from ..kernels.sealed import sealed, traced
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, placed, sample_chunks
 from .conv import gradient_shapes
 from .transforms import RazorFunction, differentiable_once
@@ -43,7 +54,7 @@ def conv_nd(
     """``dense(x, weight, bias)``, the convolution that ``spec`` describes, of x (B, C, *) with weight (D, C / groups,
     *), transposed (C, D / groups, *); backward uses x_hat = unpack(pack(x)) for the weight's gradient.
 
-    The gradient of x is exact.
+    The gradient of x is exact. A standardised weight is worked out again from its parameter.
     """
     channels = weight.shape[0] if spec.transposed else weight.shape[1] * spec.groups
     if not needs_grad(x, weight, bias) or x.dim() != weight.dim() or x.shape[1] != channels or not x.numel():
@@ -51,7 +62,9 @@ def conv_nd(
     cast = autocast_dtype(x)
     packed = pack_shared(x, codec, Use.of(weight), flag).arguments if weight.requires_grad else NOTHING
     (x,) = cast_to(cast, x)
-    return _ConvNd.run(x, weight, bias, spec, dense, cast, *packed)
+    source = source_of_weight(weight) if x.requires_grad and not traced() else None
+    again = NOTHING if source is None else source.arguments
+    return _ConvNd.run(x, weight, bias, spec, dense, cast, *again, *packed)
 
 
 @sealed(gradient_shapes)
@@ -90,21 +103,24 @@ class _ConvNd(RazorFunction):
         spec: ConvNdSpec,
         dense: Callable[..., Tensor],
         cast: torch.dtype | None,
-        form: Form | None,
-        *stored: Tensor,
+        *parts: Form | Tensor | None,
     ) -> Tensor:
         return not_a_view(dense(x, *cast_to(cast, weight, bias)))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, ctx.spec, _, _, form, *stored = inputs
-        ctx.shape = tuple(x.shape)
-        save(ctx, weight, packed_of(form, stored))
+        x, weight, _, ctx.spec, _, _, source, *rest = inputs
+        ctx.shape, ctx.weight_shape = tuple(x.shape), tuple(weight.shape)
+        count = 0 if source is None else source.count
+        form, *stored = rest[count:]
+        save(ctx, weight if source is None else packed_of(source, rest[:count]), packed_of(form, stored))
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, packed = load(ctx)
+        if isinstance(weight, Packed):
+            weight = weight.unpack().view(ctx.weight_shape)
         need_x, need_weight, need_bias, *rest = ctx.needs_input_grad
         grad_x, grad_weight = _gradients(grad, packed, ctx.shape, weight, ctx.spec, need_x, need_weight)
         grad_bias = grad.sum((0, *range(2, grad.dim()))) if need_bias else None

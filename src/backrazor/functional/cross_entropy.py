@@ -126,13 +126,11 @@ def _loss(
     for start, stop in sample_chunks(len(rows), logits_bytes, x.device):
         chunk, part = rows[start:stop], labels[start:stop]
         logits = _upsampled(chunk, part) if matrix is None else F.linear(chunk, matrix, offset).to(wide)
-        loss += F.cross_entropy(
-            logits, part, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-        )
+        sum_of_losses, slope = _loss_and_slope_(logits, part, counted[start:stop], label_smoothing)
+        loss += sum_of_losses
         if not any(keeps):
             continue
-        slope = _slope_(logits, part, counted[start:stop], label_smoothing).mul_(share.nan_to_num(posinf=0.0))
-        slope = slope.to(rows.dtype)
+        slope = slope.mul_(share.nan_to_num(posinf=0.0)).to(rows.dtype)
         if grad_rows is not None:
             grad_rows[start:stop] = _downsampled(slope, chunk) if matrix is None else slope @ matrix
         if grads[1] is not None:
@@ -210,11 +208,19 @@ def _downsampled(slope: Tensor, x: Tensor) -> Tensor:
     return tall @ (slope @ broad.t())
 
 
-def _slope_(logits: Tensor, labels: Tensor, counted: Tensor, smoothing: float) -> Tensor:
-    """The gradient of the summed loss, in the place of ``logits``: softmax less the target's distribution."""
-    slope = torch.softmax(logits, 1, out=logits) if not logits.requires_grad else logits.softmax(1)
+def _loss_and_slope_(logits: Tensor, labels: Tensor, counted: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The summed loss, and in the place of ``logits`` its gradient: softmax less the target's distribution.
+
+    The log of a row's sum is its largest logit less the log of the largest probability, which is at least 1 / V: so no
+    second tensor of the logits' size is made.
+    """
     places = torch.where(counted, labels, 0).unsqueeze(1)
+    largest, target = logits.amax(1, keepdim=True), logits.gather(1, places)
+    if smoothing:
+        target = torch.lerp(target, logits.mean(1, keepdim=True), smoothing)
+    slope = torch.softmax(logits, 1, out=logits) if not logits.requires_grad else logits.softmax(1)
+    losses = largest - slope.amax(1, keepdim=True).log() - target
     slope.scatter_add_(1, places, slope.new_full((), smoothing - 1).expand(places.shape))
     if smoothing:
         slope -= smoothing / logits.shape[1]
-    return slope.mul_(counted.unsqueeze(1))
+    return losses.squeeze(1).where(counted, 0).sum(), slope.mul_(counted.unsqueeze(1))

@@ -33,7 +33,7 @@ from ..codecs.shared import source_of
 from ..kernels.dispatch import on_cuda
 from ..kernels.sealed import traced
 from ..kernels.topk.layout import NON_FINITE
-from .transforms import calls
+from .transforms import calls, is_wrapped
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -330,6 +330,8 @@ class Net:
         base = x if x._base is None else x._base
         if isinstance(base, nn.Parameter):
             return True
+        if is_wrapped(base):  # of a transform, which has no storage
+            return False
         return base.is_leaf and base.requires_grad and base.untyped_storage()._cdata in self._living()
 
     def _living(self) -> set[int]:

@@ -37,12 +37,14 @@ class LayerRules:
         norm: the same for the input of a normalisation.
         activation: what a smooth activation keeps: "dense", "float16", "int8", "int4", "int2" or "auto".
         attention: what attention keeps of q, k, its softmax and v.
+        gate: what a gated product keeps of its factors: "rest", "int8" or "int4".
     """
 
     pruned: Pruned
     norm: NormCodec
     activation: str
     attention: AttentionCodec
+    gate: str
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:

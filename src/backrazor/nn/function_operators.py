@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import functional
-from ..codecs import NormCodec
+from ..codecs import NormCodec, activation_of, remember_source, standardised
 from ..functional.rest import exactly, running
 
 
@@ -64,6 +64,35 @@ def _dropout(
     place: Any, function: Callable, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
     return functional.dropout(input, p, training, inplace)
+
+
+def _product(place: Any, function: Callable, input: Any, other: Any, **named: Any) -> Tensor:
+    """That of an activation's output, or with a parameter for a scale; other products are left alone."""
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor) or named:
+        return function(input, other, **named)
+    if input.shape == other.shape:
+        gated = activation_of(input) is not None or activation_of(other) is not None
+        kept = place.net.rules.gate
+        return functional.gated_product(input, other, kept, place.flag(input)) if gated else function(input, other)
+    for x, scale in (input, other), (other, input):
+        if 0 < scale.dim() <= x.dim() > 1 and _is_parameter(scale) and not _is_parameter(x):
+            return functional.channel_scale(x, scale, place.net.rules.pruned, place.flag(x))
+    return function(input, other)
+
+
+def _matmul(place: Any, function: Callable, input: Any, other: Any, **named: Any) -> Tensor:
+    """A Linear without a bias that is written as a product with its transposed weight."""
+    usual = isinstance(input, Tensor) and not named and _is_parameter(other)
+    if not usual or other.dim() != 2 or input.dim() < 2 or input.shape[-1] != other.shape[0]:
+        return function(input, other, **named)
+    return functional.linear(input, other.t(), None, place.net.rules.pruned, place.flag(input))
+
+
+def _extreme(largest: bool) -> Callable:
+    def handle(place: Any, function: Callable, input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+        return functional.extreme(input, (dim,) if isinstance(dim, int) else tuple(dim), keepdim, largest)
+
+    return handle
 
 
 def _attention(
@@ -182,8 +211,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     codec, arguments = _norm_codec(place), (running_mean, running_var, weight, bias, training, momentum, eps)
-    if codec is None or _is_parameter(input):  # of a weight that is standardised so
-        return run_exactly(place, function, input, *arguments)
+    if codec is None or _is_parameter(input):
+        out = run_exactly(place, function, input, *arguments)
+        if _is_parameter(input) and training and running_mean is None and running_var is None and bias is None:
+            remember_source(out, standardised(input, weight, eps))
+        return out
     return functional.batch_norm(input, *arguments, codec, place.flag(input))
 
 
@@ -246,6 +278,21 @@ RAZORED: dict[Any, Callable] = {
     Tensor.relu_: _relu_,
     F.relu6: _relu6,
     F.dropout: _dropout,
+    torch.mul: _product,
+    torch.multiply: _product,
+    Tensor.mul: _product,
+    Tensor.multiply: _product,
+    Tensor.__mul__: _product,
+    Tensor.__rmul__: _product,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    torch.amax: _extreme(largest=True),
+    Tensor.amax: _extreme(largest=True),
+    torch.amin: _extreme(largest=False),
+    Tensor.amin: _extreme(largest=False),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
     F.linear: _linear,

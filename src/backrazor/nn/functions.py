@@ -70,7 +70,7 @@ class Functions(TorchFunctionMode):
         if net is None or net.settings.net.rules is None:
             return function(*args, **kwargs)
         # a module may hand a part's parameters to a function by itself: what is said of that part holds
-        place = net.settings_for(*args[1:], *kwargs.values()) if function in RAZORED else net.settings
+        place = net.settings_for(*args[1:], *kwargs.values(), *args[:1]) if function in RAZORED else net.settings
         if place.net.rules is None:
             return function(*args, **kwargs) if place.net.packs else run_exactly(place, function, *args, **kwargs)
         return handler(place, function, *args, **kwargs)
@@ -127,9 +127,7 @@ _DELICATE = (
     "erfinv",
     "xlogy",
     "logit",
-    "amax",  # whose backward asks which elements equal the largest: after rounding perhaps none, and it divides by them
-    "amin",
-    "max",
+    "max",  # whose backward asks which elements equal the largest: after rounding perhaps none, and it divides by them
     "min",
     "aminmax",
     "fmod",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..cpu.layout import LANES
 from .layout import Guesses
 
@@ -29,6 +31,29 @@ class Guess:
     known: int  # as ``Guesses`` says; without them ``known_bits`` is 0
     levels: int
     known_bits: int
+
+
+class SampleGuess(NamedTuple):
+    """The guesses of one sample, as compiled code hands them on. Addresses are of float32, but for ``codes``.
+
+    Attributes:
+        table: address of the rows' numbers, or of one number per element of a period.
+        length: elements of a row, or of the period.
+        inverse: 1 / length.
+        low, high: only elements between them are guessed; NaN is no limit.
+        codes: address of the known codes.
+        levels: address of what these stand for.
+        bits: of a known code; 0 without them.
+    """
+
+    table: int
+    length: int
+    inverse: float
+    low: float
+    high: float
+    codes: int
+    levels: int
+    bits: int
 
 
 def guess_numbers(n: int, guesses: Guesses | None) -> int:

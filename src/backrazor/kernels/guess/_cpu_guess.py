@@ -113,7 +113,7 @@ def forget_numbers(spare):
 def block_numbers(fill, guess, start, spare):
     """Address of the 16 float32 that are the guesses of the elements from ``start`` on. Of rows, those of the block
     before are taken again while the row is the same."""
-    table, length, inverse = guess[0], guess[1], guess[2]
+    table, length, inverse = guess.table, guess.length, guess.inverse
     numbers = spare + NUMBERS_AT
     row_from, row_to = numbers + LANES * 4, numbers + LANES * 4 + 8
     if fill == TABLE:
@@ -132,8 +132,8 @@ def block_numbers(fill, guess, start, spare):
 @njit(forceinline=True)
 def told_numbers(guess, numbers, n, block, spare):
     """Address of 16 float32: those at ``numbers`` times what the codes of a block's elements stand for."""
-    codes, levels, bits = guess[5], guess[6], guess[7]
-    address, inside = codes + block * LANES // 8 * bits, n - block * LANES
+    levels, bits = guess.levels, guess.bits
+    address, inside = guess.codes + block * LANES // 8 * bits, n - block * LANES
     if inside < LANES:  # no byte behind the sample's codes is read
         copy_bytes(address, spare + TAIL_AT, (inside * bits + 7) // 8)
         address = spare + TAIL_AT
@@ -151,8 +151,8 @@ def block_at(kind, fill, guess, source, n, block, spare):
     if fill == NO_GUESS:
         return address
     numbers = block_numbers(fill, guess, block * LANES, spare)
-    inside = 0xFFFF if guess[3] != guess[3] else between(kind, address, guess[3], guess[4])
-    if guess[7]:
+    inside = 0xFFFF if guess.low != guess.low else between(kind, address, guess.low, guess.high)
+    if guess.bits:
         numbers = told_numbers(guess, numbers, n, block, spare)
     subtract_block(kind, address, numbers, inside, spare + RESULT_AT)
     return spare + RESULT_AT
@@ -169,7 +169,7 @@ def fill_tile(kind, fill, guess, bits, start, n, out, spare):
         if bits:
             mask = get_u16(bits + block * 2) if first + 8 < n else get_u8(bits + block * 2)
         numbers = block_numbers(fill, guess, first, spare)
-        if guess[7]:
+        if guess.bits:
             numbers = told_numbers(guess, numbers, n, block, spare)
         if first + LANES <= n:
             select_numbers(kind, numbers, mask, out + first * size)

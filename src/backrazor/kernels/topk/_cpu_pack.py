@@ -13,7 +13,7 @@ from ..cpu.scalars import atomic_or, get_i32, popcount, put_i32, put_u8, trailin
 from ..guess._cpu_form import NO_GUESS, SLACK
 from ..guess._cpu_guess import block_at
 from ..guess._cpu_means import sample_factors, sample_means
-from ..guess._cpu_read import read_guess, sample_codes, told_of
+from ..guess._cpu_read import read_guess, sample_codes, unread_guess
 from ._cpu_form import BUFFER_AT, SPARE_AT, STAGE_AT
 from ._cpu_sample import sample_form
 from ._cpu_select import threshold_of
@@ -111,25 +111,23 @@ def _emit(
 
 
 @njit(forceinline=True)
-def _guess_of(a, kind, fill, source, sample, scratch):
-    """What ``block_at`` is told of a sample: its means, quantised and stored; and the status bits."""
-    means, status = scratch + a.guess_at, 0
-    if fill != NO_GUESS:
-        stage, spare = scratch + STAGE_AT, scratch + SPARE_AT
-        table = means + (a.rows + SLACK) * 4
-        if a.known_bits:
-            told = told_of(a, sample)
-            guess = means, 1, 1.0, a.low, a.high, told[0], told[1], told[2]
-            sample_factors(kind, a.features, a.rows, source, a.n, guess, means, table, spare)
-        else:
-            sample_means(kind, a.features, a.rows, source, a.n, a.low, a.high, means, table, spare)
-        codes, scales = sample_codes(a, sample)
-        for start in range(0, a.rows, TILE):
-            count = min(TILE, a.rows - start)
-            for i in range(count):
-                put_i32(stage + i * 4, get_i32(means + (start + i) * 4))
-            status |= store_values(INT8, stage, count, codes, scales, start)
-    return read_guess(a, fill, sample, scratch, scratch + STAGE_AT, scratch + SPARE_AT), status
+def _store_guess(a, kind, source, sample, scratch):
+    """Write the codes and scales of a sample's guesses; returns the status bits."""
+    status = 0
+    guess = unread_guess(a, sample, scratch, a.low, a.high)
+    numbers, stage, spare = guess.table, scratch + STAGE_AT, scratch + SPARE_AT
+    second = numbers + (a.rows + SLACK) * 4
+    if guess.bits:
+        sample_factors(kind, a.features, a.rows, source, a.n, guess, numbers, second, spare)
+    else:
+        sample_means(kind, a.features, a.rows, source, a.n, guess.low, guess.high, numbers, second, spare)
+    codes, scales = sample_codes(a, sample)
+    for start in range(0, a.rows, TILE):
+        count = min(TILE, a.rows - start)
+        for i in range(count):
+            put_i32(stage + i * 4, get_i32(numbers + (start + i) * 4))
+        status |= store_values(INT8, stage, count, codes, scales, start)
+    return status
 
 
 @njit(forceinline=True)
@@ -137,13 +135,14 @@ def pack_worker(a, kind, fill):
     """Take samples until none is left."""
     n, keep = a.n, a.keep
     scratch = a.scratch + count_threads(a, 1) * a.scratch_bytes
-    spare = scratch + SPARE_AT
+    stage, spare = scratch + STAGE_AT, scratch + SPARE_AT
     sample = take_tasks(a, 1)
     while sample < a.batch:
         at = a.source + sample * n * element_bytes(kind)
-        place, status = _guess_of(a, kind, fill, at, sample, scratch)
-        told = told_of(a, sample)
-        guess = place[0], place[1], place[2], a.low, a.high, told[0], told[1], told[2]
+        status = 0
+        if fill != NO_GUESS:
+            status = _store_guess(a, kind, at, sample, scratch)
+        guess = read_guess(a, fill, sample, scratch, a.low, a.high, stage, spare)
         threshold, ties = -1, 0
         if keep < n:
             threshold, ties = threshold_of(
@@ -161,7 +160,7 @@ def pack_worker(a, kind, fill):
             keep,
             threshold,
             ties,
-            scratch + STAGE_AT,
+            stage,
             spare,
             values,
             scales,

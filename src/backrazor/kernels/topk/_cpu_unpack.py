@@ -13,7 +13,7 @@ from ..cpu.layout import F32
 from ..cpu.scalars import get_f32, get_i32, get_u8, get_u16, put_f32, put_i32, put_i64, put_u8, put_u16, trailing_zeros
 from ..guess._cpu_form import NO_GUESS
 from ..guess._cpu_guess import add_half, fill_tile
-from ..guess._cpu_read import read_guess, told_of
+from ..guess._cpu_read import read_guess
 from ._cpu_form import SPARE_AT, STAGE_AT
 from ._cpu_sample import sample_form
 from ._cpu_values import decode_values
@@ -92,12 +92,11 @@ def unpack_worker(a, kind, fill):
     sample = take_tasks(a, 1)
     while sample < batch:
         values, scales, index, counts, full = sample_form(a, sample)
-        place = read_guess(a, fill, sample, scratch, scratch + STAGE_AT, scratch + SPARE_AT)
-        told = told_of(a, sample)
+        stage, spare = scratch + STAGE_AT, scratch + SPARE_AT
         _scatter(
             kind,
             fill,
-            (place[0], place[1], place[2], 0.0, 0.0, told[0], told[1], told[2]),
+            read_guess(a, fill, sample, scratch, 0.0, 0.0, stage, spare),
             a.bits + sample * ((n + 7) // 8) if a.bits else 0,
             value_kind,
             index_kind,
@@ -109,7 +108,7 @@ def unpack_worker(a, kind, fill):
             n,
             keep,
             out + sample * n * element_bytes(kind),
-            scratch + STAGE_AT,
-            scratch + SPARE_AT,
+            stage,
+            spare,
         )
         sample = take_tasks(a, 1)
