@@ -78,14 +78,16 @@ def test_timm_attention(settings: str, mask: str) -> None:
     forward = lambda model: model(x, **MASKS[mask])  # noqa: E731
     fused, unfused = copy.deepcopy(plain), copy.deepcopy(plain)
     fused.fused_attn, unfused.fused_attn = True, False
-    out = run(unfused, forward)[0]
+    out, kernel = (run(model, forward)[0] for model in (unfused, fused))
     for name, config in CONFIGS.items():
         for model in (fused, unfused):
             ours = razored(model, config)
             assert isinstance(ours, SdpaDropIn)
-            assert_same_bits(f"output, {name}", run(ours, forward)[0], out)
+            # the paper's rule keeps the scores, and dropout draws its own numbers: both need the formula
+            as_it_was = model is fused and config.attention != "pruned" and "drop" not in settings
+            assert_same_bits(f"output, {name}", run(ours, forward)[0], kernel if as_it_was else out)
     if "drop" not in settings:
-        assert_close("output beside SDPA", out, run(fused, forward)[0], 1e-5)
+        assert_close("output beside SDPA", out, kernel, 1e-5)
     assert_same_training(unfused, forward)
 
 
@@ -346,7 +348,7 @@ def test_transformers(build: Callable) -> None:
         assert {row.reason for row in report.left} <= {"keeps its indices", ends}
         assert_same_bits(f"eager, {name}", run(ours, forward)[0], out)
     model = copy.deepcopy(sdpa).eval()
-    assert_close("SDPA", run(razored(model, br.RazorConfig(0.9)), forward)[0], run(model, forward)[0], 1e-5)
+    assert_same_bits("SDPA", run(razored(model, br.RazorConfig(0.9)), forward)[0], run(model, forward)[0])
     assert_same_training(eager, forward)
     sizes = []
     for model in (eager, razored(eager, br.RazorConfig(0.9)), razored(sdpa, br.RazorConfig(0.9))):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import backrazor as br
 from backrazor import functional
@@ -95,3 +96,42 @@ def test_a_product_with_a_transposed_weight_is_a_linear() -> None:
         expected = torch.einsum("bno,bni->oi", behind.double(), x_hat_of(x).double())
         assert_close("weight", ours.weight.grad, expected, 1e-5)
         assert_close("scale", ours.scale.grad, (behind.double() * x_hat_of(y).double()).sum().view(1), 1e-5)
+
+
+class Pools(nn.Module):
+    """Calls the pooling functions by itself, of a map in channels_last behind a view with gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 24, 3, padding=1), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).permute(0, 2, 3, 1)[..., :12].permute(0, 3, 1, 2)
+        y = F.max_pool2d(y, 2) + F.max_pool2d(y, 3, 2, padding=1)
+        y = F.avg_pool2d(y, 3, 1, padding=1, count_include_pad=False) + F.adaptive_avg_pool2d(y, (4, 4)).mean()
+        return self.head(y.mean((2, 3)))
+
+
+def test_pooling_functions_keep_what_the_layers_keep() -> None:
+    torch.manual_seed(0)
+    plain, x = Pools(), torch.randn(2, 3, 16, 16)
+    ours = copy.deepcopy(plain)
+    br.razor_(ours, br.RazorConfig(0.0, values="float32", fill="zero"))
+    with br.memory.ledger(ours) as book:
+        out = ours(x)
+    own = [row for row in book.rows if row.module == ""]
+    assert sum(row.bytes for row in own if row.role == "index") == 2 * 2 * 12 * 8 * 8  # a byte per output
+    assert not [row for row in own if row.role in ("dense", "quantised")]
+    assert_same_bits("forward", out, plain(x))
+    out.sum().backward()
+    plain(x).sum().backward()
+    for (name, got), expected in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert_close(name, got.grad, expected.grad, 1e-5)
+
+
+def test_max_pooling_lies_as_pytorchs_does() -> None:
+    """Attention's kernel rounds by how its queries lie, so that a pooled map has to lie as it would."""
+    x = torch.randn(2, 8, 8, 24)[..., :12].permute(0, 3, 1, 2)
+    for y in (x, x.contiguous(), x.contiguous(memory_format=torch.channels_last)):
+        got = functional.max_pool(y.detach().requires_grad_(), (2, 2), (2, 2), (0, 0), (1, 1), False)
+        assert got.stride() == F.max_pool2d(y, 2).stride()

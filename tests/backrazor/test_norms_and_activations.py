@@ -72,7 +72,8 @@ def check_norm(name: str, ours: nn.Module, theirs: nn.Module, x: Tensor, rule: s
     )
     grad = torch.randn_like(out)
     got = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
-    oracle = norm_oracle(theirs, x, rule, grad)
+    # of vectors a row is the sample, in 8 bits whatever the rule
+    oracle = norm_oracle(theirs, x, "int8" if rule == "int4" and x.dim() == 2 else rule, grad)
     for key, gradient in got.items():
         assert_close(f"{key}, {name}", gradient, oracle[key], 2e-5)
 
@@ -104,15 +105,16 @@ def test_int_rules_of_a_norm_are_close_to_dense_but_not_equal() -> None:
     assert errors[0] < 0.05
 
 
-@pytest.mark.parametrize("rule, bits", [("int8", 8), ("int4", 4)])
-def test_a_batch_norm_over_tokens_keeps_a_scale_per_token(rule: str, bits: int) -> None:
-    """As in LeViT: tokens are samples, and a scale per element would take more than the element's code."""
+@pytest.mark.parametrize("rule", ["int8", "int4"])
+def test_a_batch_norm_over_tokens_keeps_a_scale_per_token(rule: str) -> None:
+    """As in LeViT: tokens are samples, and a scale per element would take more than the element's code. Channels
+    differ, so that 4 bits tell too little."""
     layer, x = razored(nn.BatchNorm1d(32), norm=rule), torch.randn(40, 32, requires_grad=True)
     with br.memory.ledger(layer) as book:
         out = layer(x)
     assert out.requires_grad
     rows = {row.role: row.bytes for row in book.rows}
-    assert rows["quantised"] == 40 * 32 * bits // 8 and rows["scales"] == 40 * 2
+    assert rows["quantised"] == 40 * 32 and rows["scales"] == 40 * 2
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

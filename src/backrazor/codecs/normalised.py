@@ -3,7 +3,8 @@
 Every rule is read back as the normalised input (x - mean) * rstd, since that is what the gradient's formula needs.
 Rows: a token for LayerNorm, a group of channels of one sample for GroupNorm, a channel of one sample for BatchNorm. A
 BatchNorm over vectors, such as tokens taken for samples, has one element per such row, and a scale for it would take
-more than its code: there a row is the sample.
+more than its code: there a row is the sample, in 8 bits. Channels differ, and at 4 bits the cosine of LeViT's gradient
+is 0.40, with 8 it is 0.92.
 
 Shape legend: B samples, R rows, m elements of a row.
 """
@@ -39,9 +40,10 @@ class NormCodec:
     def form(self, x: Tensor, rows: int) -> NormForm:
         """How x (B, ...) with ``rows`` rows in all is going to be stored."""
         packed = self.pruned.form(x) if self.kind == "pruned" else None
-        if self.bits is not None and rows and x.numel() // rows < SHORTEST:
-            rows = x.shape[0]
-        return NormForm(tuple(x.shape), x.dtype, x.numel() // rows if rows else 0, self.bits, packed)
+        bits = self.bits
+        if bits is not None and rows and x.numel() // rows < SHORTEST:
+            rows, bits = x.shape[0], 8
+        return NormForm(tuple(x.shape), x.dtype, x.numel() // rows if rows else 0, bits, packed)
 
     def pack(self, x: Tensor, mean: Tensor, rstd: Tensor, flag: Tensor) -> Packed:
         """Keep x (B, ...) for the backward of a normalisation with statistics ``mean`` and ``rstd``: per channel (C,)

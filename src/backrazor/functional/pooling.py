@@ -94,7 +94,7 @@ def _max_pool_forward(
         part, index = pool(x[start:stop], *settings, return_indices=True)
         if out is None:
             shape = (x.shape[0], *part.shape[1:])
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(part))
             place = torch.empty_like(out, dtype=torch.uint8)
         out[start:stop] = part
         place[start:stop] = _places(index, x.shape, kernel, stride, padding, dilation)

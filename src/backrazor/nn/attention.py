@@ -55,13 +55,17 @@ class _Replaced(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         rules, late = self._module.razor.attention, self._module.scales_scores
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+
         if not functional.fits_attention(query, key, value, attn_mask, is_causal, enable_gqa):
             with exactly():  # its backward reads inputs and sums that have to agree
-                return F.scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
-        flag = self._module.flag_for(query)
-        return functional.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, rules, flag, late)
+                return dense(query, key, value)
+        settings = attn_mask, dropout_p, is_causal, scale, rules, self._module.flag_for(query), late
+        return functional.sdpa(query, key, value, *settings, dense if self._module.calls_fused else None)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A class may hand a child's weight to F.linear by itself, with a bias of its own: the child's rules hold."""
@@ -94,8 +98,13 @@ class SdpaDropIn(MadeDropIn):
     @property
     def fused_attn(self) -> bool:
         """timm's switch between ``F.scaled_dot_product_attention`` and the formula: on, whatever the layer was set to,
-        since the operator that takes its place computes the formula."""
+        since an operator takes the place of that function."""
         return True
+
+    @property
+    def calls_fused(self) -> bool:
+        """What the layer was set to: whether the operator's forward is PyTorch's fused kernel, or the formula."""
+        return self.__dict__.get("fused_attn", True)
 
     @fused_attn.setter
     def fused_attn(self, value: bool) -> None:

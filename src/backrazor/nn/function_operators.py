@@ -228,6 +228,45 @@ def _numbers(value: Any, count: int) -> tuple[int, ...] | None:
     return tuple(value) * count if len(value) == 1 else tuple(value)
 
 
+def _max_pool(dims: int) -> Callable:
+    def handle(
+        place: Any,
+        function: Callable,
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        if return_indices:
+            return function(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        given = kernel_size, stride or kernel_size, padding, dilation
+        return functional.max_pool(input, *(_numbers(setting, dims) for setting in given), ceil_mode)
+
+    return handle
+
+
+def _avg_pool2d(
+    place: Any,
+    function: Callable,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    sizes = (_numbers(setting, 2) for setting in (kernel_size, stride or kernel_size, padding))
+    return functional.avg_pool2d(input, *sizes, ceil_mode, count_include_pad, divisor_override)
+
+
+def _adaptive_avg_pool2d(place: Any, function: Callable, input: Tensor, output_size: Any) -> Tensor:
+    return functional.adaptive_avg_pool2d(input, output_size)
+
+
 def _convolution(dims: int, transposed: bool) -> Callable:
     def handle(
         place: Any,
@@ -301,6 +340,12 @@ RAZORED: dict[Any, Callable] = {
     F.group_norm: _group_norm,
     F.rms_norm: _rms_norm,
     F.batch_norm: _batch_norm,
+    F.max_pool2d: _max_pool(2),
+    torch.max_pool2d: _max_pool(2),
+    F.max_pool3d: _max_pool(3),
+    torch.max_pool3d: _max_pool(3),
+    F.avg_pool2d: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     F.conv1d: _convolution(1, transposed=False),
     F.conv2d: _convolution(2, transposed=False),
     F.conv3d: _convolution(3, transposed=False),

@@ -68,7 +68,12 @@ class TransformersAttention(SdpaDropIn):
     @property
     def scales_scores(self) -> bool:
         """The eager formula scales the scores."""
-        return self.__dict__["config"]._attn_implementation != "sdpa"
+        return not self.calls_fused
+
+    @property
+    def calls_fused(self) -> bool:
+        """Whether the model was built with SDPA."""
+        return self.__dict__["config"]._attn_implementation == "sdpa"
 
     def forward(self, *args: object, **kwargs: object) -> object:
         if not kwargs.get("output_attentions"):
