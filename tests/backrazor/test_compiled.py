@@ -4,6 +4,7 @@ the network that is not compiled, and no compiling anew."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -343,7 +344,9 @@ def inductor() -> Iterator[None]:
 @pytest.mark.parametrize("network", ["mobilenetv2_100", "vit_tiny", "llama"])
 def test_inductor(network: str, inductor: None) -> None:
     case = NETWORKS[network]
-    model, x = razored(case.build, CONFIGS["known"]).eval(), case.inputs()  # no dropout: inductor draws its own
+    # inductor rounds otherwise, and where that makes another code of a factor, a step of 8 bits is a small one
+    config = dataclasses.replace(CONFIGS["known"], gate="int8")
+    model, x = razored(case.build, config).eval(), case.inputs()  # no dropout: inductor draws its own
     loss, wanted = gradients(model, x)
     run = torch.compile(copy.deepcopy(model), fullgraph=True)
     got_loss, got = gradients(run, x)

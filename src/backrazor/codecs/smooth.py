@@ -85,20 +85,10 @@ def quantiser(name: str, bits: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(thresholds), torch.from_numpy(levels)
 
 
-@_disable_dynamo  # it would trace through the caches
 def quantiser_on(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``quantiser`` on a device, made there once: on a GPU a copy from the host waits for the device, and a CUDA graph
-    cannot hold one."""
-    if detect_fake_mode() is not None:
-        thresholds, levels = quantiser(name, bits)
-        return thresholds.to(device), levels.to(device)
-    return _resident(name, bits, device)
-
-
-@cache
-def _resident(name: str, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    thresholds, levels = quantiser(name, bits)
-    return thresholds.to(device), levels.to(device)
+    """``quantiser`` on a device, made there once."""
+    thresholds, levels = _on_device(quantiser, name, bits, device)
+    return thresholds, levels
 
 
 def outputs(name: str, bits: int) -> Tensor:
@@ -107,15 +97,30 @@ def outputs(name: str, bits: int) -> Tensor:
     return torch.from_numpy(_outputs(name, bits))
 
 
-@_disable_dynamo
+def _outputs_alone(name: str, bits: int) -> tuple[Tensor, ...]:
+    return (outputs(name, bits),)
+
+
 def outputs_on(name: str, bits: int, device: torch.device) -> Tensor:
     """``outputs`` on a device, made there once."""
-    return outputs(name, bits).to(device) if detect_fake_mode() is not None else _resident_outputs(name, bits, device)
+    return _on_device(_outputs_alone, name, bits, device)[0]
+
+
+@_disable_dynamo  # it would trace through the cache
+def _on_device(
+    table: Callable[[str, int], tuple[Tensor, ...]], name: str, bits: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """``table(name, bits)`` there: on a GPU a copy from the host waits for the device, and a CUDA graph cannot hold
+    one. Fake tensors are not kept."""
+    make = _resident.__wrapped__ if detect_fake_mode() is not None else _resident
+    return make(table, name, bits, device)
 
 
 @cache
-def _resident_outputs(name: str, bits: int, device: torch.device) -> Tensor:
-    return outputs(name, bits).to(device)
+def _resident(
+    table: Callable[[str, int], tuple[Tensor, ...]], name: str, bits: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    return tuple(part.to(device) for part in table(name, bits))
 
 
 @cache

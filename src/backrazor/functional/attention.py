@@ -248,12 +248,13 @@ def _gradients(
         part, part_mask = grad[start:stop], _of_samples(mask, start, stop)
         parts_of_it = [Piece(slice(None), slice(None))]
         if not p and dropped is None and stop - start == 1:
-            parts_of_it = pieces(heads, queries, row_bytes, grad.device)
+            parts_of_it = pieces(heads, queries, row_bytes, is_causal, grad.device)
         sums = Sums(*(None if g is None else g[start:stop] for g in grads), heads, whole=len(parts_of_it) == 1)
         for piece in parts_of_it:
             piece_mask = None if part_mask is None else piece.of(part_mask)
             piece_q, piece_grad, first = piece.of(q), piece.of(part), piece.queries.start or 0
-            piece_k, piece_v = k[:, piece.heads], v[:, piece.heads]
+            seen = slice(piece.queries.stop if is_causal else None)  # no query of the piece sees a later key
+            piece_k, piece_v = k[:, piece.heads, seen], v[:, piece.heads, seen]
             # P is recomputed where it is not kept
             piece_p = p[0] if p else None
             if piece_p is None:

@@ -42,20 +42,22 @@ class Piece(NamedTuple):
         return x if x.shape[2] == 1 else x[:, :, self.queries]
 
 
-def pieces(heads: int, queries: int, row_bytes: int, device: torch.device) -> list[Piece]:
+def pieces(heads: int, queries: int, row_bytes: int, is_causal: bool, device: torch.device) -> list[Piece]:
     """All heads and queries of a sample at once where its scores are small, else some heads, or some queries of one.
-    ``row_bytes``: of one query's scores."""
+    ``row_bytes``: of one query's scores. Where these end at the query's own token, there are twice as many pieces of
+    queries, each of which needs the keys up to its last one alone."""
     pieces = []
     for first, last in sample_chunks(heads, queries * row_bytes, device):
         single = last - first == 1
-        rows = list(sample_chunks(queries, row_bytes, device)) if single else [(0, queries)]
+        at_once = row_bytes * 2 if is_causal else row_bytes
+        rows = list(sample_chunks(queries, at_once, device)) if single else [(0, queries)]
         pieces += [Piece(slice(first, last), slice(start, stop)) for start, stop in rows]
     return pieces
 
 
 class Sums:
     """The gradients of q, k and v of some samples, written into where they belong. Those of k and v are added up over
-    pieces where there are several."""
+    pieces where there are several; a piece may have the first keys alone."""
 
     def __init__(self, q: Tensor | None, k: Tensor | None, v: Tensor | None, heads: int, whole: bool) -> None:
         self._q, self._k, self._v, self._whole = q, k, v, whole
@@ -78,7 +80,7 @@ class Sums:
         if self._whole:
             _write_grouped(out, a, b)
         else:
-            self._totals[which][:, piece.heads].add_(a @ b)
+            self._totals[which][:, piece.heads, : a.shape[-2]].add_(a @ b)
 
     def close(self) -> None:
         """Write the sums over pieces."""

@@ -65,7 +65,8 @@ class _Replaced(TorchFunctionMode):
             with exactly():  # its backward reads inputs and sums that have to agree
                 return dense(query, key, value)
         settings = attn_mask, dropout_p, is_causal, scale, rules, self._module.flag_for(query), late
-        return functional.sdpa(query, key, value, *settings, dense if self._module.calls_fused else None)
+        fused = self._module.calls_fused and not torch.compiler.is_dynamo_compiling()  # a graph holds no function
+        return functional.sdpa(query, key, value, *settings, dense if fused else None)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A class may hand a child's weight to F.linear by itself, with a bias of its own: the child's rules hold."""

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..functional.rest import dividing, running
-from .function_operators import RAZORED, run_exactly
+from .function_layers import run_exactly
+from .function_operators import RAZORED
 
 
 class _Depth(threading.local):
