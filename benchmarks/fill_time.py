@@ -15,7 +15,7 @@ import statistics
 import pandas as pd
 import torch
 from _backbones import ROOT, build, freeze
-from _circumstances import circumstances
+from _circumstances import append_rows, circumstances
 from _malloc import keep_freed_memory
 from _timing import seconds
 from torch import nn
@@ -47,7 +47,7 @@ def measure(name: str, turns: int) -> list[dict[str, object]]:
     models = {key: network(name, config) for key, config in configs.items()}
     batch = BATCH.get(name, 8)
     x = torch.randn(batch, 3, 224, 224)
-    y = torch.arange(batch)
+    y = torch.arange(batch) % 10  # classes
     times: dict[tuple[str, float], list[float]] = {key: [] for key in models}
     for turn in range(turns + 1):
         for key, model in models.items():
@@ -74,14 +74,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
     keep_freed_memory()
-    rows: list[dict[str, object]] = []
+    told = {"threads": torch.get_num_threads(), **circumstances("python benchmarks/fill_time.py")}
     for name in options.backbones:
-        rows += measure(name, options.turns)
-        print(pd.DataFrame(rows[-2 * len(SPARSITIES) :]).to_string(index=False), flush=True)
-    table = pd.DataFrame(rows).assign(
-        threads=torch.get_num_threads(), **circumstances("python benchmarks/fill_time.py")
-    )
-    table.to_csv(ROOT / "benchmarks/results/fill_time.csv", index=False)
+        rows = measure(name, options.turns)
+        print(pd.DataFrame(rows).to_string(index=False), flush=True)
+        append_rows(ROOT / "benchmarks/results/fill_time.csv", rows, told)  # each as soon as it is known
 
 
 if __name__ == "__main__":
