@@ -24,6 +24,7 @@ from ..kernels import (
     product_padded,
     product_sums_shape,
     product_transposed,
+    sums_masks,
 )
 from ..kernels.dispatch import on_cuda
 from .averaged import AveragedForm
@@ -118,7 +119,7 @@ class ConvProduct:
         """For a gradient like ``grad`` (B, D, Ho, Wo); None where the dense product is no slower."""
         if isinstance(packed.form, AveragedForm):
             return AveragedProduct(packed, grad) if _is_pointwise(window) and packed.form.block != (1, 1) else None
-        if window.depthwise and _masked(packed):
+        if _masked(packed) and (window.depthwise or not sums_masks()):
             return None
         small = window.depthwise and window.kernel[1] <= FAST_COLUMNS
         if math.prod(grad.shape[2:]) < (FEWEST_SPARSE if small else FEWEST_TOKENS):

@@ -28,7 +28,7 @@ from .product.layout import Window, conv_fits, linear_fits
 from .product.layout import lanes_of_taps as product_lanes
 from .product.layout import padded as product_padded
 from .product.layout import sums_shape as product_sums_shape
-from .product.ops import add_conv_product, add_linear_product, multiplies_packed, product_transposed
+from .product.ops import add_conv_product, add_linear_product, multiplies_packed, product_transposed, sums_masks
 from .rowquant.ops import row_decode, row_encode
 from .softmax.ops import fused_softmax, softmax_backward
 from .topk.layout import INTEGERS, TILE, Stored, index_bytes, stored_dtype
@@ -65,6 +65,7 @@ __all__ = [
     "row_encode",
     "softmax_backward",
     "stored_dtype",
+    "sums_masks",
     "topk_pack",
     "topk_unpack",
     "topk_unpack_normalised",

@@ -67,6 +67,16 @@ def has_avx512() -> bool:
     return "avx512f" in described.get("flags", "").split()
 
 
+@cache
+def has_avx512_fp16() -> bool:
+    """Whether the processor computes with float16 in full registers, as Intel's do since 2023: a mark of those whose
+    dense products outrun sums that a mask selects."""
+    described = _described()
+    if described is None:
+        return "+avx512fp16" in target()[2].split(",")
+    return "avx512_fp16" in described.get("flags", "").split()
+
+
 def missing_helpers(machine) -> list[str]:
     """The functions that an LLVM target machine would call to convert float16; none where it has instructions."""
     from llvmlite import binding

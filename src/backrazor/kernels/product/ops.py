@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu.target import has_avx512_fp16
 from ..dispatch import implementation
 from ..operators import operator
 from ..topk.layout import Stored
@@ -19,6 +20,12 @@ def multiplies_packed(stored: torch.dtype, index: str, grad: Tensor) -> bool:
     """Whether ``add_linear_product`` and ``add_conv_product`` run on the packed form itself, for values of type
     ``stored`` and a gradient like ``grad``, where ``linear_fits`` and ``conv_fits`` are true."""
     return implementation("product", grad) is not None and index != "none" and stored != torch.float64
+
+
+def sums_masks() -> bool:
+    """Whether ``add_conv_product`` under a mask takes less time than unpacking and the dense product: 0.4 to 0.8 of it
+    on an AMD EPYC, 1.1 to 2.3 times as long on an Intel Xeon (benchmarks/products.py)."""
+    return not has_avx512_fp16()
 
 
 def _product_kernel(stored: torch.dtype, index: str, grad: Tensor, fits: bool) -> ModuleType:
