@@ -253,7 +253,8 @@ def _gradients(
         for piece in parts_of_it:
             piece_mask = None if part_mask is None else piece.of(part_mask)
             piece_q, piece_grad, first = piece.of(q), piece.of(part), piece.queries.start or 0
-            seen = slice(piece.queries.stop if is_causal else None)  # no query of the piece sees a later key
+            # no query of a piece sees a later key
+            seen = slice(piece.queries.stop if is_causal and len(parts_of_it) > 1 else None)
             piece_k, piece_v = k[:, piece.heads, seen], v[:, piece.heads, seen]
             # P is recomputed where it is not kept
             piece_p = p[0] if p else None
