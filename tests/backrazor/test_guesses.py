@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 
@@ -306,3 +307,20 @@ def test_kept_energy_counts_what_is_stored_not_what_is_guessed(fill: str) -> Non
     assert 0.96 < rows["body.3"].sparsity < 0.98  # reads a ReLU6
     assert 0.8 < rows["body.5"].sparsity < 0.9  # averages of 3 x 3 of 32 x 32
     assert rows["body.3"].kept_energy > 0.5
+
+
+def test_frames_of_a_video_are_averaged_like_images() -> None:
+    """A clip that no activation made: the weight's gradient is that at its frames' averages."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv3d(3, 4, 3, padding=1), torch.randn(2, 3, 4, 20, 20)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(4 * 4 * 20 * 20, 2))
+    plain = copy.deepcopy(layer)
+    br.razor_(model, br.RazorConfig(0.9995))  # 8 x 8 averages for kernels of several positions
+    out = model[0](x)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    block = Averaged(8, "int8").form(x.flatten(1, 2)).block
+    averages = F.avg_pool2d(x.flatten(1, 2), block, ceil_mode=True)
+    x_hat = averages.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[..., :20, :20].view(x.shape)
+    plain(x_hat).backward(grad)
+    assert_close("weight", model[0].weight.grad, plain.weight.grad, 1e-2)

@@ -102,10 +102,11 @@ def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None
     told = None if known is None else activation.codes.tensors[0]
     if use.features:
         return Guessed(codec, True, known).pack(x, flag, told)
-    if activation is None and x.dim() == 4:
+    if activation is None and x.dim() in (4, 5):  # of a video by frame
         share = (1 - codec.sparsity) / FULL_SHARE
         side = KERNEL_SIDE * math.sqrt(share) if use.kernel else SIDE * share
-        return Averaged(max(round(side), 1), "int8" if x.shape[1] <= IMAGE_CHANNELS else "int4").pack(x, flag)
+        values = "int8" if x.shape[1] <= IMAGE_CHANNELS else "int4"
+        return Averaged(max(round(side), 1), values).pack(x.flatten(1, -3), flag)
     if known is None or x.dim() != 4 or not (use.masked or isinstance(known, Levels)):
         return Guessed(codec, False).pack(x, flag)
     return Guessed(codec, False, known).pack(x, flag, told)

@@ -83,7 +83,7 @@ def _gradients(
     for start, stop in sample_chunks(batch, larger, grad.device) if need_x or need_weight else ():
         x_hat = grad.new_empty(()).expand(stop - start, *shape[1:])  # its shape is enough for grad_x
         if need_weight:
-            x_hat = packed.unpack(start, stop, grad.dtype)
+            x_hat = packed.unpack(start, stop, grad.dtype).view(x_hat.shape)  # of a video frames lie side by side
         part_x, part_weight, _ = torch.ops.aten.convolution_backward(
             grad[start:stop], x_hat, weight, None, *spec, (need_x, need_weight, False)
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .cases import LARGEST, Case, floats
 
@@ -61,6 +62,17 @@ _VIDEO = {
 }
 
 
+def pictures(*shape: int) -> Tensor:
+    """Random pictures (*, height, width) of unit deviation, whose amplitudes fall with the frequency as those of
+    photographs do (Field, J. Opt. Soc. Am. A 4, 1987). White noise has no two neighbours alike, and no convolution's
+    image is like that."""
+    noise = torch.fft.rfft2(torch.randn(shape))
+    height, width = shape[-2:]
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    found = torch.fft.irfft2(noise / frequency.clamp_min(1 / max(height, width)), s=(height, width))
+    return found / found.std()
+
+
 def torchvision_cases() -> Iterator[Case]:
     import torchvision
 
@@ -68,7 +80,7 @@ def torchvision_cases() -> Iterator[Case]:
         def make() -> tuple:
             options = {"init_weights": True} if network in ("googlenet", "inception_v3") else {}
             model = torchvision.models.get_model(network, weights=None, **options)
-            x = torch.randn(batch, 3, size, size)
+            x = pictures(batch, 3, size, size)
             return model, lambda model: floats(model(x))
 
         return make
@@ -76,7 +88,7 @@ def torchvision_cases() -> Iterator[Case]:
     def segmentation(network: str) -> Callable:
         def make() -> tuple:
             model = torchvision.models.get_model(network, weights=None, weights_backbone=None, num_classes=21)
-            x = torch.randn(2, 3, 160, 160)
+            x = pictures(2, 3, 160, 160)
             return model, lambda model: floats(model(x))
 
         return make
@@ -85,7 +97,7 @@ def torchvision_cases() -> Iterator[Case]:
         def make() -> tuple:
             options = {} if network.startswith("ssd") else {"min_size": 256, "max_size": 320}
             model = torchvision.models.get_model(network, weights=None, weights_backbone=None, num_classes=5, **options)
-            x = list(torch.rand(2, 3, 256, 256))
+            x = list(pictures(2, 3, 256, 256).div(8).add(0.5).clamp(0, 1))
             target = {
                 "boxes": torch.tensor([[20.0, 30.0, 120.0, 160.0], [60.0, 60.0, 200.0, 220.0]]),
                 "labels": torch.tensor([1, 2]),
@@ -100,7 +112,7 @@ def torchvision_cases() -> Iterator[Case]:
         def make() -> tuple:
             model = torchvision.models.get_model(network, weights=None)
             frames, size = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "swin3d_t": (8, 112)}.get(network, (8, 112))
-            x = torch.randn(1, 3, frames, size, size)
+            x = pictures(1, 3, frames, size, size)
             return model, lambda model: floats(model(x))
 
         return make
@@ -156,7 +168,7 @@ def timm_cases() -> Iterator[Case]:
             if count > LARGEST:
                 raise ValueError(f"not tried: {count / 1e6:.0f} million parameters, more than {LARGEST / 1e6:.0f}")
             model = timm.create_model(network)
-            x = torch.randn(2, *timm.data.resolve_data_config({}, model=model)["input_size"])
+            x = pictures(2, *timm.data.resolve_data_config({}, model=model)["input_size"])
             return model, lambda model: floats(model(x))
 
         return make
