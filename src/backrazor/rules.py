@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from .codecs import NormCodec, Pruned, whole_values
 from .config import RazorConfig
@@ -65,7 +66,7 @@ class Surroundings:
     def of(cls, model: nn.Module) -> Surroundings:
         """Looks at the whole model."""
         ends = transformer_ends(model)
-        has_convolution = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        has_convolution = any(isinstance(module, _ConvNd) for module in model.modules())
         attends = bool(ends) or any(_is_attention(type(module)) for module in model.modules())
         return cls(head_name(model), ends, has_convolution and not ends, attends)
 

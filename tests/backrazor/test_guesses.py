@@ -324,3 +324,13 @@ def test_frames_of_a_video_are_averaged_like_images() -> None:
     x_hat = averages.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[..., :20, :20].view(x.shape)
     plain(x_hat).backward(caught[0])
     assert_close("weight", model[0].weight.grad, plain.weight.grad, 1e-2)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_the_classifier_of_any_convolutional_network_is_kept_whole(conv: type[nn.Module]) -> None:
+    """It has most of the gradient: with a pruned one torchvision's mc3 had a cosine of 0.39, with a whole one 0.999."""
+    model = nn.Sequential(
+        conv(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 ** (conv(1, 1, 1).weight.dim() - 2), 2)
+    )
+    report = br.razor_(model, br.RazorConfig(0.9))
+    assert "int8" in report.replaced[-1].keeps and "0.9" not in report.replaced[-1].keeps

@@ -107,6 +107,6 @@ def pack_input(x: Tensor, codec: Pruned, use: Use, activation: Activation | None
         side = KERNEL_SIDE * math.sqrt(share) if use.kernel else SIDE * share
         values = "int8" if x.shape[1] <= IMAGE_CHANNELS else "int4"
         return Averaged(max(round(side), 1), values).pack(x.flatten(1, -3), flag)
-    if known is None or x.dim() != 4 or not (use.masked or isinstance(known, Levels)):
+    if known is None or not (use.masked or isinstance(known, Levels)):
         return Guessed(codec, False).pack(x, flag)
     return Guessed(codec, False, known).pack(x, flag, told)
