@@ -62,6 +62,33 @@ def test_a_model_that_calls_it_keeps_one_bit() -> None:
     assert_same_bits("bias", ours.first.bias.grad, plain.first.bias.grad)
 
 
+@pytest.mark.parametrize("named", [{"axis": 1}, {"axis": 1, "keepdims": True}, {"dim": 1, "keepdim": True}], ids=str)
+def test_numpys_names_are_taken(named: dict) -> None:
+    class Model(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.amax(self.first(x), **named)).sum()
+
+    plain, x = Model(), torch.randn(2, 64, 32)
+    ours = copy.deepcopy(plain)
+    br.razor_(ours, br.RazorConfig(0.9))
+    assert_same_bits("forward", ours(x), plain(x))
+    for model in (ours, plain):
+        model(x).backward()
+    assert_same_bits("bias", ours.first.bias.grad, plain.first.bias.grad)
+
+
+def test_products_by_their_other_names() -> None:
+    class Model(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).flatten(0, 1)
+            return self.head(y.mm(mat2=y.t() @ y) + torch.mul(input=y, other=y)).sum()
+
+    plain, x = Model(), torch.randn(2, 64, 32)
+    ours = copy.deepcopy(plain)
+    br.razor_(ours, br.RazorConfig(0.9))
+    assert_same_bits("forward", ours(x), plain(x))
+
+
 class Written(nn.Module):
     """A Linear written as a product, as Falcon's is, and a scale of one number."""
 

@@ -41,11 +41,11 @@ def product(place: Any, function: Callable, input: Any, other: Any, **named: Any
     return function(input, other)
 
 
-def matmul(place: Any, function: Callable, input: Any, other: Any, **named: Any) -> Tensor:
+def matmul(place: Any, function: Callable, input: Any, other: Any = None, **named: Any) -> Tensor:
     """A Linear without a bias that is written as a product with its transposed weight."""
     usual = isinstance(input, Tensor) and not named and _is_parameter(other)
     if not usual or other.dim() != 2 or input.dim() < 2 or input.shape[-1] != other.shape[0]:
-        return function(input, other, **named)
+        return function(input, *(() if other is None else (other,)), **named)
     return functional.linear(input, other.t(), None, place.net.rules.pruned, place.flag(input))
 
 

@@ -62,7 +62,12 @@ def _dropout(
 
 
 def _extreme(largest: bool) -> Callable:
-    def handle(place: Any, function: Callable, input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    def handle(
+        place: Any, function: Callable, input: Tensor, dim: Any = (), keepdim: bool = False, **named: Any
+    ) -> Tensor:
+        if named:  # NumPy's names, or a tensor for the output
+            given = {"dim": dim, "keepdim": keepdim} if "axis" not in named and "keepdims" not in named else {}
+            return layers.run_exactly(place, function, input, **given, **named)
         return functional.extreme(input, (dim,) if isinstance(dim, int) else tuple(dim), keepdim, largest)
 
     return handle
