@@ -88,7 +88,9 @@ def test_what_has_no_even_runs_does_not_fit() -> None:
     assert Ranged(4).fits(torch.zeros(8, 32, 31))
 
 
-@pytest.mark.parametrize("act", [F.silu, F.gelu, F.relu, nn.SiLU(), nn.Hardswish()], ids=str)
+@pytest.mark.parametrize(
+    "act", [F.silu, F.gelu, F.relu, nn.SiLU(), nn.Hardswish()], ids=["silu", "gelu", "relu", "SiLU", "Hardswish"]
+)
 def test_the_gradients_are_those_at_the_kept_factors(act: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     plain, x = Gated(act), torch.randn(3, TOKENS, WIDTH)
