@@ -15,5 +15,5 @@ def test_neighbours_are_alike_and_the_deviation_is_one(shape: tuple[int, ...]) -
     x = pictures(*shape)
     assert x.shape == shape
     assert float(x.std()) == pytest.approx(1, abs=1e-3)
-    assert F.cosine_similarity(x[..., 1:].flatten(), x[..., :-1].flatten(), 0) > 0.8
-    assert F.cosine_similarity(x[..., 1:, :].flatten(), x[..., :-1, :].flatten(), 0) > 0.8
+    assert F.cosine_similarity(x[..., 1:].flatten(), x[..., :-1].flatten(), 0) > 0.7
+    assert F.cosine_similarity(x[..., 1:, :].flatten(), x[..., :-1, :].flatten(), 0) > 0.7

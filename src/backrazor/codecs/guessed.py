@@ -73,7 +73,8 @@ class Guessed:
 
 def _is_readable(x: Tensor) -> bool:
     """Whether a number of x can be looked at without waiting for a device, and there is one."""
-    return not traced() and not isinstance(x, FakeTensor) and not on_cuda(x.device)
+    on_cpu = x.device.type == "cpu" and not on_cuda(x.device)
+    return on_cpu and not traced() and not isinstance(x, FakeTensor)
 
 
 def _present(tokens: Tensor) -> Tensor:
