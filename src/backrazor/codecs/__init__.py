@@ -4,7 +4,7 @@ from ..kernels.operators import scratch_of
 from .derivative import Bits, Derivative, Half, Levels, pack_derivative, smooth_codec, smooth_word, times
 from .inputs import CHANNELS, FEATURES, Use
 from .normalised import AffineForm, NormCodec
-from .packed import NOTHING, Form, Packed, load, packed_of, save, save_outputs
+from .packed import NOTHING, Form, Packed, all_packed_of, load, packed_of, save, save_outputs
 from .products import ConvProduct, LinearProduct, Window
 from .pruned import Pruned, PrunedForm, kept_count, pack, whole_values
 from .ranged import Ranged
@@ -42,6 +42,7 @@ __all__ = [
     "Use",
     "Window",
     "activation_of",
+    "all_packed_of",
     "hand_on_activation",
     "kept_count",
     "load",

@@ -142,7 +142,7 @@ class GuessedForm(Form):
     def read(self, tensors: tuple[Tensor, ...], start: int, stop: int, dtype: torch.dtype) -> Tensor:
         kept = self.pruned.stored(tensors[: self.pruned.count], start, stop)
         codes, scales = (tensor[start:stop] for tensor in tensors[self.pruned.count :][:2])
-        told = tensors[-1][start:stop] if self.known is not None else None
+        told = None if self.known is None else tensors[-1][start:stop]
         levels, n, index = self.levels(codes.device), self.sample_numel, self.pruned.index
         x_hat = guess_unpack(*kept, codes, scales, told, levels, n, self.features, index, dtype)
         present = self.present(tensors, start, stop, dtype)

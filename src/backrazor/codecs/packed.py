@@ -72,6 +72,17 @@ def packed_of(form: Form | None, tensors: Sequence[Tensor]) -> Packed | None:
     return None if form is None else Packed(tuple(tensors), form)
 
 
+def all_packed_of(arguments: Sequence[Any]) -> list[Packed | None]:
+    """What several ``Packed.arguments``, one behind another, were made of."""
+    parts, at = [], 0
+    while at < len(arguments):
+        form = arguments[at]
+        stop = at + 1 + (0 if form is None else form.count)
+        parts.append(packed_of(form, arguments[at + 1 : stop]))
+        at = stop
+    return parts
+
+
 Part = Tensor | Packed | None
 
 

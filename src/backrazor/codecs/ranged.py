@@ -6,6 +6,7 @@ Shape legend: B samples, R runs of a sample, w elements of a run.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,7 @@ SHORTEST, BEST, LONGEST = 32, 64, 128
 
 def _run_length(shape: tuple[int, ...]) -> int | None:
     """An even divisor of the innermost dimension or else of a sample, as near to ``BEST`` as there is."""
-    inner, sample = shape[-1], 1
-    for size in shape[1:]:
-        sample *= size
-    for size in (inner, sample):
+    for size in (shape[-1], math.prod(shape[1:])):
         divisors = [d for d in range(SHORTEST, LONGEST + 1, 2) if size % d == 0]
         if divisors:
             return min(divisors, key=lambda d: abs(d - BEST))

@@ -19,9 +19,9 @@ from ..codecs import (
     Packed,
     Pruned,
     Use,
+    all_packed_of,
     load,
     pack_shared,
-    packed_of,
     save,
     source_of_weight,
 )
@@ -109,11 +109,10 @@ class _ConvNd(RazorFunction):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, ctx.spec, _, _, source, *rest = inputs
+        x, weight, _, ctx.spec, _, _, *parts = inputs
         ctx.shape, ctx.weight_shape = tuple(x.shape), tuple(weight.shape)
-        count = 0 if source is None else source.count
-        form, *stored = rest[count:]
-        save(ctx, weight if source is None else packed_of(source, rest[:count]), packed_of(form, stored))
+        source, packed = all_packed_of(parts)
+        save(ctx, weight if source is None else source, packed)
 
     @staticmethod
     @differentiable_once

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..codecs import NOTHING, Form, Packed, Ranged, load, packed_of, remember_source, save
+from ..codecs import NOTHING, Form, Packed, Ranged, all_packed_of, load, remember_source, save
 from ..codecs.ranged import ProductForm
 from ..config import bits_of
 from ..kernels.sealed import sealed
@@ -45,10 +45,7 @@ class _GatedProduct(RazorFunction):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, _, form_a, *rest = inputs
-        count = 0 if form_a is None else form_a.count
-        form_b, *stored_b = rest[count:]
-        save(ctx, packed_of(form_a, rest[:count]), packed_of(form_b, stored_b))
+        save(ctx, *all_packed_of(inputs[2:]))
 
     @staticmethod
     @differentiable_once
