@@ -14,8 +14,10 @@ While ``torch.compile`` traces, the same is told of the tensors that stand for t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,10 +25,11 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..kernels.sealed import traced
-from .derivative import Levels
+from .derivative import DerivativeForm, Half, Levels
 from .inputs import Activation, Use, pack_input
 from .packed import Packed
 from .pruned import Pruned
+from .roles import mark
 
 _SOURCES = WeakTensorKeyDictionary()  # a norm's output -> when, what the norm keeps
 _ACTIVATED = WeakTensorKeyDictionary()  # an activation's output -> when, what is known of it
@@ -95,6 +98,11 @@ def _attended_of(x: Tensor) -> Packed | None:
     return packed
 
 
+def is_kept_by_another(x: Tensor) -> bool:
+    """Whether x can be read from what the norm or the attention keeps that it comes from."""
+    return source_of(x) is not None or _attended_of(x) is not None
+
+
 def remember_activation(x: Tensor, codes: Packed | None = None) -> None:
     """Note that x is the output of an activation. ``codes``: what its backward keeps, where they tell of the elements
     of x themselves."""
@@ -104,10 +112,65 @@ def remember_activation(x: Tensor, codes: Packed | None = None) -> None:
 
 def activation_of(x: Tensor) -> Activation | None:
     """What is known of the activation that x comes from; None where it comes from none."""
+    known = _activation_or_parts(x)
+    if not isinstance(known, _Parts):
+        return known
+    whole = known.joined()
+    _ACTIVATED[x] = _when(x), whole
+    return whole
+
+
+def _activation_or_parts(x: Tensor) -> Activation | _Parts | None:
     if x.is_inference():
         return None
     when, known = _ACTIVATED.get(x, (None, None))
     return known if when is not None and when == _when(x) else None
+
+
+class _Parts(NamedTuple):
+    """What is known of an activation's output in ``bounds`` (start, stop) over its samples, part by part."""
+
+    bounds: tuple[tuple[int, int], ...]
+    activations: tuple[Activation, ...]
+
+    def joined(self) -> Activation:
+        """The same as one, in memory of its own."""
+        parts = [activation.codes for activation in self.activations]
+        kinds = {None if p is None else (type(p.form), getattr(p.form, "codec", None), p.form.shape[1:]) for p in parts}
+        if len(kinds) > 1 or not all(isinstance(p.form, DerivativeForm) for p in parts if p is not None):
+            return Activation(None)
+        first = parts[0]
+        if first is None or isinstance(first.form.codec, Half):
+            return Activation(None)
+        codes = mark(torch.cat([p.tensors[0] for p in parts]), first.form.codec.role)
+        return Activation(Packed((codes,), replace(first.form, shape=(len(codes), *first.form.shape[1:]))))
+
+
+def remember_activations_of_parts(x: Tensor, bounds: Sequence[tuple[int, int]], known: list[Activation | None]) -> None:
+    """Note that the samples of x in each of ``bounds`` are such outputs of an activation; nothing if one is not."""
+    found = tuple(activation for activation in known if activation is not None)
+    if len(found) == len(known) and not x.is_inference():
+        _ACTIVATED[x] = _when(x), _Parts(tuple(bounds), found)
+
+
+def remember_activation_of_part(x: Tensor, part: Tensor, start: int, stop: int) -> None:
+    """Note of ``part``, the samples start to stop of x (B, ...), what is known of x as an activation's output."""
+    known = _activation_or_parts(x)
+    if isinstance(known, _Parts):
+        if (start, stop) in known.bounds:
+            remember_activation(part, known.activations[known.bounds.index((start, stop))].codes)
+            return
+        known = activation_of(x)
+    if known is not None:
+        remember_activation(part, _codes_of_part(known.codes, start, stop))
+
+
+def _codes_of_part(codes: Packed | None, start: int, stop: int) -> Packed | None:
+    form = None if codes is None else codes.form
+    if not isinstance(form, DerivativeForm) or isinstance(form.codec, Half):
+        return None
+    part = mark(codes.tensors[0][start:stop], form.codec.role)
+    return Packed((part,), replace(form, shape=(stop - start, *form.shape[1:])))
 
 
 def hand_on_activation(x: Tensor, out: Tensor, scaled: bool = False) -> None:

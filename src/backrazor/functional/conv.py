@@ -89,8 +89,12 @@ def forward_chunks(x: Tensor, weight: Tensor, spec: ConvSpec) -> list[tuple[int,
     if weight.stride(3) != 1:  # channels_last: there the convolution library rounds otherwise for other batches
         return [(0, x.shape[0])]
     counts = {x.shape[0], *(stop - start for start, stop in chunks)}  # two or three, however many chunks there are
-    backends = {_backend(count, x, weight, spec) for count in counts}
-    return chunks if len(backends) == 1 else [(0, x.shape[0])]
+    return chunks if same_backend(counts, x, weight, spec) else [(0, x.shape[0])]
+
+
+def same_backend(counts: set[int], x: Tensor, weight: Tensor, spec: ConvSpec) -> bool:
+    """Whether PyTorch runs this convolution on the same backend for each of ``counts`` samples of x."""
+    return len({_backend(count, x, weight, spec) for count in counts}) == 1
 
 
 def _backend(samples: int, x: Tensor, weight: Tensor, spec: ConvSpec) -> object:

@@ -20,11 +20,10 @@ output is the dense one, or an error.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..functional.transforms import is_transformed, refuse_script
-from ..hooks import is_passive
 from . import qualified_name
-from .base import UNKNOWN, DropIn, class_given_to, has_its_own_forward, is_patched, rebased
+from .base import UNKNOWN, DropIn, is_patched, rebased
+from .chunks import block_in_chunks, may_run_in_chunks, run_in_chunks
+from .known import is_known, is_own, is_sequential, link_of
 
 _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _TIMM_RESNET = "timm.models.resnet"
@@ -46,6 +46,7 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_TIMM_BLOCKS}.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
     f"{_TIMM_BLOCKS}.InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
     f"{_TIMM_BLOCKS}.EdgeResidual": (("conv_exp", "bn1"), ("conv_pwl", "bn2")),
+    "ofa.utils.layers.ConvLayer": (("conv", "bn", "act"),),
     "timm.models.efficientnet.EfficientNet": (("conv_stem", "bn1"), ("conv_head", "bn2")),
     f"{_TIMM_RESNET}.BasicBlock": (("conv1", "bn1", "drop_block", "act1"), ("conv2", "bn2")),
     f"{_TIMM_RESNET}.Bottleneck": (("conv1", "bn1", "act1"), ("conv2", "bn2", "drop_block", "act2"), ("conv3", "bn3")),
@@ -58,7 +59,6 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     "transformers.models.vit.modeling_vit.ViTMLP": (("fc1", "activation_fn"),),
 }
 
-_CALLS = (nn.Module.__call__, DropIn.__call__)
 _FITTING = (("conv", "norm"), ("conv", "norm", "activation"), ("linear", "activation"))
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -161,14 +161,19 @@ def linked(original: type[nn.Module]) -> type[Linked]:
         if vars(cls).get("_backrazor_linked") is original:
             return cls
 
+    def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Call(self) as call:
+            if is_sequential(original):
+                return _in_turn(call, *args, **kwargs)
+            return original.forward(self, *args, **kwargs)
+
     @wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return original.forward(self, *args, **kwargs)
-        with _Call(self) as call:
-            if _is_sequential(original):
-                return _in_turn(call, *args, **kwargs)
-            return original.forward(self, *args, **kwargs)
+        whole = len(args) != 1 or kwargs
+        out = None if whole else block_in_chunks(partial(called, self), self, args[0])
+        return called(self, *args, **kwargs) if out is None else out
 
     members = {"__module__": __name__, "__doc__": original.__doc__, "forward": forward, "_backrazor_linked": original}
     return type(f"Razor{original.__name__}", (Linked, original), members)
@@ -176,7 +181,18 @@ def linked(original: type[nn.Module]) -> type[Linked]:
 
 def _in_turn(call: _Call, input: Any) -> Any:
     """The forward of a Sequential."""
-    for module in call.container:
+    waiting = list(call.container)
+    while waiting:
+        count, input = run_in_chunks(partial(_one_by_one, call), waiting, input)
+        if not count:
+            count, input = 1, _one_by_one(call, waiting[:1], input)
+        del waiting[:count]
+    return input
+
+
+def _one_by_one(call: _Call, modules: list[nn.Module], input: Any) -> Any:
+    """What some modules of a Sequential make of ``input``, one after the other."""
+    for module in modules:
         call.child = module
         input = module(input)
     return input
@@ -210,7 +226,7 @@ def link_chains(model: nn.Module) -> int:
         if isinstance(module, (DropIn, Linked)):
             continue
         found = sum(1 for _ in _chains(module))
-        if not found:
+        if not found and not may_run_in_chunks(module):
             continue
         try:
             cls = linked(type(module))
@@ -219,17 +235,6 @@ def link_chains(model: nn.Module) -> int:
         module.__class__ = cls
         count += found
     return count
-
-
-def _is_sequential(cls: type[nn.Module]) -> bool:
-    """Whether a class calls its children one after the other."""
-    return cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__
-
-
-def _is_known(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class in ``CHAINS`` is the one in its library's file."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return has_its_own_forward(cls) and cls.forward.__code__.co_filename == file
 
 
 def _chains(container: nn.Module) -> Iterator[tuple[int, Chain]]:
@@ -247,14 +252,14 @@ def _sequences(container: nn.Module) -> Iterator[list[nn.Module]]:
     cls = getattr(container, "_backrazor_linked", type(container))
     children = container._modules
     known = CHAINS.get(qualified_name(cls))
-    if known is not None and _is_known(cls):
+    if known is not None and is_known(cls):
         places = _places(container)
         for names in known:
             members = [children.get(name) for name in names]
             if any(member is None for member in members) or places[id(members[0])] > 1:
                 continue  # one module in two places: it cannot tell which of them calls
-            yield [member for member in members if type(member) is not nn.Identity or not _is_own(member)]
-    if _is_sequential(cls):
+            yield [member for member in members if type(member) is not nn.Identity or not is_own(member)]
+    if is_sequential(cls):
         members = list(children.values())
         links = [link_of(member) for member in members]
         times = Counter(map(id, members))
@@ -279,37 +284,18 @@ def _places(container: nn.Module) -> Counter[int]:
 
 def _chain(members: list[nn.Module]) -> Chain | None:
     """The chain that these modules are, or None where one of them has to run by itself."""
-    if tuple(map(link_of, members)) not in _FITTING or not all(map(_is_own, members)):
+    if tuple(map(link_of, members)) not in _FITTING or not all(map(is_own, members)):
         return None
     _, *followers = members
     if members[0].link == "linear":
         return Chain(None, followers[0], tuple(followers))
     norm, *activation = followers
     inner = norm.inner_activation()
-    if not all(map(_is_own, norm.children())):
+    if not all(map(is_own, norm.children())):
         return None
     if inner is None:
         return Chain(norm, activation[0] if activation else None, tuple(followers))
     return None if inner is UNKNOWN or activation else Chain(norm, inner, (norm,))
-
-
-def link_of(module: nn.Module) -> str | None:
-    """The part a module can play in a chain: "linear", "conv", "norm", "activation" or None."""
-    return module.link if isinstance(module, DropIn) else None
-
-
-def _is_own(module: nn.Module) -> bool:
-    """Whether calling the module runs the forward of the class that ``razor_`` gave it and nothing of anybody else."""
-    cls = type(module)
-    given = class_given_to(module) if isinstance(module, DropIn) else cls
-    if is_patched(module) or cls.forward is not given.forward or cls.__call__ not in _CALLS:
-        return False
-    if module._backward_hooks or module._backward_pre_hooks or module._compiled_call_impl is not None:
-        return False
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return all(map(is_passive, hooks))
 
 
 def _globally_hooked() -> bool:

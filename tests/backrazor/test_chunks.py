@@ -1,0 +1,233 @@
+"""Blocks that run some samples at a time: the same numbers as on all samples at once, and less memory in passing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from ofa.utils.layers import IdentityLayer, MBConvLayer, ResidualBlock
+from timm.layers import DropPath
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, SqueezeExcite
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual as VisionInvertedResidual
+from torchvision.models.resnet import Bottleneck as VisionBottleneck
+
+import backrazor as br
+from backrazor.nn import chunks
+
+
+def downsample(channels: int, out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+
+def convolutions(*more: nn.Module) -> nn.Sequential:
+    first = nn.Conv2d(8, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)
+    return nn.Sequential(*first, *more, nn.Conv2d(64, 8, 1, bias=False), nn.BatchNorm2d(8))
+
+
+def squeezing(channels: int, **settings: object) -> SqueezeExcite:
+    return SqueezeExcite(channels, 0.25, **settings)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "inverted residual": lambda: InvertedResidual(8, 8, exp_ratio=8.0),
+    "with a gate": lambda: InvertedResidual(8, 8, exp_ratio=8.0, se_layer=squeezing),
+    "separable": lambda: nn.Sequential(DepthwiseSeparableConv(64, 16), InvertedResidual(16, 16, exp_ratio=4.0)),
+    "edge": lambda: EdgeResidual(8, 16, exp_ratio=8.0),
+    "basic": lambda: nn.Sequential(BasicBlock(64, 64), BasicBlock(64, 64)),
+    "bottleneck": lambda: nn.Sequential(Bottleneck(16, 16, downsample=downsample(16, 64, 1)), Bottleneck(64, 16)),
+    "torchvision bottleneck": lambda: VisionBottleneck(64, 16, stride=2, downsample=downsample(64, 64, 2)),
+    "torchvision inverted residual": lambda: VisionInvertedResidual(8, 8, 1, 8),
+    "ofa": lambda: ResidualBlock(MBConvLayer(8, 8, 5, expand_ratio=8), IdentityLayer(8, 8)),
+    "convolutions": convolutions,
+}
+CHANNELS = {"separable": 64, "basic": 64, "bottleneck": 16, "torchvision bottleneck": 64}
+
+
+def frozen(block: nn.Module, channels: int, seed: int = 0) -> nn.Sequential:
+    """The block between a convolution and a norm, with fixed norms, and ready to train."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), block).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    return model
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many chunks each call that runs in chunks has."""
+    found: list[int] = []
+    original = chunks._Run.chunked
+
+    def chunked(run: chunks._Run, forward: Callable, x: Tensor) -> Tensor:
+        found.append(len(run._bounds))
+        return original(run, forward, x)
+
+    monkeypatch.setattr(chunks._Run, "chunked", chunked)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield found
+    torch.set_num_threads(threads)
+
+
+def gradients(model: nn.Module, x: Tensor, passes: int = 1) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    out = model(leaf)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    for i in range(passes):
+        out.float().mul(weights).sum().backward(retain_graph=i + 1 < passes)
+    return out.detach(), [leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", ["compact", "paper"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_chunks_equal_all_samples_at_once(
+    name: str, config: str, precision: str, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = frozen(BLOCKS[name](), CHANNELS.get(name, 8))
+    br.razor_(model, getattr(br.RazorConfig, config)(0.9))
+    x = torch.randn(7 if precision == "float32" else 14, 3, 72, 72)  # as many bytes
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        out, found = gradients(model, x, passes=2)
+        assert runs and max(runs) > 1
+        monkeypatch.setattr(chunks, "_may_be_cut", lambda x: False)
+        expected_out, expected = gradients(model, x, passes=2)
+    assert torch.equal(out, expected_out)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        bound = 5e-5 if precision == "float32" else 3e-2  # there a product of some samples is rounded to 16 bits
+        assert (one - other).norm() <= bound * other.norm()
+
+
+@pytest.mark.parametrize("name", ["inverted residual", "basic", "bottleneck"])
+def test_what_is_saved_is_the_same(name: str, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that is handed from one run to the next is not kept twice."""
+    model = frozen(nn.Sequential(BLOCKS[name](), BLOCKS[name]()), CHANNELS.get(name, 8))
+    if name == "bottleneck":
+        model = frozen(nn.Sequential(Bottleneck(64, 16), Bottleneck(64, 16)), 64)
+    br.razor_(model, br.RazorConfig(0.9))
+    x = torch.randn(7, 3, 72, 72)
+
+    def saved() -> int:
+        with br.memory.ledger(model) as book:
+            loss = model(x).sum()
+        del loss
+        return book.total_bytes
+
+    found = saved()
+    assert runs
+    monkeypatch.setattr(chunks, "_may_be_cut", lambda x: False)
+    assert found == pytest.approx(saved(), rel=0.01)
+
+
+def test_the_widest_tensors_never_exist_for_the_batch(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(nn.Sequential(*(InvertedResidual(8, 8, exp_ratio=8.0) for _ in range(3))), 8)
+    br.razor_(model, br.RazorConfig(0.97))
+    batch, side = 15, 96  # from 16 on, one thread takes another backend
+    plane = batch * 8 * 8 * side * side * 4  # the expansion's output, bytes
+    found = br.memory.predict(model, (3, side, side), batch)
+    assert (found.peak_bytes - found.saved_bytes) / plane < 1
+    monkeypatch.setattr(chunks, "_may_be_cut", lambda x: False)
+    whole = br.memory.predict(model, (3, side, side), batch)
+    assert (whole.peak_bytes - whole.saved_bytes) / plane > 2
+    assert found.saved_bytes == whole.saved_bytes
+
+
+def _train_a_norm(model: nn.Module) -> None:
+    model[1].bn2.train()
+
+
+def _hook(model: nn.Module) -> None:
+    model[1].conv_dw.register_forward_hook(lambda module, inputs, output: None)
+
+
+def _patch(model: nn.Module) -> None:
+    model[1].bn2.forward = lambda x: x - x.mean(0)
+
+
+def _swap(model: nn.Module) -> None:
+    model[1].aa = nn.Softmax(0)
+
+
+def _drop_paths(model: nn.Module) -> None:
+    model[1].drop_path = DropPath(0.5)
+
+
+CHANGES = (_train_a_norm, _hook, _patch, _swap, _drop_paths)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_is_not_known_runs_on_all_samples(change: Callable[[nn.Module], None], runs: list[int]) -> None:
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8)
+    br.razor_(model, br.RazorConfig(0.9))
+    x = torch.randn(7, 3, 72, 72)
+    model(x)
+    assert runs
+    runs.clear()
+    change(model)
+    model(x).sum().backward()
+    assert not runs
+
+
+def test_channels_last_runs_on_all_samples(runs: list[int]) -> None:
+    """The convolution library rounds another batch otherwise there."""
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8)
+    br.razor_(model, br.RazorConfig(0.9))
+    out = model(torch.randn(7, 3, 72, 72).contiguous(memory_format=torch.channels_last))
+    assert not runs and out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_forward_that_records_nothing_runs_on_all_samples(runs: list[int]) -> None:
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8)
+    br.razor_(model, br.RazorConfig(0.9))
+    with torch.no_grad():
+        model(torch.randn(7, 3, 72, 72))
+    assert not runs
+
+
+def test_a_gradient_cannot_be_differentiated_again(runs: list[int]) -> None:
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8)
+    br.razor_(model, br.RazorConfig(0.9))
+    x = torch.randn(7, 3, 72, 72, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    assert runs
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        gradient.square().sum().backward()
+
+
+def test_checkpointing_goes_round_chunks(runs: list[int]) -> None:
+    model = frozen(nn.Sequential(InvertedResidual(8, 8, exp_ratio=8.0), InvertedResidual(8, 8, exp_ratio=8.0)), 8)
+    br.razor_(model, br.RazorConfig(0.9))
+    x = torch.randn(7, 3, 72, 72)
+    _, expected = gradients(model, x)
+    count = len(runs)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(model[1], model[0](x), use_reentrant=False)
+
+    leaf = x.clone().requires_grad_()
+    model.zero_grad()
+    out = checkpointed(leaf)
+    out.mul(torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    assert len(runs) == count + 2 * count  # the forward and its recomputation
+    found = [leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_output_may_be_modified_in_place(runs: list[int]) -> None:
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8)
+    br.razor_(model, br.RazorConfig(0.9))
+    x = torch.randn(7, 3, 72, 72, requires_grad=True)
+    out = model(x)
+    assert runs
+    out += 1
+    out.mul_(2).sum().backward()
+    (twice,) = torch.autograd.grad(2 * model(x).sum(), x)
+    torch.testing.assert_close(x.grad, twice)
