@@ -98,6 +98,24 @@ def test_the_compiler_keeps_what_its_rows_allow(monkeypatch: pytest.MonkeyPatch)
     torch.compiler.reset()
 
 
+def test_float8_is_less_than_bfloat16_also_of_short_lines() -> None:
+    """Autocast's copies of 1 x 1 kernels: with a scale for each line they would take five bytes an element."""
+    kept: dict[int, torch.Tensor] = {}
+    model = torch.nn.Sequential(torch.nn.Conv2d(64, 256, 1), torch.nn.SiLU(), torch.nn.Conv2d(256, 64, 1))
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition")
+    x, sizes = torch.randn(2, 64, 8, 8), []
+    for float8 in (False, True):
+        torch.compiler.reset()
+        kept.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t)
+        with rows._compiler_settings(None, float8), torch.autocast("cpu", torch.bfloat16), hooks:
+            loss = compiled(x).square().mean()
+        loss.backward()
+        sizes.append(sum(t.nbytes for t in kept.values()))
+    assert sizes[1] < 0.7 * sizes[0]
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Measuring processes of which "broken" dies; what took its turns together."""
