@@ -36,6 +36,11 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
                 f"razor=none razor.{extra[0]}={given[f'razor.{extra[0]}']} contradict each other: "
                 "none keeps everything dense; choose another preset or leave the key out"
             )
+    if preset != "none" and given["trainer.checkpointing"] == "selective":
+        raise UserError(
+            f"razor={preset} trainer.checkpointing=selective contradict each other: what selective checkpointing keeps "
+            "of a product is dense, and kept past the razor; choose trainer.checkpointing=block, or razor=none"
+        )
     if given["method.name"] == "norm_last" and given["method.bn_affine"] == "frozen":
         raise UserError(
             "method=norm_last method.bn_affine=frozen contradict each other: norm_last trains the norm "
@@ -53,6 +58,7 @@ def check_conflicts(given: Mapping[str, Any]) -> None:
             ("trainer.compile", True, "choose one of them"),
             ("trainer.checkpointing", "block", "recomputation sets the random state, which a capture cannot"),
             ("trainer.checkpointing", "stage", "recomputation sets the random state, which a capture cannot"),
+            ("trainer.checkpointing", "selective", "recomputation sets the random state, which a capture cannot"),
         ):
             if given[path] == value:
                 shown = str(value).lower()

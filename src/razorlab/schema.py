@@ -183,7 +183,10 @@ class Trainer(TypedDict):
     compile: Annotated[bool, Key(False, "torch.compile the network that trains; needs a C++ compiler")]
     cuda_graph: Annotated[bool, Key(False, "capture the training step as CUDA graphs; one GPU, no recomputation")]
     release_gradients: Annotated[bool, Key(False, "step each parameter during backward, and free its gradient")]
-    checkpointing: Annotated[Literal["none", "block", "stage"], Key("none", "recompute activations by block or stage")]
+    checkpointing: Annotated[
+        Literal["none", "block", "stage", "selective"],
+        Key("none", "recompute activations by block or stage; selective: by block, all but the outputs of products"),
+    ]
     resume: Annotated[
         Literal["auto", "never"], Key("auto", "auto: go on with this configuration's run; never: start it over")
     ]

@@ -128,7 +128,12 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], Callable[[Path], object] | N
     (("data.image_size=64.5",), ("data.image_size=64.5", "whole number"), None),
     (("trainer.batch_size=0",), ("trainer.batch_size=0", "[1, 1e+06]"), None),
     (("trainer.micro_batch=64",), ("trainer.micro_batch=64", "trainer.batch_size=16"), None),
-    (("trainer.checkpointing=layer",), ("trainer.checkpointing=layer", "none|block|stage"), None),
+    (("trainer.checkpointing=layer",), ("trainer.checkpointing=layer", "none|block|stage|selective"), None),
+    (
+        ("razor=compact", "trainer.checkpointing=selective"),
+        ("razor=compact", "trainer.checkpointing=selective", "trainer.checkpointing=block"),
+        None,
+    ),
     (("optim.lr=0",), ("optim.lr=0", "(0, 1e+38]"), None),
     (("optim.foo=1",), ("optim.foo", "--help"), None),
     (("+optim.foo=1",), ("optim.foo", "--help"), None),

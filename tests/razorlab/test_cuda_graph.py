@@ -208,6 +208,10 @@ def test_memory_that_a_graph_works_on_has_to_stay(monkeypatch: pytest.MonkeyPatc
         (("trainer.device=cpu",), "trainer.device=cpu contradict each other: only a CUDA device has graphs"),
         (("trainer.compile=true",), "trainer.compile=true contradict each other: choose one"),
         (("trainer.checkpointing=block",), "trainer.checkpointing=block contradict each other: recomputation"),
+        (
+            ("razor=none", "trainer.checkpointing=selective"),
+            "trainer.checkpointing=selective contradict each other: recomputation",
+        ),
     ],
 )
 def test_settings_that_exclude_graphs(overrides: tuple[str, ...], words: str) -> None:

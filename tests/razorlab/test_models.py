@@ -127,7 +127,7 @@ def test_a_method_trains_what_it_says(method: str, affine: str, stats: str, trai
     assert all(backbone.model.get_submodule(name).training == (stats == "batch") for name in norms)
 
 
-@pytest.mark.parametrize("granularity", ["block", "stage"])
+@pytest.mark.parametrize("granularity", ["block", "stage", "selective"])
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit", "test_convnext"])
 def test_checkpointing_gives_the_same_step_and_holds_less(name: str, granularity: str) -> None:
     torch.manual_seed(0)

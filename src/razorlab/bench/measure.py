@@ -6,8 +6,10 @@ import functools
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -26,6 +28,8 @@ SHOWN = ["backbone", "row", "saved_MB", "saved_ratio", "peak_MB", "peak_ratio", 
 WHOLE = ["weights_MB", "gradients_MB", "optimizer_MB", "total_MB", "total_ratio"]  # columns younger than the others
 KEY = ["backbone", "precision", "row", "device", "batch", "git_commit"]  # of one measurement; the commit without its +
 SHARED = KEY[:-1]  # of lines whose newest alone is shown
+QUANTITIES = ("peak", "time")
+Failures = dict[tuple[Row, str], str]  # row and quantity -> reason
 _PARTS = ("forward", "backward", "optimizer")
 
 
@@ -63,8 +67,8 @@ def _share_on_the_device(step: br.memory.Step) -> float:
 
 
 def measure_backbone(
-    rows: list[Row], folder: Path, repeats: int, steps: int, what: Sequence[str] = ("peak", "time")
-) -> None:
+    rows: list[Row], folder: Path, repeats: int, steps: int, what: Sequence[str] = QUANTITIES
+) -> Failures:
     """Measure peak and time of every row ``repeats`` times, each in a fresh process; the first row is dense.
 
     For the time the processes of ``TOGETHER`` rows and one of dense stand ready together and run a step each in turn
@@ -72,50 +76,93 @@ def measure_backbone(
     file a row, quantity and round below ``folder``: what exists is not measured again, so an interrupted run goes on,
     and a row added later takes its turns with a dense process of its own. Peaks do not depend on what else the machine
     does; times want it idle, and the two may be measured apart.
+
+    Returns what failed: such a row is tried no further, and the others go on.
     """
     threads = torch.get_num_threads()
     made = {"circumstances": circumstances(_device_name(rows[0]), threads, gpu=gpu_circumstances(rows[0].device))}
-    _file(folder, rows[0], "peak", 0).parent.mkdir(parents=True, exist_ok=True)
+    file_of(folder, rows[0], "peak", 0).parent.mkdir(parents=True, exist_ok=True)
+    failed: Failures = {}
+
+    def missing(quantity: str) -> list[Row]:
+        out = {row for row, _ in failed}
+        found = [row for row in rows if row not in out and not file_of(folder, row, quantity, round_).exists()]
+        return found if quantity in what else []
+
     for round_ in range(repeats):
-        missing = {
-            quantity: [row for row in rows if not _file(folder, row, quantity, round_).exists()] for quantity in what
-        }
-        for row in missing.get("peak", ()):
-            print(f"  round {round_ + 1}/{repeats}, peak: {_name(row)}", flush=True)
-            if row.offload:
-                print(f"  {pinning_notice(row)}", flush=True)
-            peak = br.memory.measure_step(row.build, repeats=1, what=("peak",))
-            answer: dict = {"peak_bytes": peak.peak_bytes, "process_bytes": peak.process_peak_bytes}
-            answer |= {name: getattr(peak, name) for name in (*PARTS, "total_bytes")}
-            if peak.bare_samples:
-                answer["above_bare_bytes"] = peak.above_bare_bytes
-            if peak.reserved_samples:
-                answer["reserved_bytes"] = peak.reserved_bytes
-            if round_ == 0:
-                answer["saved_bytes"] = in_fresh_process(saved_of, row, threads)
-            atomic_write_text(_file(folder, row, "peak", round_), json.dumps(made | answer))
-        late = missing.get("time", [])
-        for start in range(0, len(late), TOGETHER):
-            group = late[start : start + TOGETHER]
-            print(f"  round {round_ + 1}/{repeats}, time, in turns: {', '.join(map(_name, group))}", flush=True)
-            turn = {row.label: row.build for row in [rows[0], *group]}
-            turns = "process" if rows[0].device == "cuda" else "step"
-            times = br.memory.measure_steps(turn, repeats=1, steps=steps, what=("time",), turns=turns)
-            for row in group:
-                answer = {
-                    "times": times[row.label].time_samples,
-                    "dense_times": times[rows[0].label].time_samples,
-                }
-                if round_ == 0 and row.razor is not None and not row.compiled:  # where sealed steps hide it
-                    answer["codec_share"] = in_fresh_process(codec_share_of, row, threads)
-                atomic_write_text(_file(folder, row, "time", round_), json.dumps(made | answer))
+        for row in missing("peak"):
+            print(f"  round {round_ + 1}/{repeats}, peak: {name_of(row)}", flush=True)
+            try:
+                answer = _peak_of(row, threads, with_saved=round_ == 0)
+            except RuntimeError as error:
+                failed[row, "peak"] = _told(error)
+            else:
+                atomic_write_text(file_of(folder, row, "peak", round_), json.dumps(made | answer))
+        late = missing("time")
+        groups = [late[start : start + TOGETHER] for start in range(0, len(late), TOGETHER)]
+        while groups:
+            group = groups.pop(0)
+            print(f"  round {round_ + 1}/{repeats}, time, in turns: {', '.join(map(name_of, group))}", flush=True)
+            try:
+                answers = _times_of(group, rows[0], threads, steps, with_share=round_ == 0)
+            except RuntimeError as error:
+                if len(group) > 1:  # which of them, is seen when each takes its turns with dense alone
+                    groups = [[row] for row in group] + groups
+                    continue
+                failed[group[0], "time"] = _told(error)
+                if group[0] == rows[0]:  # beside which the others would stand
+                    break
+            else:
+                for row, answer in answers.items():
+                    atomic_write_text(file_of(folder, row, "time", round_), json.dumps(made | answer))
+    return failed
 
 
-def _name(row: Row) -> str:
+def _told(error: RuntimeError) -> str:
+    """The reason why a measuring process failed or died; its traceback goes to the terminal."""
+    print(f"  failed: {error}", file=sys.stderr, flush=True)
+    return reason_of(str(error))
+
+
+def reason_of(text: str) -> str:
+    """The line of a traceback that names the error, else its last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*", text, re.MULTILINE)
+    return str([*lines, *named][-1]) if lines else "no reason was given"
+
+
+def _peak_of(row: Row, threads: int, with_saved: bool) -> dict[str, Any]:
+    if row.offload:
+        print(f"  {pinning_notice(row)}", flush=True)
+    peak = br.memory.measure_step(row.build, repeats=1, what=("peak",))
+    answer: dict[str, Any] = {"peak_bytes": peak.peak_bytes, "process_bytes": peak.process_peak_bytes}
+    answer |= {name: getattr(peak, name) for name in (*PARTS, "total_bytes")}
+    if peak.bare_samples:
+        answer["above_bare_bytes"] = peak.above_bare_bytes
+    if peak.reserved_samples:
+        answer["reserved_bytes"] = peak.reserved_bytes
+    if with_saved:
+        answer["saved_bytes"] = in_fresh_process(saved_of, row, threads)
+    return answer
+
+
+def _times_of(group: list[Row], dense: Row, threads: int, steps: int, with_share: bool) -> dict[Row, dict[str, Any]]:
+    turn = {row.label: row.build for row in [dense, *group]}
+    turns = "process" if dense.device == "cuda" else "step"
+    times = br.memory.measure_steps(turn, repeats=1, steps=steps, what=("time",), turns=turns)
+    answers: dict[Row, dict[str, Any]] = {}
+    for row in group:
+        answers[row] = {"times": times[row.label].time_samples, "dense_times": times[dense.label].time_samples}
+        if with_share and row.razor is not None and not row.compiled:  # where sealed steps hide it
+            answers[row]["codec_share"] = in_fresh_process(codec_share_of, row, threads)
+    return answers
+
+
+def name_of(row: Row) -> str:
     return f"{row.backbone} {row.precision} {row.label}"
 
 
-def _file(folder: Path, row: Row, quantity: str, round_: int) -> Path:
+def file_of(folder: Path, row: Row, quantity: str, round_: int) -> Path:
     place = re.sub(r"[^\w.]+", "_", f"{_device_name(row)}-{_commit()}")
     label = row.label.replace(" ", "_").replace(",", "")
     name = f"{row.backbone}-{row.precision}-batch{row.images}-{label}-{quantity}-{round_}"
@@ -135,7 +182,7 @@ def _commit() -> str:
 def _read(folder: Path, row: Row, quantity: str) -> dict[int, dict]:
     """Round -> what was measured."""
     found, round_ = {}, 0
-    while (file := _file(folder, row, quantity, round_)).exists():
+    while (file := file_of(folder, row, quantity, round_)).exists():
         found[round_] = json.loads(file.read_text())
         round_ += 1
     return found

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,14 @@ from razorlab.training.costs import build_step
 BATCH = {"vit_b16": 16}  # images per step; 8 for the convolutional networks
 CLASSES = 100
 MAIN = ("dense", "checkpointing by block", "compact 0.9", "compact 0.95", "compact 0.97")
+TURNS = (0, 1, 2)  # values of ``turn_of``
+BUDGETS = (0.7, 0.5, 0.3, 0.1)  # shares of the activations that the compiler may keep, the rest is computed again
+FLOAT8 = {  # as it comes the pass takes bfloat16 from 100 MB on
+    "quant_type": "torch.float8_e5m2",
+    "allowed_dtypes": "torch.float32;torch.bfloat16",
+    "size_in_mb": 0.01,
+    "use_scaling": False,  # a float32 for each line: more than it saves where lines are short, such as 1 x 1 kernels
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Row:
 
     razor: None for the plain network, else (preset, sparsity). micro: images per micro-batch, None for the whole batch
         at once. bn: "frozen" (affine and statistics, as in the paper's recipes) or "train". compiled: by torch.compile.
+        budget: of the activations that the compiled step may keep, as a share; float8: it keeps them at 8 bits.
     """
 
     backbone: str
@@ -39,6 +49,9 @@ class Row:
     bn: str = "frozen"
     offload: bool = False
     compiled: bool = False
+    budget: float | None = None
+    float8: bool = False
+    method: str = "full"
     precision: str = "float32"
     image: int = 224
     batch: int | None = None
@@ -57,7 +70,7 @@ class Row:
             model={"name": self.backbone, "pretrained": False, "head_init": "linear"},
             data={"name": "none", "image_size": self.image},
             method={
-                "name": "full",
+                "name": self.method,
                 "bn_affine": "train" if trained else "frozen",
                 "bn_stats": "batch" if trained else "frozen",
             },
@@ -75,9 +88,16 @@ class Row:
     def build(self) -> br.memory.Step:
         """The training step: random weights with batch norm statistics of their own, SGD with momentum,
         cross-entropy."""
-        saving = partial(torch.autograd.graph.save_on_cpu, pin_memory=True) if self.offload else nullcontext
         settle = partial(_settle_batch_norm, images=self.images, side=self.image)
-        return build_step(self.config(), CLASSES, self.images, self.image, settle, saving)
+        return build_step(self.config(), CLASSES, self.images, self.image, settle, self._saving())
+
+    def _saving(self) -> Callable[[], AbstractContextManager[Any]]:
+        """The context of each forward, whose first compiles the step."""
+        if self.offload:
+            return partial(torch.autograd.graph.save_on_cpu, pin_memory=True)
+        if self.budget is None and not self.float8:
+            return nullcontext
+        return partial(_compiler_settings, self.budget, self.float8)
 
     def saved_bytes(self) -> int:
         """What autograd holds after the forward of this row (of one micro-batch, where there are several)."""
@@ -89,6 +109,21 @@ class Row:
             loss = step.forward()
         del loss
         return ledger.total_bytes
+
+
+@contextmanager
+def _compiler_settings(budget: float | None, float8: bool) -> Iterator[None]:
+    """What PyTorch's partitioner finds when it splits a graph into forward and backward; afterwards it is as before."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    with ExitStack() as stack:
+        if budget is not None:
+            stack.enter_context(torch._functorch.config.patch(activation_memory_budget=budget))
+        if float8:
+            passes = {"activation_quantization_aten_pass": FLOAT8}
+            stack.enter_context(torch._inductor.config.patch(post_grad_fusion_options=passes))
+        yield
 
 
 def _held_by(step: br.memory.Step) -> int:
@@ -147,14 +182,15 @@ def pinning_notice(row: Row) -> str:
 
 
 def rows_of(backbone: str, precision: str = "float32", device: str = "cpu", batch: int | None = None) -> list[Row]:
-    """All rows of one backbone, dense first. ``save_on_cpu`` is a rival on a device with memory of its own only, and
-    compiled rows are there where there is a C++ compiler."""
+    """All rows of one backbone, dense first, in the order of ``turn_of``. ``save_on_cpu`` is a rival on a device with
+    memory of its own only, LoRA one of transformers, and compiled rows are there where there is a C++ compiler."""
     shared: dict = {"backbone": backbone, "precision": precision, "device": device, "batch": batch}
     micro = micro_batch(backbone, precision, Row(label="", **shared).images)
     rows = [
         Row(label="dense", **shared),
         Row(label="checkpointing by block", checkpointing="block", **shared),
         Row(label="checkpointing by stage", checkpointing="stage", **shared),
+        Row(label="selective checkpointing by block", checkpointing="selective", **shared),
         Row(label=f"micro-batches of {micro}", micro=micro, **shared),
         Row(label="int8", razor=("int8", 0.0), **shared),
         Row(label="paper 0.9", razor=("paper", 0.9), **shared),
@@ -164,11 +200,23 @@ def rows_of(backbone: str, precision: str = "float32", device: str = "cpu", batc
         Row(label="compact 0.97", razor=("compact", 0.97), **shared),
         Row(label="compact 0.9 + checkpointing", razor=("compact", 0.9), checkpointing="block", **shared),
     ]
+    if device != "cpu":
+        rows.append(Row(label="save_on_cpu", offload=True, **shared))
+    if backbone == "vit_b16":
+        rows.append(Row(label="LoRA", method="lora", **shared))
+        rows.append(Row(label="compact 0.97 + LoRA", razor=("compact", 0.97), method="lora", **shared))
+    else:
+        rows.append(Row(label="dense, BN trained", bn="train", **shared))
     if has_compiler():
         rows.append(Row(label="compile", compiled=True, **shared))
+        rows += [Row(label=f"compile, budget {share:g}", compiled=True, budget=share, **shared) for share in BUDGETS]
+        rows.append(Row(label="compile, float8 activations", compiled=True, float8=True, **shared))
         rows.append(Row(label="compact 0.97 + compile", razor=("compact", 0.97), compiled=True, **shared))
-    if device != "cpu":
-        rows.insert(3, Row(label="save_on_cpu", offload=True, **shared))
-    if backbone != "vit_b16":
-        rows.insert(1, Row(label="dense, BN trained", bn="train", **shared))
-    return rows
+    return sorted(rows, key=turn_of)
+
+
+def turn_of(row: Row) -> int:
+    """When a row is measured: the main rows first, then the others that take no compilation, then the compiled ones."""
+    if row.compiled:
+        return 2
+    return 0 if row.label in MAIN else 1

@@ -6,7 +6,8 @@
 The columns are those of ``python -m razorlab bench``. The peak is torch.cuda.max_memory_allocated less what is
 resident; the process column is that maximum itself; reserved_MB is torch.cuda.max_memory_reserved, which is what has to
 fit a card. Results are kept by device, batch and commit. Every figure comes from a fresh process, after warm-up steps
-in which kernels are compiled. The kernels' own tests on the device run first.
+in which kernels are compiled. The kernels' own tests on the device run first. A row that fails stops no other: the last
+lines name what is missing and why, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from razorlab.bench.measure import SHOWN, measure_backbone, table_of, write
-from razorlab.bench.rows import MAIN, rows_of
+from razorlab.bench.measure import SHOWN, Failures, measure_backbone, table_of, write
+from razorlab.bench.missing import report
+from razorlab.bench.rows import MAIN, Row, rows_of
 from razorlab.errors import UserError
 
 RUNS = (("vit_b16", "float32", 128), ("vit_b16", "bfloat16", 128), ("proxylessnas", "float32", 8))
@@ -49,9 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "razorlab bench-gpu: the kernels' tests fail, so nothing was measured: mend them first", file=sys.stderr
             )
             return 1
+    failed: Failures = {}
+    measured: list[Row] = []
     for backbone, precision, batch in RUNS:
         rows = [row for row in rows_of(backbone, precision, "cuda", batch) if not options.quick or row.label in MAIN]
-        measure_backbone(rows, options.folder, options.repeats, options.steps)
-        table = write(table_of(rows, options.folder), options.results, "python -m razorlab bench-gpu")
-        print(table[SHOWN].to_markdown(index=False), flush=True)
-    return 0
+        measured += rows
+        failed |= measure_backbone(rows, options.folder, options.repeats, options.steps)
+        table = table_of(rows, options.folder)
+        if table:
+            shown = write(table, options.results, "python -m razorlab bench-gpu")[SHOWN]
+            print(shown.to_markdown(index=False), flush=True)
+    print(report(measured, options.folder, options.repeats, failed), flush=True)
+    return 1 if failed else 0

@@ -40,7 +40,8 @@ def row_label(config: schema.Config) -> str:
     if razor.get("selection", "magnitude") != "magnitude":
         parts.append("at random")
     if checkpointing != "none":
-        parts.append(f"checkpointing by {checkpointing}")
+        selective = checkpointing == "selective"
+        parts.append("selective checkpointing by block" if selective else f"checkpointing by {checkpointing}")
     if micro and micro < trainer["batch_size"]:
         parts.append(f"micro-batches of {micro}")
     if trainer.get("release_gradients"):

@@ -11,10 +11,11 @@ import pandas as pd
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from razorlab.tables.labels import Labelled, label_points
+from razorlab.tables.labels import Labelled, label_points, marker_boxes
 
 SMALLEST_SPAN = 4.0  # points of accuracy that the vertical axis shows at least
 DPI = 150
+BUDGET_ROWS = "compile, budget "  # of the step benchmark; the share of the activations follows
 PART_COLUMNS = {  # of a summary, from the bottom of a bar to its top: the legend
     "weights_mb": "weights",
     "gradients_mb": "gradients",
@@ -37,14 +38,30 @@ def fastest_front(rows: pd.DataFrame) -> pd.DataFrame:
 
 def time_against_peak(rows: pd.DataFrame, path: Path) -> Path:
     """Draw time of a step beside dense over measured peak, the spread over processes as a bar, the Pareto front as a
-    dashed line; ``rows`` of one backbone, with the columns of the step benchmark."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for i, (_, row) in enumerate(rows.iterrows()):
+    dashed line; ``rows`` of one backbone, with the columns of the step benchmark.
+
+    The rows of a compiler's budget are one dotted line, the share of the activations written beside each point.
+    """
+    is_budget = rows["row"].str.startswith(BUDGET_ROWS)
+    alone, budgets = rows[~is_budget], rows[is_budget]
+    entries = len(alone) + 2
+    figure, axes = plt.subplots(figsize=(7.2, max(4.2, 0.19 * entries + 0.4)), layout="constrained")
+    for i, (_, row) in enumerate(alone.iterrows()):
         spread = [[row["time_ratio"] - row["time_ratio_min"]], [row["time_ratio_max"] - row["time_ratio"]]]
         marker = "os^Dv"[i // 10 % 5]
         axes.errorbar(row["peak_MB"], row["time_ratio"], yerr=spread, fmt=marker, capsize=3, label=row["row"])
     best = fastest_front(rows)
     axes.plot(best["peak_MB"], best["time_ratio"], "--", color="black", linewidth=0.8, label="Pareto front")
+    points = []
+    if len(budgets):
+        ordered = budgets.sort_values("peak_MB")
+        low, high = (abs(ordered["time_ratio"] - ordered[f"time_ratio_{end}"]) for end in ("min", "max"))
+        name = BUDGET_ROWS.strip()
+        axes.errorbar(ordered["peak_MB"], ordered["time_ratio"], (low, high), fmt="P:", color="grey", label=name)
+        for (_, row), spread in zip(ordered.iterrows(), low.combine(high, max), strict=True):
+            points.append(
+                Labelled(row["peak_MB"], row["time_ratio"], row["row"].removeprefix(BUDGET_ROWS), spread, "grey")
+            )
     first = rows.iloc[0]
     axes.set(title=f"{first['backbone']}, batch {first['batch']}, {first['precision']}")
     axes.set(xlabel="measured peak of a step above weights, gradients and optimizer state, MB")
@@ -52,6 +69,9 @@ def time_against_peak(rows: pd.DataFrame, path: Path) -> Path:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
+    if points:
+        others = [Labelled(row["peak_MB"], row["time_ratio"], "") for _, row in alone.iterrows()]
+        label_points(axes, points, taken=marker_boxes(axes, others), line=best[["peak_MB", "time_ratio"]].to_numpy())
     return _save(figure, path)
 
 

@@ -94,6 +94,12 @@ def _offsets(width: float, height: float) -> Iterator[tuple[float, float]]:
             yield distance * across - left, distance * up - below
 
 
+def marker_boxes(axes: Axes, points: Sequence[Labelled]) -> list[Bbox]:
+    """What points without a label take, in pixels: for ``taken`` of ``label_points``. The layout has to be final."""
+    axes.figure.canvas.draw()
+    return [box for point in points for box in _own_boxes(axes, point, axes.figure.dpi / 72)]
+
+
 def _own_boxes(axes: Axes, point: Labelled, pixels: float) -> list[Bbox]:
     """What a point takes: its marker, and its error bar."""
     x, y = _pixel(axes, point.x, point.y)
