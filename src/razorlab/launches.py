@@ -8,10 +8,11 @@ PyTorch in it included.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
@@ -36,13 +37,17 @@ def computes(function: torch._ops.OpOverload) -> bool:
     return function.namespace == "aten" and not function.is_view and not _FREE.search(str(function))
 
 
+def _asks(module: ModuleType) -> bool:
+    """Whether a module asks if a device is CUDA."""
+    return vars(module).get("on_cuda") is dispatch.on_cuda
+
+
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Work on fake tensors of any device takes the path of CUDA: its chunks, its kernels."""
+    asking = [module for name, module in sys.modules.items() if name.startswith("backrazor.") and _asks(module)]
     with ExitStack() as patches:
-        functional = (f"functional.{name}" for name in ("common", "conv", "conv_norm_act", "epilogue", "rest"))
-        for name in (*functional, "codecs.products"):
-            module = import_module(f"backrazor.{name}")
+        for module in asking:
             patches.enter_context(mock.patch.object(module, "on_cuda", lambda device: True))
         patches.enter_context(mock.patch.object(dispatch, "_choice", lambda device: "triton"))
         yield

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
-from ofa.utils.layers import IdentityLayer, MBConvLayer, ResidualBlock
+import torchvision
+from ofa.imagenet_classification.networks.proxyless_nets import ProxylessNASNets
+from ofa.utils.layers import ConvLayer, IdentityLayer, LinearLayer, MBConvLayer, ResidualBlock
 from timm.layers import DropPath
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -15,7 +18,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual as VisionInvertedRes
 from torchvision.models.resnet import Bottleneck as VisionBottleneck
 
 import backrazor as br
-from backrazor.nn import chunks
+from backrazor.nn import chunks, fusion
 
 
 def downsample(channels: int, out: int, stride: int) -> nn.Sequential:
@@ -43,13 +46,38 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "ofa": lambda: ResidualBlock(MBConvLayer(8, 8, 5, expand_ratio=8), IdentityLayer(8, 8)),
     "convolutions": convolutions,
 }
+
+
+def proxyless() -> nn.Module:
+    """The first convolution and two blocks, as ofa builds them."""
+    blocks = [MBConvLayer(16, 8, expand_ratio=1), MBConvLayer(8, 8, expand_ratio=6)]
+    skips = [None, IdentityLayer(8, 8)]
+    return ProxylessNASNets(
+        ConvLayer(3, 16, stride=2, act_func="relu6"),
+        [ResidualBlock(block, skip) for block, skip in zip(blocks, skips, strict=True)],
+        ConvLayer(8, 16, 1, act_func="relu6"),
+        LinearLayer(16, 5),
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "timm efficientnet": lambda: timm.create_model("mobilenetv2_035", num_classes=5),
+    "timm mobilenetv3": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
+    "timm resnet": lambda: timm.create_model("resnet10t", stem_type="", num_classes=5),
+    "torchvision resnet": lambda: torchvision.models.resnet18(num_classes=5),
+    "ofa": proxyless,
+}
 CHANNELS = {"separable": 64, "basic": 64, "bottleneck": 16, "torchvision bottleneck": 64}
 
 
-def frozen(block: nn.Module, channels: int, seed: int = 0) -> nn.Sequential:
-    """The block between a convolution and a norm, with fixed norms, and ready to train."""
+def frozen(block: nn.Module, channels: int, seed: int = 0) -> nn.Module:
+    """The block behind a convolution, with fixed norms, and ready to train."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(3, channels, 1), block).train()
+    return ready(nn.Sequential(nn.Conv2d(3, channels, 1), block))
+
+
+def ready(model: nn.Module) -> nn.Module:
+    model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
@@ -231,3 +259,125 @@ def test_an_output_may_be_modified_in_place(runs: list[int]) -> None:
     out.mul_(2).sum().backward()
     (twice,) = torch.autograd.grad(2 * model(x).sum(), x)
     torch.testing.assert_close(x.grad, twice)
+
+
+def network(name: str, config: str = "compact") -> nn.Module:
+    """A razored network of NETWORKS."""
+    torch.manual_seed(0)
+    model = ready(NETWORKS[name]())
+    br.razor_(model, getattr(br.RazorConfig, config)(0.9))
+    return model
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers and blocks of a network each call of its first layer ran."""
+    found: list[int] = []
+    original = fusion.run_in_chunks
+
+    def run(forward: Callable, children: list[nn.Module], x: Tensor) -> tuple:
+        count, out = original(forward, children, x)
+        if forward is fusion._each and count:
+            found.append(count)
+        return count, out
+
+    monkeypatch.setattr(fusion, "run_in_chunks", run)
+    return found
+
+
+@pytest.mark.parametrize("config", ["compact", "paper"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_runs_ahead_from_its_first_layer(
+    name: str, config: str, runs: list[int], ahead: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(name, config)
+    x = torch.randn(12, 3, 224, 224)
+    out, found = gradients(model, x, passes=2)
+    assert ahead and ahead[0] > 1
+    monkeypatch.setattr(chunks, "_may_be_cut", lambda x: False)
+    expected_out, expected = gradients(model, x, passes=2)
+    assert torch.equal(out, expected_out)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def _checkpoint(model: nn.Module) -> None:
+    model.set_grad_checkpointing()
+
+
+def _patch_features(model: nn.Module) -> None:
+    forward = model.forward_features
+    model.forward_features = lambda x: forward(x)
+
+
+def _hook_stem(model: nn.Module) -> None:
+    model.conv_stem.register_forward_hook(lambda module, inputs, output: None)
+
+
+@pytest.mark.parametrize("change", [_checkpoint, _patch_features, _hook_stem], ids=lambda change: change.__name__)
+def test_what_changes_the_calls_of_a_network_keeps_it_from_running_ahead(
+    change: Callable[[nn.Module], None], runs: list[int], ahead: list[int]
+) -> None:
+    model = network("timm efficientnet")
+    x = torch.randn(12, 3, 224, 224)
+    expected, _ = gradients(model, x)
+    assert ahead
+    ahead.clear()
+    change(model)
+    out, _ = gradients(model, x)
+    assert torch.equal(out, expected)
+    assert not ahead
+
+
+def test_a_hooked_block_ends_what_runs_ahead(runs: list[int], ahead: list[int]) -> None:
+    """The hook sees the block's own input and output."""
+    model = network("timm efficientnet")
+    x = torch.randn(12, 3, 224, 224)
+    expected, _ = gradients(model, x)
+    whole = ahead[-1]
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape, output.shape)))
+    out, _ = gradients(model, x)
+    assert torch.equal(out, expected)
+    assert ahead[-1] < whole and seen[0][0] != seen[0][1] and len(seen[0][0]) == 4
+
+
+def test_a_layer_called_by_itself_does_its_own_work(runs: list[int]) -> None:
+    model = network("timm efficientnet")
+    stem, x = model.conv_stem, torch.randn(12, 3, 224, 224)
+    weight = stem.weight.detach()
+    assert stem(x).shape[1] == weight.shape[0]
+    y = torch.randn(7, weight.shape[0], 64, 64)
+    block = model.blocks[0]
+    assert not torch.equal(block(y), y)
+
+
+class _Twice(timm.models.efficientnet.EfficientNet):
+    """A forward that this library does not know."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv_stem(x) + 1)
+        return super().forward_features(x[:, :3])
+
+
+def test_a_network_of_another_forward_does_not_run_ahead(runs: list[int], ahead: list[int]) -> None:
+    model = network("timm efficientnet")
+    plain = timm.create_model("mobilenetv2_035", num_classes=5)
+    plain.load_state_dict(model.state_dict())
+    ready(plain)
+    plain.__class__ = _Twice
+    x = torch.randn(12, 3, 224, 224)
+    with torch.no_grad():
+        expected = plain(x)
+    br.razor_(plain, br.RazorConfig(0.9))
+    assert torch.equal(plain(x), expected)
+    assert not ahead
+
+
+def test_networks_saved_memory_in_passing(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("timm efficientnet")
+    found = br.memory.predict(model, (3, 224, 224), 12)
+    monkeypatch.setattr(chunks, "_may_be_cut", lambda x: False)
+    whole = br.memory.predict(model, (3, 224, 224), 12)
+    assert found.peak_bytes < 0.6 * whole.peak_bytes
+    assert found.saved_bytes <= 1.05 * whole.saved_bytes

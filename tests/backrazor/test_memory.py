@@ -288,7 +288,8 @@ def test_the_predicted_peak_is_the_measured_one(sparsity: float | None) -> None:
     factory = functools.partial(efficientnet_step, sparsity)
     measured = br.memory.measure_step(factory, repeats=1, what=("peak",)).peak_bytes
     predicted = br.memory.predict(efficientnet_step(sparsity, 1, 32).model, (3, 224, 224), 8).peak_bytes
-    assert predicted == pytest.approx(measured, rel=0.1)
+    # a few MiB of what the kernels and the convolution library take in passing are not predicted on the CPU
+    assert predicted == pytest.approx(measured, rel=0.1, abs=5e6)
 
 
 def test_a_measured_step_has_all_its_figures() -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..codecs.shared import is_kept_by_another
 from ..functional.chunked import Bounds, in_chunks
@@ -57,6 +58,16 @@ BLOCKS: dict[str, Block] = {
     "ofa.utils.layers.MBConvLayer": Block(("inverted_bottleneck", "depth_conv", "point_linear")),
     "ofa.utils.layers.ResidualBlock": Block(("conv",), ("shortcut",)),
 }
+# The children of a network that its forward calls first, in turn.
+STEMS: dict[str, tuple[str, ...]] = {
+    "timm.models.efficientnet.EfficientNet": ("conv_stem", "bn1", "blocks"),
+    "timm.models.mobilenetv3.MobileNetV3": ("conv_stem", "bn1", "blocks"),
+    "timm.models.resnet.ResNet": ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3"),
+    "torchvision.models.resnet.ResNet": ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"),
+    "ofa.imagenet_classification.networks.proxyless_nets.ProxylessNASNets": ("first_conv", "blocks"),
+}
+_PARTS_OF_FORWARD = ("forward_features", "_forward_impl")
+
 # Gates per channel: the names of their convolutions, in turn, on one position; and what else they may hold.
 _GATES: dict[str, tuple[str, str]] = {
     f"{_TIMM_BLOCKS}.SqueezeExcite": ("conv_reduce", "conv_expand"),
@@ -72,7 +83,7 @@ _NOTHING = ("timm.layers.drop.DropPath", "ofa.utils.layers.IdentityLayer")  # th
 
 # A module is cut whose widest tensor takes more for the whole batch. Then a chunk's takes at most as much, or two
 # samples, which the convolution library runs at full speed, or a sample per thread; and there are four chunks or more.
-WIDE_BYTES = 8 << 20
+WIDE_BYTES = 6 << 20
 FEWEST_SAMPLES, FEWEST_CHUNKS = 2, 4
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -92,10 +103,30 @@ _running = _Running()
 
 
 def may_run_in_chunks(container: nn.Module) -> bool:
-    """Whether the class of ``container`` is one whose calls may run in chunks: a block, or some one after another."""
-    return _block_of(container) is not None or (
+    """Whether the class of ``container`` is one whose calls may run in chunks: a block, or some one after another, as
+    at the beginning of a network."""
+    return bool(_block_of(container) or stem_of(container)) or (
         is_sequential(class_before(container)) and any(map(_has_convolutions, container.children()))
     )
+
+
+def stem_of(network: nn.Module) -> list[nn.Module]:
+    """The layers and blocks that a network's forward calls first, in turn; none where that is not known."""
+    cls = class_before(network)
+    names = STEMS.get(qualified_name(cls))
+    patched = any(name in network.__dict__ for name in _PARTS_OF_FORWARD)
+    if names is None or not is_known(cls) or patched or getattr(network, "grad_checkpointing", False):
+        return []
+    found: list[nn.Module] = []
+    for name in names:
+        child = network._modules.get(name)
+        if child is None:
+            return []
+        several = isinstance(child, nn.ModuleList) or (found and is_sequential(class_before(child)))
+        if several and not (isinstance(child, nn.ModuleList) or is_untouched(child)):
+            return found
+        found += list(child._modules.values()) if several else [child]
+    return found if len(set(map(id, found))) == len(found) else []
 
 
 def _has_convolutions(module: nn.Module) -> bool:
@@ -123,7 +154,9 @@ def run_in_chunks(forward: Callable[[list[nn.Module], Tensor], Tensor], children
 
 def _may_be_cut(x: Tensor) -> bool:
     """Whether x (B, C, H, W) is one that may be cut into chunks, and large enough."""
-    if _running.inside or x.dim() != 4 or x.shape[0] <= FEWEST_SAMPLES or not torch.is_grad_enabled():
+    if _running.inside or torch.jit.is_tracing() or not torch.is_grad_enabled():
+        return False
+    if x.dim() != 4 or x.shape[0] <= FEWEST_SAMPLES:
         return False
     # what makes more than sixteen bytes of one is rare
     if x.device.type != "cpu" or on_cuda(x.device) or 16 * x.numel() * x.element_size() < WIDE_BYTES:
@@ -205,6 +238,8 @@ class _Walk:
             if not (self._begun or self.convolutions) or not all(map(is_own, module.modules())):
                 raise _Unknown  # before the first convolution it may change the block's input in place
             return shape
+        if isinstance(module, DropIn) and module.__dict__[ORIGINAL] is nn.MaxPool2d:
+            return self._pooled(module, shape)
         if qualified_name(type(module)) in _NOTHING and not (module.training and getattr(module, "drop_prob", 0)):
             return self._kept(module, shape)
         if not is_untouched(module):
@@ -230,6 +265,13 @@ class _Walk:
         for name in block.path:
             shape = self.through(children.get(name), shape)
         return shape
+
+    def _pooled(self, module: Any, shape: Shape) -> Shape:
+        if not is_own(module) or not (self._begun or self.convolutions):
+            raise _Unknown
+        settings = module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+        channels, height, width = F.max_pool2d(torch.empty(shape, device="meta"), *settings).shape
+        return channels, height, width
 
     def _gated(self, module: nn.Module, gate: tuple[str, str], shape: Shape) -> Shape:
         if not (is_own(module) if isinstance(module, DropIn) else is_known(_plain_class(module))):

@@ -10,7 +10,7 @@ from .. import functional
 from ..functional.conv import ConvSpec
 from ..functional.conv_norm_act import Norm
 from .base import DropIn, LayerRules, is_frozen
-from .fusion import chain_of
+from .fusion import chain_of, run_ahead
 
 
 class RazorConvolution(DropIn):
@@ -32,6 +32,9 @@ class RazorConvolution(DropIn):
         arguments = self.razor.pruned, self.flag_for(input)
         if not isinstance(input, Tensor):
             return super().forward(input)
+        made = run_ahead(self, input)
+        if made is not None:
+            return made
         spec = self._spec(input)
         chain = chain_of(self, input)
         act = None if chain is None or chain.activation is None else chain.activation.epilogue()

@@ -33,7 +33,7 @@ from torch.nn.modules import module as torch_module
 from ..functional.transforms import is_transformed, refuse_script
 from . import qualified_name
 from .base import UNKNOWN, DropIn, is_patched, rebased
-from .chunks import block_in_chunks, may_run_in_chunks, run_in_chunks
+from .chunks import block_in_chunks, may_run_in_chunks, run_in_chunks, stem_of
 from .known import is_known, is_own, is_sequential, link_of
 
 _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
@@ -46,7 +46,6 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
     f"{_TIMM_BLOCKS}.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
     f"{_TIMM_BLOCKS}.InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
     f"{_TIMM_BLOCKS}.EdgeResidual": (("conv_exp", "bn1"), ("conv_pwl", "bn2")),
-    "ofa.utils.layers.ConvLayer": (("conv", "bn", "act"),),
     "timm.models.efficientnet.EfficientNet": (("conv_stem", "bn1"), ("conv_head", "bn2")),
     f"{_TIMM_RESNET}.BasicBlock": (("conv1", "bn1", "drop_block", "act1"), ("conv2", "bn2")),
     f"{_TIMM_RESNET}.Bottleneck": (("conv1", "bn1", "act1"), ("conv2", "bn2", "drop_block", "act2"), ("conv3", "bn3")),
@@ -171,9 +170,15 @@ def linked(original: type[nn.Module]) -> type[Linked]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return original.forward(self, *args, **kwargs)
-        whole = len(args) != 1 or kwargs
-        out = None if whole else block_in_chunks(partial(called, self), self, args[0])
-        return called(self, *args, **kwargs) if out is None else out
+        if len(args) == 1 and not kwargs:
+            if hands_through(self, args[0]):
+                return args[0]
+            out = run_ahead(self, args[0])
+            if out is None:
+                out = block_in_chunks(partial(called, self), self, args[0])
+            if out is not None:
+                return out
+        return called(self, *args, **kwargs)
 
     members = {"__module__": __name__, "__doc__": original.__doc__, "forward": forward, "_backrazor_linked": original}
     return type(f"Razor{original.__name__}", (Linked, original), members)
@@ -181,9 +186,11 @@ def linked(original: type[nn.Module]) -> type[Linked]:
 
 def _in_turn(call: _Call, input: Any) -> Any:
     """The forward of a Sequential."""
-    waiting = list(call.container)
+    waiting = list(call.container._modules.values())
     while waiting:
-        count, input = run_in_chunks(partial(_one_by_one, call), waiting, input)
+        count = 0
+        if _maker_of(waiting[0], input) is None:
+            count, input = run_in_chunks(partial(_one_by_one, call), waiting, input)
         if not count:
             count, input = 1, _one_by_one(call, waiting[:1], input)
         del waiting[:count]
@@ -209,13 +216,45 @@ def chain_of(leader: nn.Module, x: object) -> Chain | None:
 
 def hands_through(follower: nn.Module, x: Tensor) -> bool:
     """Whether x is what the leader of ``follower``'s chain made in this call, its work done. Counts once."""
-    if torch.compiler.is_dynamo_compiling() or not _running.stack:
+    if torch.compiler.is_dynamo_compiling():
         return False
-    made = _running.stack[-1].made
-    if not made or made.get(id(follower)) is not x:
+    call = _maker_of(follower, x)
+    if call is None:
         return False
-    del made[id(follower)]
+    del call.made[id(follower)]
     return True
+
+
+def _maker_of(follower: nn.Module, x: object) -> _Call | None:
+    """The call in which x was made that ``follower`` is to hand through, or None."""
+    for call in reversed(_running.stack):
+        if call.made and call.made.get(id(follower)) is x:
+            return call
+    return None
+
+
+def run_ahead(leader: nn.Module, x: object) -> Tensor | None:
+    """What ``leader``, the first child of a network whose forward is known, and some of the layers behind it make of x
+    in chunks together; these then hand it through. None where each is to run when it is called."""
+    if torch.compiler.is_dynamo_compiling() or not _running.stack or not isinstance(x, Tensor):
+        return None
+    call = _running.stack[-1]
+    if call.made or leader not in call.container._modules.values():
+        return None
+    layers = stem_of(call.container)
+    if not layers or layers[0] is not leader:
+        return None
+    count, out = run_in_chunks(_each, layers, x)
+    if not count:
+        return None
+    call.made.update({id(layer): out for layer in layers[1:count] if isinstance(layer, (DropIn, Linked))})
+    return out
+
+
+def _each(modules: list[nn.Module], input: Tensor) -> Tensor:
+    for module in modules:
+        input = module(input)
+    return input
 
 
 def link_chains(model: nn.Module) -> int:

@@ -12,9 +12,15 @@ from .base import DropIn, class_given_to, has_its_own_forward, is_patched
 _CALLS = (nn.Module.__call__, DropIn.__call__)
 
 
+# Forwards of other libraries that call all children in their order.
+_IN_TURN = ("ofa.utils.layers.My2DLayer.forward",)
+
+
 def is_sequential(cls: type[nn.Module]) -> bool:
     """Whether a class calls its children one after the other."""
-    return cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__
+    if cls.forward is nn.Sequential.forward:
+        return cls.__iter__ is nn.Sequential.__iter__
+    return f"{cls.forward.__module__}.{cls.forward.__qualname__}" in _IN_TURN
 
 
 def is_known(cls: type[nn.Module]) -> bool:

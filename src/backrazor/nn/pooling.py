@@ -10,6 +10,7 @@ from torch.nn.modules.utils import _pair, _triple
 from .. import functional
 from ..functional.pooling import MOST_PLACES
 from .base import DropIn, LayerRules
+from .fusion import hands_through
 
 
 class _RazorMaxPool(DropIn):
@@ -31,6 +32,8 @@ class _RazorMaxPool(DropIn):
         return "8-bit window index"
 
     def forward(self, input: Tensor) -> Tensor:
+        if hands_through(self, input):
+            return input
         stride = self.kernel_size if self.stride is None else self.stride
         settings = map(self.sizes, (self.kernel_size, stride, self.padding, self.dilation))
         return functional.max_pool(input, *settings, self.ceil_mode)
