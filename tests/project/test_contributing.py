@@ -16,7 +16,13 @@ from razorlab.models.zoo import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-KINDS = {"An operator": "linear", "A codec": "rows", "A backbone": "resnet18", "A dataset": "pets"}
+KINDS = {
+    "An operator": "linear",
+    "A codec": "rows",
+    "A block of convolutions": "EdgeResidual",
+    "A backbone": "resnet18",
+    "A dataset": "pets",
+}
 # What stands for the example in a file that does not name it.
 WORDS = {
     "src/backrazor/nn/__init__.py": "RazorLinear",
