@@ -160,8 +160,12 @@ def compared(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[float, 
     ) ** 0.5 if theirs else nothing
 
 
+def _in_a_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
 def _short(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300]
+    return _in_a_line(f"{type(error).__name__}: {error}")[:300]
 
 
 def measure_here(case: Case, config: br.RazorConfig, report: Callable[[CompiledRow], None]) -> None:
@@ -196,7 +200,7 @@ def measure_here(case: Case, config: br.RazorConfig, report: Callable[[CompiledR
         found = _compiled(model, run)
         row.graphs, row.breaks, row.again = found.graphs, found.breaks.total(), found.again
         more = found.breaks - dense_breaks
-        row.reasons = "; ".join(f"{count} {re.sub(r'\s+', ' ', why)[:160]}" for why, count in more.most_common(3))
+        row.reasons = "; ".join(f"{count} {_in_a_line(why)[:160]}" for why, count in more.most_common(3))
         row.compiled_mb = found.step.saved / 1e6
         row.forward = _difference(eager.outputs, found.step.outputs)
         row.cosine, row.difference = compared(eager.gradients, found.step.gradients)
