@@ -6,8 +6,12 @@ import csv
 import statistics
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
+from .compiling import MORE_BYTES, ROUNDING, CompiledRow
 from .measuring import Row
+
+AnyRow = TypeVar("AnyRow", Row, CompiledRow)
 
 FAMILY_BAR = 4.0
 MEDIAN_BARS = {"torchvision": 9.0, "timm": 8.0, "transformers": 8.0}
@@ -15,23 +19,23 @@ OWN_BARS = {"transformers/llama": 8.0, "transformers/qwen3": 8.0, "transformers/
 COSINE_MEDIAN, COSINE_LOW = 0.9, 0.8
 
 
-def read(path: Path) -> dict[str, Row]:
+def read(path: Path, kind: type[AnyRow]) -> dict[str, AnyRow]:
     if not path.exists():
         return {}
-    kinds = {field.name: field.type for field in fields(Row)}
+    kinds = {field.name: field.type for field in fields(kind)}
     cast = {"str": str, "float": float, "int": int}
     with path.open(newline="") as file:
-        rows = [Row(**{key: cast[kinds[key]](value) for key, value in line.items()}) for line in csv.DictReader(file)]
+        rows = [kind(**{key: cast[kinds[key]](value) for key, value in line.items()}) for line in csv.DictReader(file)]
     return {row.name: row for row in rows}
 
 
-def write(path: Path, rows: dict[str, Row]) -> None:
+def write(path: Path, rows: dict[str, AnyRow], kind: type[AnyRow]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Row)])
+        writer.writerow([field.name for field in fields(kind)])
         for name in sorted(rows):
-            values = (getattr(rows[name], field.name) for field in fields(Row))
+            values = (getattr(rows[name], field.name) for field in fields(kind))
             writer.writerow([f"{value:.4g}" if isinstance(value, float) else value for value in values])
 
 
@@ -83,4 +87,46 @@ def markdown(rows: dict[str, Row]) -> str:
             f"| {name} | {row.network} | {row.forward} | {row.dense_mb:.2f} | {row.saved_mb:.2f} | {row.ratio:.1f} | "
             f"{row.cosine:.3f} | {row.left_dense:.0%} | {row.replaced} |"
         )
+    return "\n".join(lines)
+
+
+def compiled_line(row: CompiledRow) -> str:
+    if row.error:
+        return f"{row.name:34} {row.seconds:5.1f} s  {row.dense_graphs} graphs dense; {row.error}"
+    return (
+        f"{row.name:34} {row.seconds:5.1f} s  {row.dense_graphs:3d} > {row.graphs:3d} graphs  difference "
+        f"{row.difference:7.1e} (dense {row.dense_difference:7.1e})  forward {row.forward:5}  {row.eager_mb:7.2f} > "
+        f"{row.compiled_mb:7.2f} MB (dense {row.dense_eager_mb:8.2f} > {row.dense_mb:8.2f})  {row.reasons}"
+    )
+
+
+def no_more_bytes(row: CompiledRow) -> bool:
+    """Whether the compiled razored step saves what the eager one saves. What is more with the dense network, too, is
+    the network's own: some do other things where they are traced."""
+    return row.compiled_mb <= MORE_BYTES * row.eager_mb + max(row.dense_mb - row.dense_eager_mb, 0)
+
+
+def compiled_summary(rows: dict[str, CompiledRow]) -> str:
+    """How many networks are as they should be in each respect, and those that are not."""
+    tried = [row for row in rows.values() if row.dense_eager_mb]
+    both = [row for row in tried if not row.dense_error and not row.error]
+    ran = [row for row in tried if not row.error]
+    one = [row for row in both if row.dense_graphs == 1]
+    lines = [
+        f"{len(rows)} networks, {len(tried)} run without the compiler; compiled, {len(tried)} dense less "
+        f"{sum(bool(row.dense_error) for row in tried)} that fail, razored less {len(tried) - len(ran)}",
+        f"{sum(row.graphs == 1 for row in one)} of {len(one)} that are one graph dense are one graph razored",
+    ]
+    checks = {
+        "as many graphs as dense": (both, lambda row: row.graphs == row.dense_graphs),
+        "no graph more in a second step than dense": (both, lambda row: row.again <= row.dense_again),
+        f"gradients equal to {ROUNDING:g}": (ran, lambda row: row.difference <= ROUNDING),
+        f"saved bytes at most {MORE_BYTES:g} of eager's, and what dense has more": (ran, no_more_bytes),
+    }
+    for what, (rows_here, holds) in checks.items():
+        others = [row for row in rows_here if not holds(row)]
+        lines.append(f"{len(rows_here) - len(others)} of {len(rows_here)}: {what}")
+        lines += [f"  not: {compiled_line(row)}" for row in others]
+    lines += [f"  dense failed: {row.name} {row.dense_error}" for row in tried if row.dense_error]
+    lines += [f"  failed: {compiled_line(row)}" for row in rows.values() if row.error]
     return "\n".join(lines)
