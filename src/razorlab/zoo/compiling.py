@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 import backrazor as br
 
 from .cases import Case
-from .measuring import _difference, _loss
+from .measuring import difference_of, loss_of
 
 ROUNDING = 1e-5  # of the norm of all gradients: what counts as equal
 MORE_BYTES = 1.02  # compiled / eager: what counts as no more
@@ -113,7 +113,7 @@ def _step(model: nn.Module, called: Any, run: Run) -> _Step:
     alive = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     saved = sum(x.untyped_storage().nbytes() for key, x in held.items() if key not in alive)
     held.clear()
-    _loss(outputs).backward()
+    loss_of(outputs).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return _Step([x.detach() for x in outputs], gradients, saved)
 
@@ -199,10 +199,10 @@ def measure_here(case: Case, config: br.RazorConfig, report: Callable[[CompiledR
         tell()
         found = _compiled(model, run)
         row.graphs, row.breaks, row.again = found.graphs, found.breaks.total(), found.again
-        more = found.breaks - dense_breaks
+        more = found.breaks - dense_breaks if row.breaks > row.dense_breaks else Counter()
         row.reasons = "; ".join(f"{count} {_in_a_line(why)[:160]}" for why, count in more.most_common(3))
         row.compiled_mb = found.step.saved / 1e6
-        row.forward = _difference(eager.outputs, found.step.outputs)
+        row.forward = difference_of(eager.outputs, found.step.outputs)
         row.cosine, row.difference = compared(eager.gradients, found.step.gradients)
     except Exception as error:
         row.error = _short(error)

@@ -64,7 +64,7 @@ class _WrittenOut(TorchFunctionMode):
         return p @ v
 
 
-def _loss(outputs: list[Tensor]) -> Tensor:
+def loss_of(outputs: list[Tensor]) -> Tensor:
     """A scalar whose gradient is neither constant nor tiny, by a random target for each output."""
     generator = torch.Generator().manual_seed(3)
     parts = []
@@ -90,7 +90,7 @@ def _run(model: nn.Module, run: Callable[[nn.Module], list[Tensor]], formula: bo
         else:
             outputs = run(model)
     rows = book.rows
-    _loss(outputs).backward()
+    loss_of(outputs).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return [x.detach() for x in outputs], gradients, sum(row.bytes for row in rows), rows
 
@@ -120,8 +120,8 @@ def measure(case: Case, config: br.RazorConfig) -> Row:
         written, *_ = _run(model, run, formula=True)
         row.replaced = len(br.razor_(model, config).replaced)
         outputs, razored, saved, rows = _run(model, run, formula=False)
-        row.forward = _difference(plain, outputs)
-        if row.forward != "bits" and _difference(written, outputs) == "bits":
+        row.forward = difference_of(plain, outputs)
+        if row.forward != "bits" and difference_of(written, outputs) == "bits":
             row.forward = "formula"
         row.dense_mb, row.saved_mb, row.ratio = dense / 1e6, saved / 1e6, dense / max(saved, 1)
         row.cosine, row.norm = _compared(gradients, razored)
@@ -147,7 +147,7 @@ def _print_ledger(rows: list[Any], saved: int) -> None:
         print(f"    {size / saved:6.1%}  {module or 'model':50} {role:14} {reason}")
 
 
-def _difference(expected: list[Tensor], got: list[Tensor]) -> str:
+def difference_of(expected: list[Tensor], got: list[Tensor]) -> str:
     if len(expected) != len(got):
         return f"{len(got)} outputs for {len(expected)}"
     if all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
