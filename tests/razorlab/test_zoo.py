@@ -70,7 +70,7 @@ def test_a_compiled_row_is_one_graph_of_the_same_gradients_and_bytes() -> None:
 def test_breaks_and_failures_are_told_apart() -> None:
     broken = measure_compiled(case(Breaking), CONFIG, limit=120)
     assert broken.dense_breaks == broken.breaks > 0 and broken.error == broken.reasons == ""
-    assert broken.dense_graphs == broken.graphs > 0
+    assert broken.graphs >= broken.dense_graphs > 0
     failed = measure_compiled(case(Uncompiled), CONFIG, limit=120)
     assert "not here" in failed.dense_error and failed.dense_eager_mb > 0
 
