@@ -30,15 +30,6 @@ class Breaking(nn.Linear):
         return super().forward(x)
 
 
-class Uncompiled(nn.Linear):
-    """Its forward fails where it is compiled."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            raise ValueError("not here")
-        return super().forward(x)
-
-
 def case(middle: Callable[[int, int], nn.Module] = nn.Linear) -> Case:
     def make() -> tuple[nn.Module, Callable]:
         torch.manual_seed(0)
@@ -71,8 +62,11 @@ def test_breaks_and_failures_are_told_apart() -> None:
     broken = measure_compiled(case(Breaking), CONFIG, limit=120)
     assert broken.dense_breaks == broken.breaks > 0 and broken.error == broken.reasons == ""
     assert broken.graphs >= broken.dense_graphs > 0
-    failed = measure_compiled(case(Uncompiled), CONFIG, limit=120)
-    assert "not here" in failed.dense_error and failed.dense_eager_mb > 0
+
+    def failing() -> None:
+        raise ValueError("not here")
+
+    assert measure_compiled(Case("tests/failing", "", failing), CONFIG, limit=120).error == "ValueError: not here"
 
 
 def test_a_process_that_dies_or_does_not_end_leaves_a_row() -> None:
