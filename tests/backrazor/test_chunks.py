@@ -203,6 +203,18 @@ def test_what_is_not_known_runs_on_all_samples(change: Callable[[nn.Module], Non
     assert not runs
 
 
+def test_hooks_of_all_modules_see_all_samples(runs: list[int]) -> None:
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8)
+    br.razor_(model, br.RazorConfig(0.9))
+    seen: list[int] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    try:
+        model(torch.randn(7, 3, 72, 72))
+    finally:
+        hook.remove()
+    assert not runs and set(seen) == {7}
+
+
 def test_channels_last_runs_on_all_samples(runs: list[int]) -> None:
     """The convolution library rounds another batch otherwise there."""
     model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8)

@@ -26,7 +26,7 @@ from ..functional.transforms import is_transformed
 from ..kernels.dispatch import on_cuda
 from . import qualified_name
 from .base import ORIGINAL, DropIn
-from .known import class_before, is_known, is_own, is_sequential, is_untouched, link_of
+from .known import class_before, is_globally_hooked, is_known, is_own, is_sequential, is_untouched, link_of
 
 _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _RESNETS = ("timm.models.resnet", "torchvision.models.resnet")
@@ -161,7 +161,9 @@ def _may_be_cut(x: Tensor) -> bool:
     # what makes more than sixteen bytes of one is rare
     if x.device.type != "cpu" or on_cuda(x.device) or 16 * x.numel() * x.element_size() < WIDE_BYTES:
         return False
-    return x.is_contiguous() and x.is_floating_point() and not is_transformed() and not is_kept_by_another(x)
+    if is_globally_hooked() or is_transformed() or is_kept_by_another(x):
+        return False
+    return x.is_contiguous() and x.is_floating_point()
 
 
 class _Run:

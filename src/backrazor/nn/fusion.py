@@ -28,13 +28,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..functional.transforms import is_transformed, refuse_script
 from . import qualified_name
 from .base import UNKNOWN, DropIn, is_patched, rebased
 from .chunks import block_in_chunks, may_run_in_chunks, run_in_chunks, stem_of
-from .known import is_known, is_own, is_sequential, link_of
+from .known import is_globally_hooked, is_known, is_own, is_sequential, link_of
 
 _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _TIMM_RESNET = "timm.models.resnet"
@@ -59,12 +58,6 @@ CHAINS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 _FITTING = (("conv", "norm"), ("conv", "norm", "activation"), ("linear", "activation"))
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
 
 
 class Chain(NamedTuple):
@@ -278,7 +271,7 @@ def link_chains(model: nn.Module) -> int:
 
 def _chains(container: nn.Module) -> Iterator[tuple[int, Chain]]:
     """(id of the leader, chain) of every chain of ``container`` as its children stand now."""
-    if is_patched(container) or _globally_hooked():
+    if is_patched(container) or is_globally_hooked():
         return
     for members in _sequences(container):
         chain = _chain(members)
@@ -335,7 +328,3 @@ def _chain(members: list[nn.Module]) -> Chain | None:
     if inner is None:
         return Chain(norm, activation[0] if activation else None, tuple(followers))
     return None if inner is UNKNOWN or activation else Chain(norm, inner, (norm,))
-
-
-def _globally_hooked() -> bool:
-    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)

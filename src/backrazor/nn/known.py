@@ -5,13 +5,18 @@ from __future__ import annotations
 import sys
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from ..hooks import is_passive
 from .base import DropIn, class_given_to, has_its_own_forward, is_patched
 
 _CALLS = (nn.Module.__call__, DropIn.__call__)
-
-
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 # Forwards of other libraries that call all children in their order.
 _IN_TURN = ("ofa.utils.layers.My2DLayer.forward",)
 
@@ -59,3 +64,8 @@ def class_before(module: nn.Module) -> type[nn.Module]:
     for name in ("_backrazor_netted", "_backrazor_linked"):
         cls = vars(cls).get(name, cls)
     return cls
+
+
+def is_globally_hooked() -> bool:
+    """Whether hooks of all modules see what each of them is given and gives."""
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
