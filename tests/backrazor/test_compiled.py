@@ -352,3 +352,29 @@ def test_inductor(network: str, inductor: None) -> None:
     got_loss, got = gradients(run, x)
     assert_close("loss", got_loss, loss, 1e-4)
     assert_same_gradients(got, wanted, 1e-2)
+
+
+class Mapped(nn.Module):
+    """A product that the network vectorises by itself, as a scan does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(64, 128), nn.Linear(128, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.out(torch.vmap(lambda a, b: a * b)(y, y.sin()))
+
+
+def test_what_a_network_vectorises_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = Mapped(), torch.randn(4, 10, 64)
+    expected = model(x)
+    expected.square().sum().backward()
+    bias = model.first.bias.grad
+    model.zero_grad()
+    br.razor_(model, br.RazorConfig(0.9))
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    out.square().sum().backward()
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(model.first.bias.grad, bias, rtol=0.05, atol=0.05 * float(bias.abs().max()))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -341,6 +342,11 @@ class Net:
         return self._resident
 
 
+def _storage_of(x: Tensor) -> int | None:
+    """What tells the storage of x; None where x belongs to a transform of ``torch.func`` and has none."""
+    return None if _functorch.is_functorch_wrapped_tensor(x) else x.untyped_storage()._cdata
+
+
 class TracedNet(Net):
     """The net of a module that ``torch.compile`` traces: what autograd would save is packed in the graph itself.
 
@@ -367,11 +373,11 @@ class TracedNet(Net):
         return self._parameters[parameter.untyped_storage()._cdata]
 
     def _lives_anyway(self, x: Tensor) -> bool:
-        return x.untyped_storage()._cdata in self._resident
+        return _storage_of(x) in self._resident
 
     def is_parameter(self, x: Tensor) -> bool:
         """Whether x is a parameter or a view of one."""
-        return x.untyped_storage()._cdata in self._parameters
+        return _storage_of(x) in self._parameters
 
     def __enter__(self) -> TracedNet:
         super().__enter__()

@@ -153,6 +153,12 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
 
 
+def is_mapped() -> bool:
+    """Whether ``torch.compile`` traces a function that the network itself vectorises, such as the step of a scan. What
+    is inside is left as it is: no operator of this library can be vectorised."""
+    return traced() and _functorch.TransformType.Vmap in _kinds()
+
+
 def _refuse_vmap(*tensors: Tensor) -> None:
     # the second is what torch.autograd.grad(..., is_grads_batched=True) makes
     batched = any(map(_functorch.is_legacy_batchedtensor, tensors))

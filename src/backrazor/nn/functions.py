@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..functional.rest import dividing, running
+from ..functional.transforms import is_mapped
 from .function_layers import run_exactly
 from .function_operators import RAZORED
 
@@ -65,7 +66,7 @@ class Functions(TorchFunctionMode):
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
         handler = _HANDLERS.get(function) or _foreign(function)
-        if handler is None or not torch.is_grad_enabled():
+        if handler is None or not torch.is_grad_enabled() or is_mapped():
             return function(*args, **kwargs)
         net = running()
         if net is None or net.settings.net.rules is None:
