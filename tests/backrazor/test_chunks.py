@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import torchvision
 from ofa.imagenet_classification.networks.proxyless_nets import ProxylessNASNets
 from ofa.utils.layers import ConvLayer, IdentityLayer, LinearLayer, MBConvLayer, ResidualBlock
-from timm.layers import DropPath
+from timm.layers import DropPath, SEModule
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -393,3 +395,136 @@ def test_networks_saved_memory_in_passing(runs: list[int], monkeypatch: pytest.M
     whole = br.memory.predict(model, (3, 224, 224), 12)
     assert found.peak_bytes < 0.6 * whole.peak_bytes
     assert found.saved_bytes <= 1.05 * whole.saved_bytes
+
+
+def _vision() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=5)
+
+
+def _a_norm_in_a_stage() -> nn.Module:
+    model = _vision()
+    model.layer1.append(nn.Sequential(nn.BatchNorm2d(64), nn.SiLU()))
+    return model
+
+
+def _a_convolution_in_a_stage() -> nn.Module:
+    model = _vision()
+    model.layer1[1] = nn.Conv2d(64, 64, 1)
+    return model
+
+
+def _one_block_twice() -> nn.Module:
+    model = _vision()
+    model.layer1 = nn.Sequential(model.layer1[0], model.layer1[0])
+    return model
+
+
+def _a_norm_in_an_identity() -> nn.Module:
+    model = proxyless()
+    model.blocks[1].shortcut = IdentityLayer(8, 8, use_bn=True)
+    return model
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _a_computed_weight() -> nn.Module:
+    model = _vision()
+    nn.utils.parametrize.register_parametrization(model.layer1[0].conv1, "weight", _Doubled())
+    return model
+
+
+def _squeezing_by_a_maximum() -> nn.Module:
+    squeezing = functools.partial(SEModule, add_maxpool=True)
+    return timm.create_model("resnet18", num_classes=5, block_args={"attn_layer": squeezing})
+
+
+ODD = (
+    *(_a_norm_in_a_stage, _a_convolution_in_a_stage, _one_block_twice, _a_norm_in_an_identity, _a_computed_weight),
+    _squeezing_by_a_maximum,
+)
+ODD_NAMES = {
+    **{build.__name__.strip("_"): build for build in ODD},
+    "resnetrs50": lambda: timm.create_model("resnetrs50", num_classes=5),
+    "efficientnet_b0": lambda: timm.create_model("efficientnet_b0", num_classes=5, drop_path_rate=0.0),
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_networks_that_are_not_as_they_come(name: str, hooked: bool, runs: list[int]) -> None:
+    """Dense outputs, to the bit, and gradients that stay near the dense ones."""
+    torch.manual_seed(0)
+    model = ready(ODD_NAMES[name]())
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    if name == "a_norm_in_an_identity":
+        model.blocks[1].shortcut.train()
+    if hooked and hasattr(model, "layer2"):
+        model.layer2.register_forward_hook(lambda module, inputs, output: None)
+    model.eval() if name == "efficientnet_b0" else None
+    plain, x = copy.deepcopy(model), torch.randn(8, 3, 224, 224)
+    br.razor_(model, br.RazorConfig(0.9))
+    expected, wanted = gradients(plain, x)
+    out, found = gradients(model, x)
+    assert torch.equal(out, expected)
+    assert runs
+    assert torch.nn.functional.cosine_similarity(found[0].flatten(), wanted[0].flatten(), 0) > 0.95
+    for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_a_patched_part_of_the_forward(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that looks at what the first convolution makes."""
+    torch.manual_seed(0)
+    model = ready(_vision())
+
+    def impl(self: nn.Module, x: Tensor) -> Tensor:
+        first = self.conv1(x)
+        x = self.layer1(self.maxpool(self.relu(self.bn1(first))))
+        x = self.layer4(self.layer3(self.layer2(x)))
+        return self.fc(self.avgpool(x).flatten(1)) + first.mean()
+
+    br.razor_(model, br.RazorConfig(0.9))
+    if where == "class":
+        monkeypatch.setattr(torchvision.models.ResNet, "_forward_impl", impl)
+    else:
+        model._forward_impl = functools.partial(impl, model)
+    x = torch.randn(8, 3, 224, 224)
+    out = model(x)
+    br.unrazor_(model)
+    assert torch.equal(out, model(x))
+
+
+def test_weights_of_16_bits_run_on_all_samples(runs: list[int]) -> None:
+    """Autograd would add up the chunks' gradients in 16 bits."""
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8).bfloat16()
+    br.razor_(model, br.RazorConfig(0.9))
+    model(torch.randn(14, 3, 72, 72, dtype=torch.bfloat16))
+    assert not runs
+
+
+def test_weights_that_only_look_contiguous_run_on_all_samples(runs: list[int]) -> None:
+    model = frozen(InvertedResidual(8, 8, exp_ratio=8.0), 8).to(memory_format=torch.channels_last)
+    assert model[1].conv_dw.weight.is_contiguous()
+    br.razor_(model, br.RazorConfig(0.9))
+    model[1](torch.randn(7, 8, 72, 72, requires_grad=True))
+    assert not runs
+
+
+class _ToPadded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to_padded_tensor(0.0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_input_of_a_sequential() -> None:
+    model = nn.Sequential(_ToPadded(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    x = torch.nested.nested_tensor([torch.randn(3, 20, 20), torch.randn(3, 16, 20)])
+    expected = model(x)
+    br.razor_(model, br.RazorConfig(0.9))
+    assert torch.equal(model(x), expected)

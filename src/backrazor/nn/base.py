@@ -128,12 +128,14 @@ class DropIn(nn.Module):
         packs: whether an operator in it takes a flag. False for a layer that keeps bits or a shape only.
         prunes: whether it packs its first argument, sample by sample.
         link: its part in a chain that runs as one operator (see fusion.py). None for every class outside this library.
+        may_hand_through: whether, beside norms and activations, it returns its input where its work is done.
     """
 
     razor: LayerRules
     packs: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     link: ClassVar[str | None] = None
+    may_hand_through: ClassVar[bool] = False
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         """A layer made by the class of another one, ``type(layer)(...)``, is a plain one: it has no rules.

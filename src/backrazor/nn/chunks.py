@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..codecs import Bits
 from ..codecs.shared import is_kept_by_another
 from ..functional.chunked import Bounds, in_chunks
 from ..functional.common import autocast_dtype
@@ -26,7 +27,16 @@ from ..functional.transforms import is_transformed
 from ..kernels.dispatch import on_cuda
 from . import qualified_name
 from .base import ORIGINAL, DropIn
-from .known import class_before, is_globally_hooked, is_known, is_own, is_sequential, is_untouched, link_of
+from .known import (
+    class_before,
+    has_patched_parts,
+    is_globally_hooked,
+    is_known,
+    is_own,
+    is_sequential,
+    is_untouched,
+    link_of,
+)
 
 _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _RESNETS = ("timm.models.resnet", "torchvision.models.resnet")
@@ -66,25 +76,25 @@ STEMS: dict[str, tuple[str, ...]] = {
     "torchvision.models.resnet.ResNet": ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"),
     "ofa.imagenet_classification.networks.proxyless_nets.ProxylessNASNets": ("first_conv", "blocks"),
 }
-_PARTS_OF_FORWARD = ("forward_features", "_forward_impl")
-
-# Gates per channel: the names of their convolutions, in turn, on one position; and what else they may hold.
-_GATES: dict[str, tuple[str, str]] = {
-    f"{_TIMM_BLOCKS}.SqueezeExcite": ("conv_reduce", "conv_expand"),
-    "timm.layers.squeeze_excite.SEModule": ("fc1", "fc2"),
-    "torchvision.ops.misc.SqueezeExcitation": ("fc1", "fc2"),
+# Gates per channel: the names of their convolutions, in turn, on one position, each with the activation behind it.
+_GATES: dict[str, tuple[tuple[str, str], ...]] = {
+    f"{_TIMM_BLOCKS}.SqueezeExcite": (("conv_reduce", "act1"), ("conv_expand", "gate")),
+    "timm.layers.squeeze_excite.SEModule": (("fc1", "act"), ("fc2", "gate")),
+    "torchvision.ops.misc.SqueezeExcitation": (("fc1", "activation"), ("fc2", "scale_activation")),
 }
 _GATE_PARTS = (
     *(f"torch.nn.modules.{name}" for name in ("activation.Sigmoid", "activation.Hardsigmoid", "linear.Identity")),
     *(f"timm.layers.activations.{name}" for name in ("Sigmoid", "HardSigmoid")),
     "torch.nn.modules.pooling.AdaptiveAvgPool2d",
 )
-_NOTHING = ("timm.layers.drop.DropPath", "ofa.utils.layers.IdentityLayer")  # the first where it drops nothing
+_NOTHING = ("timm.layers.drop.DropPath",)  # where it drops nothing
 
 # A module is cut whose widest tensor takes more for the whole batch. Then a chunk's takes at most as much, or two
 # samples, which the convolution library runs at full speed, or a sample per thread; and there are four chunks or more.
 WIDE_BYTES = 6 << 20
 FEWEST_SAMPLES, FEWEST_CHUNKS = 2, 4
+
+LANES = 32  # elements per sample are a multiple where an activation is rounded by its place in a vector
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -114,17 +124,19 @@ def stem_of(network: nn.Module) -> list[nn.Module]:
     """The layers and blocks that a network's forward calls first, in turn; none where that is not known."""
     cls = class_before(network)
     names = STEMS.get(qualified_name(cls))
-    patched = any(name in network.__dict__ for name in _PARTS_OF_FORWARD)
-    if names is None or not is_known(cls) or patched or getattr(network, "grad_checkpointing", False):
+    if names is None or not is_known(cls) or has_patched_parts(network):
+        return []
+    if getattr(network, "grad_checkpointing", False):
         return []
     found: list[nn.Module] = []
     for name in names:
         child = network._modules.get(name)
         if child is None:
             return []
-        several = isinstance(child, nn.ModuleList) or (found and is_sequential(class_before(child)))
-        if several and not (isinstance(child, nn.ModuleList) or is_untouched(child)):
-            return found
+        listed, cls = type(child) is nn.ModuleList, class_before(child)
+        several = listed or (found and is_sequential(cls))
+        if several and not listed and not (is_untouched(child) and cls.__call__ is nn.Module.__call__):
+            break
         found += list(child._modules.values()) if several else [child]
     return found if len(set(map(id, found))) == len(found) else []
 
@@ -156,6 +168,8 @@ def _may_be_cut(x: Tensor) -> bool:
     """Whether x (B, C, H, W) is one that may be cut into chunks, and large enough."""
     if _running.inside or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
+    if x.is_nested or x.layout != torch.strided:
+        return False
     if x.dim() != 4 or x.shape[0] <= FEWEST_SAMPLES:
         return False
     # what makes more than sixteen bytes of one is rare
@@ -163,7 +177,17 @@ def _may_be_cut(x: Tensor) -> bool:
         return False
     if is_globally_hooked() or is_transformed() or is_kept_by_another(x):
         return False
-    return x.is_contiguous() and x.is_floating_point()
+    return _is_plain(x) and x.is_floating_point()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x lies in memory as a new tensor of its shape: ``is_contiguous`` also holds for some that the convolution
+    library takes as channels_last."""
+    stride, wanted = 1, []
+    for size in reversed(x.shape):
+        wanted.append(stride)
+        stride *= max(size, 1)
+    return x.stride() == tuple(reversed(wanted))
 
 
 class _Run:
@@ -189,6 +213,8 @@ class _Run:
             return False
         if not walk.convolutions and not self._convolutions:
             return False
+        if any(p.requires_grad and p.element_size() < 4 for p in module.parameters()):
+            return False  # autograd would sum the chunks' gradients in 16 bits
         trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         found = self._bounds_of(
             max(self._widest, walk.widest), self._trained + trained, [*self._convolutions, *walk.convolutions]
@@ -234,11 +260,15 @@ class _Walk:
         """What ``module``, called on a sample of ``shape``, makes of it."""
         if module is None or type(module) is nn.Identity:
             return self._kept(module, shape)
+        if "parametrizations" in module._modules:  # a weight that is worked out at each call
+            raise _Unknown
         if link_of(module) == "conv":
             return self._convolved(module, shape)
         if link_of(module) == "activation" or _is_fixed_norm(module):
             if not (self._begun or self.convolutions) or not all(map(is_own, module.modules())):
                 raise _Unknown  # before the first convolution it may change the block's input in place
+            if not all(map(_is_exact, module.modules())) and math.prod(shape) % LANES:
+                raise _Unknown
             return shape
         if isinstance(module, DropIn) and module.__dict__[ORIGINAL] is nn.MaxPool2d:
             return self._pooled(module, shape)
@@ -275,16 +305,18 @@ class _Walk:
         channels, height, width = F.max_pool2d(torch.empty(shape, device="meta"), *settings).shape
         return channels, height, width
 
-    def _gated(self, module: nn.Module, gate: tuple[str, str], shape: Shape) -> Shape:
+    def _gated(self, module: nn.Module, gate: tuple[tuple[str, str], ...], shape: Shape) -> Shape:
         if not (is_own(module) if isinstance(module, DropIn) else is_known(_plain_class(module))):
             raise _Unknown
         for name, child in module.named_children():
             plain = link_of(child) == "activation" or qualified_name(_plain_class(child)) in _GATE_PARTS
-            if name not in gate and not (plain and is_own(child)):
+            if name not in dict(gate) and not (plain and is_own(child)):
                 raise _Unknown
         one = shape[0], 1, 1
-        for name in gate:
+        for name, activation in gate:
             one = self.through(module._modules[name], one)
+            if not _is_exact(module._modules[activation]) and one[0] % LANES:
+                raise _Unknown
         return shape
 
     def _kept(self, module: nn.Module | None, shape: Shape) -> Shape:
@@ -294,7 +326,7 @@ class _Walk:
 
     def _convolved(self, module: Any, shape: Shape) -> Shape:
         weight = module.weight
-        if not is_own(module) or shape[0] != weight.shape[1] * module.groups or not weight.is_contiguous():
+        if not is_own(module) or shape[0] != weight.shape[1] * module.groups or not _is_plain(weight):
             raise _Unknown
         x = self.like.new_empty(()).expand(1, *shape)
         spec = explicit(module._spec(x), weight.shape[2:])
@@ -315,6 +347,14 @@ class _Walk:
 def _plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before ``razor_`` changed it."""
     return module.__dict__[ORIGINAL] if isinstance(module, DropIn) else class_before(module)
+
+
+def _is_exact(module: nn.Module) -> bool:
+    """Whether the module is no activation whose last elements PyTorch works out otherwise than whole vectors of them:
+    exponentials and the like are rounded in two ways."""
+    if link_of(module) == "activation":
+        return isinstance(module.epilogue(), Bits) or getattr(module, "_function", None) == "hardswish"
+    return not _plain_class(module).__name__.endswith("Sigmoid") or "Hard" in _plain_class(module).__name__
 
 
 def _is_fixed_norm(module: nn.Module) -> bool:

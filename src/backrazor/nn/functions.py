@@ -49,6 +49,16 @@ class Functions(TorchFunctionMode):
         finally:
             self._depth.on -= 1
 
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """The mode again, inside of what ``paused`` calls."""
+        stack = (torch._C._get_function_stack_at(at) for at in range(torch._C._len_torch_function_stack()))
+        if not self._depth.on or any(mode is self for mode in stack):
+            yield
+            return
+        with self:
+            yield
+
     def paused(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``call(*args, **kwargs)`` without the mode, which would be asked for every attribute of every tensor. Where
         another mode stands above, it stays."""

@@ -33,7 +33,8 @@ from ..functional.transforms import is_transformed, refuse_script
 from . import qualified_name
 from .base import UNKNOWN, DropIn, is_patched, rebased
 from .chunks import block_in_chunks, may_run_in_chunks, run_in_chunks, stem_of
-from .known import is_globally_hooked, is_known, is_own, is_sequential, link_of
+from .functions import FUNCTIONS
+from .known import has_patched_parts, is_globally_hooked, is_known, is_own, is_sequential, link_of
 
 _TIMM_BLOCKS = "timm.models._efficientnet_blocks"
 _TIMM_RESNET = "timm.models.resnet"
@@ -237,11 +238,22 @@ def run_ahead(leader: nn.Module, x: object) -> Tensor | None:
     layers = stem_of(call.container)
     if not layers or layers[0] is not leader:
         return None
-    count, out = run_in_chunks(_each, layers, x)
+    count = 1
+    while count < len(layers) and _can_hand_through(layers[count]):
+        count += 1
+    with FUNCTIONS.resumed():
+        count, out = run_in_chunks(_each, layers[:count], x)
     if not count:
         return None
     call.made.update({id(layer): out for layer in layers[1:count] if isinstance(layer, (DropIn, Linked))})
     return out
+
+
+def _can_hand_through(module: nn.Module) -> bool:
+    """Whether a call of the module on what was made before it is one that makes nothing of it."""
+    if type(module) is nn.Identity or isinstance(module, Linked):
+        return True
+    return isinstance(module, DropIn) and (module.link in ("norm", "activation") or module.may_hand_through)
 
 
 def _each(modules: list[nn.Module], input: Tensor) -> Tensor:
@@ -284,7 +296,7 @@ def _sequences(container: nn.Module) -> Iterator[list[nn.Module]]:
     cls = getattr(container, "_backrazor_linked", type(container))
     children = container._modules
     known = CHAINS.get(qualified_name(cls))
-    if known is not None and is_known(cls):
+    if known is not None and is_known(cls) and not has_patched_parts(container):
         places = _places(container)
         for names in known:
             members = [children.get(name) for name in names]

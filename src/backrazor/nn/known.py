@@ -17,6 +17,7 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
+_PARTS_OF_FORWARD = ("forward_features", "_forward_impl")
 # Forwards of other libraries that call all children in their order.
 _IN_TURN = ("ofa.utils.layers.My2DLayer.forward",)
 
@@ -29,9 +30,16 @@ def is_sequential(cls: type[nn.Module]) -> bool:
 
 
 def is_known(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class that is known by name is the one in its library's file."""
+    """Whether the forward of a class that is known by name, and the parts of it, are those in its library's file."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return has_its_own_forward(cls) and cls.forward.__code__.co_filename == file
+    parts = [getattr(cls, name) for name in _PARTS_OF_FORWARD if hasattr(cls, name)]
+    files = {getattr(getattr(part, "__code__", None), "co_filename", None) for part in (cls.forward, *parts)}
+    return has_its_own_forward(cls) and files == {file}
+
+
+def has_patched_parts(module: nn.Module) -> bool:
+    """Whether somebody has replaced a part of the module's own forward."""
+    return any(name in module.__dict__ for name in _PARTS_OF_FORWARD)
 
 
 def link_of(module: nn.Module) -> str | None:

@@ -17,6 +17,7 @@ class _RazorMaxPool(DropIn):
     """Max pooling that keeps the place in the window, 8 bits per output element."""
 
     packs = False
+    may_hand_through = True
     sizes = staticmethod(_pair)  # a setting for each spatial dimension
 
     @classmethod
