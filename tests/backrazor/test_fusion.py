@@ -265,3 +265,21 @@ def test_linear_and_gelu_run_as_one() -> None:
     assert_same_bits("forward of the parts", apart, fused)
     for name in ours:
         assert_close(name, ours[name], theirs[name], 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("act", [nn.SiLU, nn.GELU])
+def test_a_smooth_activation_is_rounded_as_that_of_the_whole_batch(
+    kind: str, act: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch works out what is left over behind whole vectors otherwise, which here are parts of every sample."""
+    torch.manual_seed(0)
+    if kind == "conv":
+        model, x = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), act()).eval(), torch.randn(12, 3, 41, 41)
+        model[1].requires_grad_(False)
+    else:
+        model, x = nn.Sequential(nn.Linear(7, 5), act()), torch.randn(400, 3, 7)
+    expected = model(x)
+    br.razor_(model, br.RazorConfig(0.9))
+    monkeypatch.setattr("backrazor.functional.common.CHUNK_BYTES", 120_000 if kind == "conv" else 1)
+    assert torch.equal(model(x), expected)

@@ -10,6 +10,7 @@ Shape legend: B samples, C/D input/output channels, H/W height/width.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,16 @@ from ..kernels.dispatch import on_cuda
 from ..kernels.sealed import sealed
 from .common import added, autocast_dtype, cast_to, needs_grad
 from .conv import ConvSpec, backward_in_chunks, explicit, forward_chunks, forward_of_chunk, gradient_shapes
-from .epilogue import Epilogue, activate_, code_shape, encode_and_activate_, joined, packed_epilogue
+from .epilogue import (
+    Epilogue,
+    activate_,
+    code_shape,
+    encode,
+    encode_and_activate_,
+    joined,
+    packed_epilogue,
+    rounds_by_place,
+)
 from .recipes import ConvRecipe, remember_recipe
 from .transforms import RazorFunction, differentiable_once, is_wrapped
 
@@ -138,7 +148,7 @@ def _forward_shapes(
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, norm: Norm, act: Epilogue | None, keeps: bool
 ) -> tuple[Tensor, Tensor | None]:
-    out, codes = None, []
+    out, codes, late = None, [], False
     chunks = forward_chunks(x, weight, spec) or [(0, 0)]  # one for an empty batch, too
     for start, stop in chunks:
         y = forward_of_chunk(x[start:stop], weight, bias, spec)
@@ -149,10 +159,15 @@ def _forward(
             part = out[start:stop]
             _normalise_into(y, norm, part)
         del y
-        if act is not None and keeps:
-            codes.append(encode_and_activate_(part, act))
-        elif act is not None:
+        if act is None:
+            continue
+        late = len(chunks) > 1 and rounds_by_place(act, math.prod(part.shape[1:]))
+        if keeps:
+            codes.append(encode(part, act) if late else encode_and_activate_(part, act))
+        elif not late:
             activate_(part, act)
+    if late:
+        activate_(out, act)
     return out, joined(codes, act) if codes else None
 
 

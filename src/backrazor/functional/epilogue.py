@@ -17,6 +17,15 @@ from .transforms import is_wrapped
 
 Epilogue = Bits | Levels
 
+# Elements that PyTorch puts into vectors together on the CPU. What is left over it works out one by one, where
+# exponentials and the like are rounded otherwise.
+LANES = 32
+
+
+def rounds_by_place(act: Epilogue, sample_numel: int) -> bool:
+    """Whether the activation of some samples of this many elements may be rounded otherwise than that of all."""
+    return isinstance(act, Levels) and act.name != "hardswish" and sample_numel % LANES != 0
+
 
 def activate_(y: Tensor, act: Epilogue) -> None:
     """The activation of y in its place, by PyTorch's own operators."""

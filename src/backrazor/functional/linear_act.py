@@ -29,7 +29,7 @@ from ..codecs import (
 )
 from ..kernels.sealed import sealed
 from .common import added, autocast_dtype, cast_to, needs_grad, not_a_view, sample_chunks, with_product, write
-from .epilogue import Epilogue, activate_, code_shape, encode, joined, packed_epilogue
+from .epilogue import Epilogue, activate_, code_shape, encode, joined, packed_epilogue, rounds_by_place
 from .recipes import LinearRecipe
 from .transforms import RazorFunction, differentiable_once
 
@@ -69,12 +69,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     # whole, so that the product is the dense one bit for bit
     out = not_a_view(F.linear(x, weight, bias))
-    codes = []
+    codes, late = [], rounds_by_place(act, math.prod(out.shape[1:]))
     for start, stop in sample_chunks(x.shape[0], out[:1].numel() * out.element_size(), x.device):
         y = out[start:stop]
         if keeps:
             codes.append(encode(y, act))
-        activate_(y, act)
+        if not late:
+            activate_(y, act)
+    if late:
+        activate_(out, act)
     return out, joined(codes, act) if codes else None
 
 

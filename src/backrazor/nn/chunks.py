@@ -23,6 +23,7 @@ from ..codecs.shared import is_kept_by_another
 from ..functional.chunked import Bounds, in_chunks
 from ..functional.common import autocast_dtype
 from ..functional.conv import explicit, same_backend
+from ..functional.epilogue import LANES
 from ..functional.transforms import is_transformed
 from ..kernels.dispatch import on_cuda
 from . import qualified_name
@@ -93,8 +94,6 @@ _NOTHING = ("timm.layers.drop.DropPath",)  # where it drops nothing
 # samples, which the convolution library runs at full speed, or a sample per thread; and there are four chunks or more.
 WIDE_BYTES = 6 << 20
 FEWEST_SAMPLES, FEWEST_CHUNKS = 2, 4
-
-LANES = 32  # elements per sample are a multiple where an activation is rounded by its place in a vector
 
 Shape = tuple[int, int, int]  # channels, height, width
 
