@@ -121,8 +121,9 @@ class StepProfile:
     def need(self, batch: int, sparsity: float | None) -> int:
         """Bytes that the whole step needs.
 
-        A razored step of more than ``EXACT_BATCH`` images lies on the line through ``EXACT_BATCH`` and half of it: the
-        chunks that backward works in are full by then, and every image adds the same.
+        A razored step of more than ``EXACT_BATCH`` images is on the line through ``EXACT_BATCH`` and half of it: the
+        chunks that backward works in are full by then, and every image adds the same. It takes less where blocks begin
+        to run some samples at a time beyond that batch.
         """
         if sparsity is None or batch <= EXACT_BATCH:
             peak = self.predict(batch, sparsity).peak_bytes

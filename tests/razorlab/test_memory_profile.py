@@ -56,9 +56,15 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(profile: StepProfile, 
 
 
 def test_a_razored_batch_beyond_the_exact_ones_is_predicted_well(profile: StepProfile) -> None:
-    batch = 3 * EXACT_BATCH
-    exact = profile.predict(batch, 0.9).peak_bytes + sum(profile.resident(batch).values())
-    assert profile.need(batch, 0.9) == pytest.approx(exact, rel=0.03)
+    for batch in (3 * EXACT_BATCH // 2, 2 * EXACT_BATCH):
+        exact = profile.predict(batch, 0.9).peak_bytes + sum(profile.resident(batch).values())
+        assert profile.need(batch, 0.9) == pytest.approx(exact, rel=0.03)
+
+
+def test_where_blocks_run_some_samples_at_a_time_it_takes_no_more_than_predicted(profile: StepProfile) -> None:
+    for batch in (3 * EXACT_BATCH, 4 * EXACT_BATCH):
+        exact = profile.predict(batch, 0.9).peak_bytes + sum(profile.resident(batch).values())
+        assert profile.need(batch, 0.9) > 0.97 * exact
 
 
 def test_the_least_sparsity_fits_and_a_hundredth_less_does_not(profile: StepProfile) -> None:
