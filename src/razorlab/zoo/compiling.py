@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 import backrazor as br
 
 from .cases import Case
-from .measuring import difference_of, loss_of
+from .measuring import difference_of, gradients_after, start_afresh
 
 ROUNDING = 1e-5  # of the norm of all gradients: what counts as equal
 MORE_BYTES = 1.02  # compiled / eager: what counts as no more
@@ -95,11 +95,7 @@ def _beside_hooks(outputs: list[Tensor]) -> list[Tensor]:
 
 def _step(model: nn.Module, called: Any, run: Run) -> _Step:
     """One step of ``model`` by calling ``called``, which is the model or what was compiled of it."""
-    torch.manual_seed(1)
-    model.zero_grad(set_to_none=True)
-    for module in model.modules():  # statistics move in training: every run starts from the same
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
+    start_afresh(model)
     held: dict[int, Tensor] = {}
 
     def note(x: Tensor) -> Tensor:
@@ -113,8 +109,7 @@ def _step(model: nn.Module, called: Any, run: Run) -> _Step:
     alive = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     saved = sum(x.untyped_storage().nbytes() for key, x in held.items() if key not in alive)
     held.clear()
-    loss_of(outputs).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = gradients_after(outputs, model)
     return _Step([x.detach() for x in outputs], gradients, saved)
 
 
@@ -155,9 +150,8 @@ def compared(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[float, 
         ours += float(h.square().sum())
         apart += float((g - h).square().sum())
     nothing = float("nan")
-    return (product / (ours * theirs) ** 0.5 if ours * theirs else nothing), (
-        apart / theirs
-    ) ** 0.5 if theirs else nothing
+    cosine = product / (ours * theirs) ** 0.5 if ours * theirs else nothing
+    return cosine, (apart / theirs) ** 0.5 if theirs else nothing
 
 
 def _in_a_line(text: str) -> str:

@@ -64,7 +64,7 @@ class _WrittenOut(TorchFunctionMode):
         return p @ v
 
 
-def loss_of(outputs: list[Tensor]) -> Tensor:
+def _loss(outputs: list[Tensor]) -> Tensor:
     """A scalar whose gradient is neither constant nor tiny, by a random target for each output."""
     generator = torch.Generator().manual_seed(3)
     parts = []
@@ -76,13 +76,24 @@ def loss_of(outputs: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _run(model: nn.Module, run: Callable[[nn.Module], list[Tensor]], formula: bool) -> tuple:
-    """(outputs, gradients, saved bytes, rows) of one training step under fixed random numbers."""
+def start_afresh(model: nn.Module) -> None:
+    """What every step that is compared starts from: the same random numbers and statistics, and no gradients."""
     torch.manual_seed(1)
     model.zero_grad(set_to_none=True)
     for module in model.modules():  # statistics move in training: every run starts from the same
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
+
+
+def gradients_after(outputs: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that the loss of ``outputs`` gives the parameters, by name."""
+    _loss(outputs).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _run(model: nn.Module, run: Callable[[nn.Module], list[Tensor]], formula: bool) -> tuple:
+    """(outputs, gradients, saved bytes, rows) of one training step under fixed random numbers."""
+    start_afresh(model)
     with br.memory.ledger(model) as book:
         if formula:
             with _WrittenOut():
@@ -90,8 +101,7 @@ def _run(model: nn.Module, run: Callable[[nn.Module], list[Tensor]], formula: bo
         else:
             outputs = run(model)
     rows = book.rows
-    loss_of(outputs).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = gradients_after(outputs, model)
     return [x.detach() for x in outputs], gradients, sum(row.bytes for row in rows), rows
 
 
